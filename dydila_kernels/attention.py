@@ -1,0 +1,275 @@
+"""DyDiLAttention: the layer of the paper as a drop-in for the self-attention of a vision transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dydila_kernels import checks, routing, torch_backend
+from dydila_kernels.checks import Grid
+from dydila_kernels.depthwise import DepthwiseConv
+from dydila_kernels.differential import TokenDifferential
+from dydila_kernels.functional import choose_backend, dydila_attention
+from dydila_kernels.measure import DynamicMeasureKernel
+from dydila_kernels.projection import DynamicProjection
+from dydila_kernels.routing import Routing
+
+
+class _Call(NamedTuple):
+    """The arguments of a call after the checks; ``x`` is zero where the mask has no token."""
+
+    x: Tensor
+    mask: Tensor | None
+    grids: list[Grid]
+    cu_seqlens: list[int] | None
+
+
+class DyDiLAttention(nn.Module):
+    """Dynamic Differential Linear Attention, Eqs. 1-9 of arXiv 2601.13683.
+
+    ``attn(x)`` maps tokens (B, N, d) of an image, in row-major order, to (B, N, d), in time and memory linear in N.
+    ``qkv`` and ``proj`` have the shapes and names of a timm or DiT attention, whose weights load into them.
+
+    Args:
+        dim: d, channels of a token.
+        num_heads: H, a divisor of d.  Norms, routing and factors are per token, whatever H is.  The paper has 1.
+        qkv_bias, proj_bias: biases of the shared and of the output projection.
+        proj_drop: dropout on the output, in [0, 1).
+        num_projectors: n_P of Eq. 2, at least 1, or 0 with ``differential="off"``.
+        num_kernel_factors: n_F of Eq. 6.
+        num_differential_factors: n_D of Eq. 7.
+        gamma_init: initial kernel factor, finite and positive.
+        lambda_init: initial differential factor, finite.
+        normalization: "length" divides by the number of attended tokens; "none" is Eq. 8 as printed, whose output
+            grows with N; "denominator" divides by the absolute mass, which for lambda = 0 is Eq. 4.
+        router_gradient: "none": routers are fixed random partitions with ``requires_grad=False``; "straight_through":
+            the same output, and gradients through the softmax of the logits.
+        differential: "token" (Eq. 8), "map" (Eq. 10) or "off".  With "off" the measured tokens are those of the routed
+            projectors, or with ``num_projectors=0`` the shared Q and K.
+        dwc_branches: branches of the depth-wise convolution of Eq. 9, among "3x3", "1x3", "3x1", "1x1" and
+            "identity"; ``()`` leaves it out.
+        num_prefix_tokens: class or register tokens before the grid; they attend, and the convolution skips them.
+        backend: "auto", "triton" or "torch".
+        device, dtype: of the parameters.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names it, its value and what was expected.
+        RuntimeError: ``backend="triton"`` where it cannot run (raised by the call, which knows the device).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 1,
+        *,
+        qkv_bias: bool = False,
+        proj_bias: bool = True,
+        proj_drop: float = 0.0,
+        num_projectors: int = 3,
+        num_kernel_factors: int = 9,
+        num_differential_factors: int = 9,
+        gamma_init: float = 3.0,
+        lambda_init: float = 0.01,
+        normalization: str = "length",
+        router_gradient: str = "none",
+        differential: str = "token",
+        dwc_branches: Sequence[str] = ("3x3", "1x3", "3x1"),
+        num_prefix_tokens: int = 0,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        checks.integer("dim", dim, 1)
+        checks.heads(dim, num_heads)
+        checks.boolean("qkv_bias", qkv_bias)
+        checks.boolean("proj_bias", proj_bias)
+        checks.number("proj_drop", proj_drop)
+        if not 0 <= proj_drop < 1:
+            raise ValueError(f"proj_drop must be in [0, 1); got {proj_drop}")
+        checks.choice("differential", differential, checks.DIFFERENTIALS)
+        checks.integer("num_projectors", num_projectors, 0 if differential == "off" else 1)
+        checks.integer("num_kernel_factors", num_kernel_factors, 1)
+        checks.integer("num_differential_factors", num_differential_factors, 1)
+        checks.number("gamma_init", gamma_init, above=0)
+        checks.number("lambda_init", lambda_init)
+        checks.choice("normalization", normalization, checks.NORMALIZATIONS)
+        checks.choice("router_gradient", router_gradient, checks.ROUTER_GRADIENTS)
+        checks.branches("dwc_branches", dwc_branches)
+        checks.integer("num_prefix_tokens", num_prefix_tokens, 0)
+        checks.choice("backend", backend, checks.BACKENDS)
+        super().__init__()
+        self.dim, self.num_heads, self.num_prefix_tokens = dim, num_heads, num_prefix_tokens
+        self.normalization, self.router_gradient, self.differential_mode = normalization, router_gradient, differential
+        self.backend, self.fused = backend, False
+
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        routed: dict[str, Any] = {"trainable_routers": router_gradient == "straight_through", **factory}
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
+        self.projection_q = DynamicProjection(dim, num_projectors, **routed) if num_projectors else None
+        self.projection_k = DynamicProjection(dim, num_projectors, **routed) if num_projectors else None
+        self.measure = DynamicMeasureKernel(
+            dim, num_kernel_factors, gamma_init=gamma_init, redundant=differential != "off", **routed
+        )
+        sides = {"token": ("q", "k"), "map": ("q",), "off": ()}[differential]
+        self.differential = (
+            TokenDifferential(dim, num_differential_factors, lambda_init=lambda_init, sides=sides, **routed)
+            if sides
+            else None
+        )
+        self.dwc = DepthwiseConv(dim, dwc_branches, **factory) if dwc_branches else None
+        self.proj = nn.Linear(dim, dim, bias=proj_bias, **factory)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        HW: Grid | Sequence[Grid] | None = None,
+        *,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            x: (B, N, d), in the dtype of the weights (any floating dtype under autocast): the prefix tokens, then the
+                grid in row-major order.
+            mask: (B, N) bool, True for a real token.  Others are not attended to and get zeros, whatever they hold.
+            HW: (rows, columns) of the grid; None for a square one.  With ``cu_seqlens`` a list, one for each image.
+            cu_seqlens: bounds (S + 1,) of S images packed in the one row of B = 1; a list of ints compiles.  A mask
+                beside it is ignored with a warning.
+            attn_mask: another name for ``mask``.
+            is_causal: must be False; the attention is bidirectional.
+
+        Returns:
+            (B, N, d), in the dtype that ``nn.Linear`` would give.
+
+        Raises:
+            TypeError, ValueError: an argument is not as described, or the attention is to be causal.
+            RuntimeError: ``backend="triton"`` where it cannot run; gradients are asked of a fused layer.
+        """
+        if is_causal:
+            raise ValueError("is_causal must be False: DyDiLA is bidirectional; got True")
+        if attn_mask is not None:
+            if mask is not None:
+                raise ValueError("attn_mask is another name for mask; got both")
+            mask = attn_mask
+        call = self._checked(x, mask, HW, cu_seqlens)
+        q, k, v, q_redundant, k_redundant = self._projected(call.x)
+        out = dydila_attention(
+            q, k, v, q_redundant, k_redundant, mask=call.mask, cu_seqlens=call.cu_seqlens, **self._core_arguments()
+        )
+        if self.dwc is not None:
+            values = v if call.mask is None else v.masked_fill(~call.mask[..., None], 0)
+            out = out + self.dwc(
+                values, call.grids, num_prefix_tokens=self.num_prefix_tokens, cu_seqlens=call.cu_seqlens
+            )
+        out = self.proj_drop(self.proj(out))
+        return out if call.mask is None else out.masked_fill(~call.mask[..., None], 0)
+
+    def routing(self, x: Tensor, mask: Tensor | None = None) -> Routing:
+        """The routing decisions that the forward pass takes for these tokens, and how often each choice is taken.
+
+        x and mask as in :meth:`forward`, which raises the same errors.
+        """
+        call = self._checked(x, mask, needs_grid=False)
+        with torch.no_grad():
+            return routing.routing_of(self, call.x, call.mask)
+
+    def balance_loss(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """A loss () that evens the usage of the routers; add a small multiple, say 0.01, to the training loss.
+
+        The mean over the routers of n sum_f usage_f probability_f (Switch Transformer, arXiv 2101.03961, Eq. 4), which is
+        1 where all n choices are equally used.  x and mask as in :meth:`forward`.
+
+        Raises:
+            RuntimeError: ``router_gradient`` is "none", so the routers are fixed.
+        """
+        if self.router_gradient == "none":
+            raise RuntimeError("balance_loss needs router_gradient='straight_through'; got 'none', whose routers are fixed")
+        call = self._checked(x, mask, needs_grid=False)
+        return routing.balance_loss_of(self, call.x, call.mask)
+
+    def fuse(self) -> DyDiLAttention:
+        """Turns the layer into its inference form, in place, and returns it: one 3x3 kernel, stacked routers.
+
+        The output is the same.  Asking twice changes nothing.  The layer cannot be trained afterwards.
+        """
+        if not self.fused:
+            self.eval()
+            if self.dwc is not None:
+                self.dwc.fuse()
+            self.measure.pack()
+            if self.differential is not None:
+                self.differential.pack()
+            self.requires_grad_(False)
+            self.fused = True
+        return self
+
+    def train(self, mode: bool = True) -> DyDiLAttention:
+        """As :meth:`torch.nn.Module.train`.  Raises RuntimeError where a fused layer is to train."""
+        if mode and self.fused:
+            raise RuntimeError("a layer cannot train after fuse(); keep an unfused copy (copy.deepcopy) to train")
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        text = (
+            f"{self.dim}, num_heads={self.num_heads}, normalization={self.normalization!r}, "
+            f"router_gradient={self.router_gradient!r}, differential={self.differential_mode!r}, "
+            f"num_prefix_tokens={self.num_prefix_tokens}, backend={self.backend!r}"
+        )
+        return text + ", fused" if self.fused else text
+
+    def _checked(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        HW: Any = None,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
+        *,
+        needs_grid: bool = True,
+    ) -> _Call:
+        checks.tokens("x", x, self.dim)
+        weight = self.proj.weight
+        if torch_backend.autocast_dtype(x.device) is None and x.dtype != weight.dtype and weight.dtype in checks.DTYPES:
+            raise TypeError(f"x must have the dtype of the weights, {weight.dtype}, outside autocast; got {x.dtype}")
+        if self.fused and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            raise RuntimeError("a layer cannot train after fuse(), but some of its parameters require a gradient")
+        choose_backend(self.backend, x.device, x.dtype)
+        if mask is not None:
+            checks.mask(mask, x)
+        bounds = None
+        if cu_seqlens is not None:
+            bounds = checks.cu_seqlens(cu_seqlens, x)
+            mask = checks.mask_beaten_by_packing(mask)
+        grids = []
+        if needs_grid and (HW is not None or self.dwc is not None):
+            grids = checks.grids(HW, x.shape[1], bounds, self.num_prefix_tokens)
+        return _Call(x if mask is None else x.masked_fill(~mask[..., None], 0), mask, grids, bounds)
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The tokens to measure and the values: q, k, v, q', k' (Eqs. 1-2)."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        if self.projection_q is None or self.projection_k is None:
+            return q, k, v, None, None
+        q_redundant, k_redundant = self.projection_q(x), self.projection_k(x)
+        return (q, k, v, q_redundant, k_redundant) if self.differential is not None else (q_redundant, k_redundant, v, None, None)
+
+    def _core_arguments(self) -> dict[str, Any]:
+        """The keyword arguments of :func:`dydila_attention` that this layer owns."""
+        differential = self.differential
+        return {
+            "gamma": self.measure.gamma,
+            "lam": None if differential is None else differential.lam,
+            "kernel_routers": self.measure.routers(),
+            "differential_routers": None if differential is None else differential.routers(),
+            "num_heads": self.num_heads,
+            "normalization": self.normalization,
+            "router_gradient": self.router_gradient,
+            "differential": self.differential_mode,
+            "backend": self.backend,
+        }

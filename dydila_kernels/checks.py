@@ -1,0 +1,178 @@
+"""Argument checks.  Each raises before any work is done and names the argument, its value and what was expected."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NORMALIZATIONS = ("length", "none", "denominator")
+ROUTER_GRADIENTS = ("none", "straight_through")
+DIFFERENTIALS = ("token", "map", "off")
+BACKENDS = ("auto", "triton", "torch")
+BRANCHES = ("3x3", "1x3", "3x1", "1x1", "identity")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+Grid = tuple[int, int]
+
+
+def choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+
+
+def integer(name: str, value: object, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name} must be an int; got {type(value).__name__} {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}; got {value}")
+
+
+def boolean(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False; got {type(value).__name__} {value!r}")
+
+
+def number(name: str, value: object, *, above: float = -math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number; got {type(value).__name__} {value!r}")
+    if not math.isfinite(value) or value <= above:
+        bound = "" if above == -math.inf else f" greater than {above:g}"
+        raise ValueError(f"{name} must be a finite number{bound}; got {value}")
+
+
+def heads(dim: int, num_heads: object, dim_name: str = "dim") -> None:
+    integer("num_heads", num_heads, 1)
+    assert isinstance(num_heads, int)
+    if dim % num_heads:
+        raise ValueError(f"{dim_name} must be divisible by num_heads; got {dim_name}={dim}, num_heads={num_heads}")
+
+
+def floating(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
+    if value.dtype not in DTYPES:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"{name} must have one of the dtypes {expected}; got {str(value.dtype).removeprefix('torch.')}")
+
+
+def tokens(name: str, value: object, dim: int | None = None) -> None:
+    """A floating-point (B, N, d) tensor."""
+    floating(name, value)
+    assert isinstance(value, Tensor)
+    if value.dim() != 3:
+        raise ValueError(f"{name} must have the shape (B, N, d); got {tuple(value.shape)}")
+    if dim is not None and value.shape[-1] != dim:
+        raise ValueError(f"{name} must have d = {dim} channels; got shape {tuple(value.shape)}")
+
+
+def shaped(name: str, value: object, shape: tuple[int, ...], meaning: str) -> None:
+    """A floating-point tensor of this shape; ``meaning`` spells it in symbols."""
+    floating(name, value)
+    assert isinstance(value, Tensor)
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} must have the shape {meaning} = {shape}; got {tuple(value.shape)}")
+
+
+def mask(value: object, like: Tensor) -> None:
+    """A bool tensor (B, N), True where there is a token."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"mask must be a bool tensor (B, N); got {type(value).__name__}")
+    if value.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, True for a token that counts; got {str(value.dtype).removeprefix('torch.')}")
+    if value.shape != like.shape[:2]:
+        raise ValueError(f"mask must have the shape (B, N) = {tuple(like.shape[:2])}; got {tuple(value.shape)}")
+    if value.device != like.device:
+        raise ValueError(f"mask must be on {like.device} as the tokens are; got {value.device}")
+
+
+def cu_seqlens(value: Tensor | Sequence[int], like: Tensor) -> list[int]:
+    """The bounds 0 = c_0 <= c_1 <= ... <= c_S = N of the images packed in the one row of (1, N, d) tokens, as ints."""
+    if isinstance(value, Tensor):
+        if value.dim() != 1 or value.dtype not in (torch.int32, torch.int64):
+            raise TypeError(
+                "cu_seqlens must be a one-dimensional int32 or int64 tensor, or a list of ints; "
+                f"got {str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
+            )
+        value = value.tolist()
+    bounds = list(value)
+    for bound in bounds:
+        integer("cu_seqlens", bound, 0)
+    batch, length = like.shape[:2]
+    if batch != 1:
+        raise ValueError(f"cu_seqlens packs images in one row, so the batch size must be 1; got {batch}")
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+        raise ValueError(f"cu_seqlens must rise from 0 to N = {length}; got {bounds}")
+    return bounds
+
+
+def grid(value: object, length: int, num_prefix_tokens: int, where: str = "") -> Grid:
+    """HW as (rows, columns) of the ``length - num_prefix_tokens`` grid tokens; None means a square."""
+    count = length - num_prefix_tokens
+    prefix = f" after {num_prefix_tokens} prefix tokens" if num_prefix_tokens else ""
+    if count < 0:
+        raise ValueError(f"x must hold at least num_prefix_tokens = {num_prefix_tokens} tokens{where}; got N = {length}")
+    if value is None:
+        side = math.isqrt(count)
+        if side * side != count:
+            raise ValueError(f"HW=(rows, columns) is needed where N is no square; got N = {count}{prefix}{where}")
+        return side, side
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
+        raise TypeError(f"HW must be (rows, columns){where}; got {value!r}")
+    rows, columns = value
+    integer("HW[0]", rows, 0)
+    integer("HW[1]", columns, 0)
+    if rows * columns != count:
+        raise ValueError(f"HW must multiply to N = {count}{prefix}{where}; got {rows} x {columns} = {rows * columns}")
+    return rows, columns
+
+
+def grids(HW: Any, length: int, bounds: Sequence[int] | None, num_prefix_tokens: int) -> list[Grid]:
+    """The grid of each image: one, or with ``bounds`` of packed images as many as there are."""
+    if bounds is None:
+        return [grid(HW, length, num_prefix_tokens)]
+    count = len(bounds) - 1
+    if HW is not None and (not isinstance(HW, Sequence) or len(HW) != count or any(isinstance(g, int) for g in HW)):
+        raise ValueError(f"HW must be a list of {count} (rows, columns), one for each image of cu_seqlens; got {HW!r}")
+    return [
+        grid(None if HW is None else HW[i], bounds[i + 1] - bounds[i], num_prefix_tokens, f" in image {i}")
+        for i in range(count)
+    ]
+
+
+def branches(name: str, value: object) -> None:
+    """Different names of convolution branches, at least one with a kernel, or none at all."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be a tuple of branch names; got {value!r}")
+    for branch in value:
+        choice(name, branch, BRANCHES)
+    if len(set(value)) != len(value):
+        raise ValueError(f"{name} must not repeat a branch; got {value!r}")
+    if set(value) == {"identity"}:
+        raise ValueError(f"{name} must hold a branch with a kernel beside 'identity'; got {value!r}")
+
+
+def vector(name: str, value: object, length: str) -> None:
+    """A floating-point tensor of one dimension with at least one entry."""
+    floating(name, value)
+    assert isinstance(value, Tensor)
+    if value.dim() != 1 or not len(value):
+        raise ValueError(f"{name} must have the shape ({length},) with {length} >= 1; got {tuple(value.shape)}")
+
+
+def same(attribute: str, tensors: Mapping[str, Tensor | None]) -> None:
+    """All tensors agree in their "dtype" or "device"."""
+    found = {name: getattr(t, attribute) for name, t in tensors.items() if t is not None}
+    if len(set(found.values())) > 1:
+        listed = ", ".join(f"{name} {str(value).removeprefix('torch.')}" for name, value in found.items())
+        raise ValueError(f"{', '.join(found)} must share one {attribute}; got {listed}")
+
+
+def mask_beaten_by_packing(mask: Tensor | None) -> None:
+    """``cu_seqlens`` says which tokens there are; a mask beside it is dropped, and that is said."""
+    if mask is not None:
+        warnings.warn("mask is ignored where cu_seqlens is given: packed rows hold no padding", stacklevel=3)

@@ -1,0 +1,113 @@
+"""The re-parameterised depth-wise convolution (DWC) of Eq. 9: several branches in training, one 3x3 kernel after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dydila_kernels import checks, torch_backend
+
+SIZES = {"3x3": (3, 3), "1x3": (1, 3), "3x1": (3, 1), "1x1": (1, 1)}
+"""Rows and columns of a branch's kernel; "identity" passes the tokens through and has none."""
+
+
+class DepthwiseConv(nn.Module):
+    """DWC(V).  Owns a kernel (d, 1, rows, columns) for each branch, ``branches.3x3`` and so on, and maybe a bias (d,).
+
+    The branches are summed into one 3x3 kernel before it is applied: convolution is linear, so this is their sum,
+    in training too.  After :meth:`fuse` the sum itself, ``weight`` (d, 1, 3, 3), is what the module holds.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        branches: Sequence[str] = ("3x3", "1x3", "3x1"),
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        checks.branches("branches", branches)
+        if not branches:
+            raise ValueError("branches must hold at least one branch; got none")
+        self.dim, self.names = dim, tuple(branches)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.branches = nn.ParameterDict(
+            {name: nn.Parameter(torch.empty(dim, 1, *SIZES[name], **factory)) for name in branches if name in SIZES}
+        )
+        self.weight: nn.Parameter | None
+        self.bias: nn.Parameter | None
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", nn.Parameter(torch.empty(dim, **factory)) if bias else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        # As nn.Conv2d would be: uniform in +-1/sqrt(taps).
+        for weight in self.branches.values():
+            bound = weight[0].numel() ** -0.5
+            nn.init.uniform_(weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def fused_weight(self) -> tuple[Tensor, Tensor | None]:
+        """The 3x3 kernel (d, 1, 3, 3) that equals the sum of the branches, and the bias (d,) or None."""
+        return (self.sum_of(self.branches) if self.weight is None else self.weight), self.bias
+
+    def sum_of(self, branches: Mapping[str, Tensor]) -> Tensor:
+        """The branches, and the identity, as one kernel, in float32 at least."""
+        total: Tensor | None = None
+        for name, weight in branches.items():
+            rows, columns = SIZES[name]
+            pad = ((3 - columns) // 2, (3 - columns) // 2, (3 - rows) // 2, (3 - rows) // 2)
+            kernel = F.pad(weight.to(torch_backend.accumulation_dtype(weight.dtype)), pad)
+            total = kernel if total is None else total + kernel
+        assert total is not None
+        return total + F.pad(torch.ones_like(total[..., 1:2, 1:2]), (1, 1, 1, 1)) if "identity" in self.names else total
+
+    def fuse(self) -> DepthwiseConv:
+        """Holds the summed kernel in place of the branches, for inference; asking twice changes nothing."""
+        if self.weight is None:
+            weight = self.fused_weight()[0].detach()
+            self.branches = nn.ParameterDict()
+            self.weight = nn.Parameter(weight, requires_grad=False)
+            if self.bias is not None:
+                self.bias.requires_grad_(False)
+        return self
+
+    def forward(
+        self,
+        v: Tensor,
+        grids: Sequence[checks.Grid],
+        *,
+        num_prefix_tokens: int = 0,
+        cu_seqlens: Sequence[int] | None = None,
+    ) -> Tensor:
+        """v (B, N, d), the grid (rows, columns) of the images, one or with ``cu_seqlens`` one each -> (B, N, d).
+
+        Prefix tokens take no part and get zeros.
+        """
+        weight, bias = self.fused_weight()
+        bounds = [0, v.shape[1]] if cu_seqlens is None else cu_seqlens
+        images = []
+        for start, stop, grid in zip(bounds[:-1], bounds[1:], grids, strict=True):
+            image = torch_backend.depthwise(v[:, start + num_prefix_tokens : stop], weight, bias, grid)
+            images.append(F.pad(image, (0, 0, num_prefix_tokens, 0)) if num_prefix_tokens else image)
+        return images[0] if len(images) == 1 else torch.cat(images, 1)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        fused, branches = f"{prefix}weight", f"{prefix}branches."
+        if self.weight is None and fused in state_dict:
+            raise RuntimeError(f"{fused!r} was saved after fuse(): call fuse() on this module before loading it")
+        if self.weight is not None and fused not in state_dict:
+            found = {k.removeprefix(branches): state_dict.pop(k) for k in list(state_dict) if k.startswith(branches)}
+            if found:
+                state_dict[fused] = self.sum_of(found).to(self.weight.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, branches={self.names}" + (", fused" if self.weight is not None else "")

@@ -1,0 +1,70 @@
+"""How every stage cuts its input into blocks, and when it must not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+CPU_BLOCK = 2**19
+"""Elements of one token matrix in a block on a CPU: its few float32 temporaries of 2 MiB each live in the caches."""
+DEVICE_BLOCK = 2**25
+"""The same on other devices, where launches are what costs: temporaries of 128 MiB each."""
+
+Block = tuple[slice, list[slice]]
+"""Images to take together, and the row ranges to take them in."""
+
+
+def block_rows(dim: int, device: torch.device) -> int:
+    """Rows of a block for tokens of ``dim`` channels."""
+    return max(1, (CPU_BLOCK if device.type == "cpu" else DEVICE_BLOCK) // max(dim, 1))
+
+
+def image_blocks(batch: int, start: int, stop: int, rows: int) -> Iterator[Block]:
+    """Rows start..stop of ``batch`` images: several whole images a block, or one image in about equal ranges."""
+    tokens = stop - start
+    if not tokens:
+        return
+    length = -(-tokens // -(-tokens // rows))
+    ranges = [slice(n, min(n + length, stop)) for n in range(start, stop, length)]
+    images = max(1, rows // tokens)
+    for b in range(0, batch, images):
+        yield slice(b, min(b + images, batch)), ranges
+
+
+def all_blocks(tokens: Tensor, cu_seqlens: Sequence[int] | None = None) -> Iterator[Block]:
+    """The blocks of a (B, N, d) tensor; with ``cu_seqlens`` those of each image packed in its one row."""
+    batch, length, dim = tokens.shape
+    rows = block_rows(dim, tokens.device)
+    bounds = [0, length] if cu_seqlens is None else cu_seqlens
+    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        yield from image_blocks(batch, start, stop, rows)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of norms, logits, powers, states and sums for inputs of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def takes_plain_path(*tensors: Tensor | None) -> bool:
+    """Whether something is at work that must see plain operations: a tracer, torch.func, forward-mode AD, meta tensors."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return any(
+        t is not None and (t.device.type == "meta" or forward_ad.unpack_dual(t).tangent is not None) for t in tensors
+    )
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that ``nn.Linear`` would cast to on this device now, or None outside autocast."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager:
+    """Autocast off: the core chooses its dtypes itself."""
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)

@@ -1,0 +1,95 @@
+"""Eqs. 1-2: each token times the projector it is routed to.  x (B, N, d), weight (n_P, d, d), index (B, N) -> (B, N, d).
+
+A block of tokens is sorted by projector, multiplied group by group and put back, so the work is that of one
+projection whatever n_P is, and a projector without a token costs nothing and gets a zero gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dydila_kernels import reference
+from dydila_kernels.torch_backend.blocks import accumulation_dtype, all_blocks, no_autocast, takes_plain_path
+
+
+def projection_logits(x: Tensor, router: Tensor) -> Tensor:
+    """``x @ router`` (B, N, n) in the accumulation dtype, a block at a time where the cast would copy all of x."""
+    dtype = accumulation_dtype(x.dtype)
+    with no_autocast(x.device):
+        router = router.to(dtype)
+        if x.dtype == dtype or takes_plain_path(x, router):
+            return x.to(dtype) @ router
+        parts = [torch.cat([x[images, rows].to(dtype) @ router for rows in ranges], 1) for images, ranges in all_blocks(x)]
+        return torch.cat(parts) if parts else x.new_zeros((*x.shape[:2], router.shape[-1]), dtype=dtype)
+
+
+def groups(index: Tensor, choices: int) -> Iterator[tuple[int, Tensor]]:
+    """The rows of a block, index (m,), that were routed to each projector that has any."""
+    order = index.argsort(stable=True)
+    counts = index.bincount(minlength=choices).tolist()
+    for u, rows in enumerate(order.split(counts)):
+        if len(rows):
+            yield u, rows
+
+
+class RoutedProjection(torch.autograd.Function):
+    """Eq. 2 and its gradients.  ``one`` (B, N, 1), or None, is the straight-through factor: it is 1 in value."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, index: Tensor, one: Tensor | None) -> Tensor:
+        out = x.new_zeros((*x.shape[:2], weight.shape[-1]))
+        for images, ranges in all_blocks(x):
+            for rows in ranges:
+                block, target = x[images, rows].flatten(0, 1), out[images, rows].view(-1, weight.shape[-1])
+                for u, members in groups(index[images, rows].flatten(), len(weight)):
+                    target.index_copy_(0, members, block[members] @ weight[u])
+        ctx.save_for_backward(x, weight, index, one, None if one is None else out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, index, one, out = ctx.saved_tensors
+        need_x, need_weight, _, need_one = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            # A second derivative is wanted: one differentiable expression of the inputs themselves.
+            wanted = [t for t, need in zip((x, weight, one), (need_x, need_weight, need_one), strict=True) if need]
+            found = iter(torch.autograd.grad(plain_projection(x, weight, index, one), wanted, grad, create_graph=True))
+            dx, dweight = (next(found) if need else None for need in (need_x, need_weight))
+            return dx, dweight, None, next(found) if need_one else None
+
+        dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if need_x else None
+        total = torch.zeros_like(weight, dtype=accumulation_dtype(weight.dtype)) if need_weight else None
+        done = torch.empty_like(one) if need_one else None
+        with no_autocast(grad.device):
+            for images, ranges in all_blocks(x):
+                for rows in ranges:
+                    block, g = x[images, rows].flatten(0, 1), grad[images, rows].flatten(0, 1)
+                    for u, members in groups(index[images, rows].flatten(), len(weight)):
+                        if dx is not None:
+                            target = dx[images, rows].view(-1, x.shape[-1])
+                            target.index_copy_(0, members, g[members] @ weight[u].T)
+                        if total is not None:
+                            total[u].addmm_(block[members].to(total.dtype).T, g[members].to(total.dtype))
+                    if done is not None:
+                        product = grad[images, rows].to(done.dtype) * out[images, rows].to(done.dtype)
+                        done[images, rows] = product.sum(-1, keepdim=True)
+        return dx, None if total is None else total.to(weight.dtype), None, done
+
+
+def plain_projection(x: Tensor, weight: Tensor, index: Tensor, one: Tensor | None) -> Tensor:
+    """The reference equation: every projector on every token, then the choice."""
+    out = reference.project(x, weight, index.long())
+    return out if one is None else (out * one).to(out.dtype)
+
+
+def routed_projection(x: Tensor, weight: Tensor, index: Tensor, logits: Tensor | None = None) -> Tensor:
+    """Eq. 2; with ``logits`` (B, N, n_P) their gradient is the straight-through one, and the value the same."""
+    one = None if logits is None else reference.straight_through_one(logits, index)
+    with no_autocast(x.device):
+        if takes_plain_path(x, weight, one):
+            return plain_projection(x, weight, index, one)
+        return RoutedProjection.apply(x, weight, index, one)

@@ -1,0 +1,146 @@
+"""Eqs. 5-8 for a block of tokens: route, measure, route again, subtract.  Shapes (b, n, d)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dydila_kernels import reference
+
+Indices = dict[str, Tensor]
+"""Routing decisions by name, see :func:`index_names`."""
+
+
+class Options(NamedTuple):
+    """The choices of a call to the core, already validated."""
+
+    num_heads: int
+    normalization: str
+    router_gradient: str
+    differential: str
+
+
+class Tables(NamedTuple):
+    """gamma (n_F,), lam (n_D,), kernel_routers (4 or 2, d, n_F), differential_routers (2 or 1, 2d, n_D)."""
+
+    gamma: Tensor
+    lam: Tensor | None
+    kernel_routers: Tensor
+    differential_routers: Tensor | None
+
+
+class Tokens(NamedTuple):
+    """The tokens of one side, ready for the products.
+
+    ``maps`` holds (tokens, mass) pairs, one, or two for Eq. 10; the mass is None unless "denominator" asks for it.
+    ``lam`` (b, n, 1) weighs the second map and is None where there is one map, or on the key side.
+    """
+
+    maps: list[tuple[Tensor, Tensor | None]]
+    lam: Tensor | None = None
+
+
+def index_names(differential: str) -> tuple[str, ...]:
+    """The routing decisions that the core takes, as :class:`dydila_kernels.Routing` names them."""
+    names: tuple[str, ...] = ("measure_q", "measure_k")
+    if differential != "off":
+        names += ("measure_q_redundant", "measure_k_redundant", "differential_q")
+    if differential == "token":
+        names += ("differential_k",)
+    return names
+
+
+class Power(torch.autograd.Function):
+    """Eq. 5.  With s = r / max r, p = s^gamma, c = p.G and t = G - p c / |p|^2 for the incoming gradient G,
+
+    dZ = |s|/|p| gamma (p/s) t + c / (|p| |s|) s   where Z > 0,      dgamma = max r |s|/|p| sum p ln(s) t;
+
+    the scale of the row appears nowhere but in dgamma, so rows of scale 1e-30 or 1e30 keep their gradients.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, gamma: Tensor) -> Tensor:
+        """tokens (b, n, d), gamma (b, n, 1) -> (b, n, d)."""
+        largest = tokens.amax(-1, keepdim=True).clamp_min_(0)
+        s = tokens / largest.where(largest > 0, 1)
+        s.clamp_min_(0)
+        p = s.log2().mul_(gamma).exp2_()
+        if tokens.device.type != "cpu" or bool((gamma <= 0).any()):
+            p = p.where(s > 0, 0)
+        # A live row holds a 1, so its norms are at least 1; the clamp turns the 0/0 of a dead row into 0/1.
+        s_norm = torch.linalg.vector_norm(s, dim=-1, keepdim=True)
+        p_norm = torch.linalg.vector_norm(p, dim=-1, keepdim=True).clamp_min_(1)
+        ctx.save_for_backward(gamma, largest, s, p, s_norm, p_norm)
+        return p * (largest * (s_norm / p_norm))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        gamma, largest, s, p, s_norm, p_norm = ctx.saved_tensors
+        ratio = s_norm / p_norm
+        c = (p * grad).sum(-1, keepdim=True)
+        t = torch.addcmul(grad, p, c / p_norm.square(), value=-1)
+        positive = s > 0
+        slope = (p / s.where(positive, 1)).mul_(t).mul_(gamma * ratio)
+        slope.addcmul_(s, c / (p_norm * s_norm.clamp_min(1)))
+        dgamma = None
+        if ctx.needs_input_grad[1]:
+            dgamma = largest * ratio * torch.xlogy(p, s).mul_(t).sum(-1, keepdim=True)
+        return slope.where(positive, 0), dgamma
+
+
+def tokens_of(
+    side: str, z: Tensor, redundant: Tensor | None, tables: Tables, options: Options, indices: Indices
+) -> Tokens:
+    """The queries (side "q") or keys ("k") of a block.  Decisions not yet in ``indices`` are taken and put there."""
+    number = "qk".index(side)
+
+    def decide(name: str, *parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+        straight_through = options.router_gradient == "straight_through"
+        if name in indices and not straight_through:
+            return indices[name].long(), None
+        logits = parts[0][0] @ parts[0][1]
+        for tokens, router in parts[1:]:
+            logits = logits + tokens @ router
+        if name not in indices:
+            indices[name] = logits.argmax(-1)
+        return indices[name].long(), logits if straight_through else None
+
+    def measure(name: str, tokens: Tensor, router: Tensor) -> Tensor:  # Eq. 6
+        gamma = reference.choose(tables.gamma, *decide(name, (tokens, router)))
+        return Power.apply(tokens, gamma[..., None])
+
+    measured = measure(f"measure_{side}", z, tables.kernel_routers[number])
+    if options.differential == "off":
+        return at_unit_scale(Tokens([(measured, measured)]), side, options)
+
+    assert redundant is not None and tables.lam is not None and tables.differential_routers is not None
+    other = measure(f"measure_{side}_redundant", redundant, tables.kernel_routers[2 + number])
+    if options.differential == "map" and side == "k":
+        return Tokens([(measured, measured), (other, other)])
+
+    # [Z, Z'] R = Z R[:d] + Z' R[d:] spares the concatenation of Eq. 7.
+    top, bottom = tables.differential_routers[number].chunk(2)
+    lam = reference.choose(tables.lam, *decide(f"differential_{side}", (measured, top), (other, bottom)))[..., None]
+    if options.differential == "map":
+        return at_unit_scale(Tokens([(measured, measured), (other, other)], lam), side, options)
+    mass = torch.addcmul(measured, lam.abs(), other) if options.normalization == "denominator" else None
+    return at_unit_scale(Tokens([(torch.addcmul(measured, lam, other, value=-1), mass)]), side, options)
+
+
+def at_unit_scale(tokens: Tokens, side: str, options: Options) -> Tokens:
+    """Under "denominator" the output does not depend on the scale of a query: at 1 it neither under- nor overflows."""
+    if options.normalization != "denominator" or side == "k":
+        return tokens
+    maps: list[tuple[Tensor, Tensor | None]] = []
+    for hat, mass in tokens.maps:
+        assert mass is not None
+        per_head = mass.unflatten(-1, (options.num_heads, -1))
+        largest = per_head.detach().amax(-1, keepdim=True)
+        largest = largest.where(largest > 0, 1)
+        hat = (hat.unflatten(-1, (options.num_heads, -1)) / largest).flatten(-2)
+        maps.append((hat, (per_head / largest).flatten(-2)))
+    return Tokens(maps, tokens.lam)

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dydila_kernels import checks, routing, torch_backend
-from dydila_kernels.checks import Grid
+from dydila_kernels import checks, inference, routing, torch_backend
 from dydila_kernels.depthwise import DepthwiseConv
 from dydila_kernels.differential import TokenDifferential
 from dydila_kernels.functional import choose_backend, dydila_attention
@@ -23,7 +22,7 @@ class _Call(NamedTuple):
 
     x: Tensor
     mask: Tensor | None
-    grids: list[Grid]
+    grids: list[torch_backend.Grid]
     cu_seqlens: list[int] | None
 
 
@@ -127,7 +126,7 @@ class DyDiLAttention(nn.Module):
         self,
         x: Tensor,
         mask: Tensor | None = None,
-        HW: Grid | Sequence[Grid] | None = None,
+        HW: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
         *,
         cu_seqlens: Tensor | Sequence[int] | None = None,
         attn_mask: Tensor | None = None,
@@ -159,17 +158,20 @@ class DyDiLAttention(nn.Module):
                 raise ValueError("attn_mask is another name for mask; got both")
             mask = attn_mask
         call = self._checked(x, mask, HW, cu_seqlens)
+        if inference.applies(self, call.x):
+            return self._finished(inference.attend(self, call.x, call.mask, call.grids, call.cu_seqlens), call)
         q, k, v, q_redundant, k_redundant = self._projected(call.x)
         out = dydila_attention(
             q, k, v, q_redundant, k_redundant, mask=call.mask, cu_seqlens=call.cu_seqlens, **self._core_arguments()
         )
         if self.dwc is not None:
             values = v if call.mask is None else v.masked_fill(~call.mask[..., None], 0)
-            out = out + self.dwc(
-                values, call.grids, num_prefix_tokens=self.num_prefix_tokens, cu_seqlens=call.cu_seqlens
-            )
-        out = self.proj_drop(self.proj(out))
-        return out if call.mask is None else out.masked_fill(~call.mask[..., None], 0)
+            out = self.dwc(out, values, call.grids)
+        return self._finished(self.proj(out), call)
+
+    def _finished(self, y: Tensor, call: _Call) -> Tensor:
+        y = self.proj_drop(y)
+        return y if call.mask is None else y.masked_fill(~call.mask[..., None], 0)
 
     def routing(self, x: Tensor, mask: Tensor | None = None) -> Routing:
         """The routing decisions that the forward pass takes for these tokens, and how often each choice is taken.
@@ -183,14 +185,16 @@ class DyDiLAttention(nn.Module):
     def balance_loss(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """A loss () that evens the usage of the routers; add a small multiple, say 0.01, to the training loss.
 
-        The mean over the routers of n sum_f usage_f probability_f (Switch Transformer, arXiv 2101.03961, Eq. 4), which is
-        1 where all n choices are equally used.  x and mask as in :meth:`forward`.
+        The mean over the routers of n sum_f usage_f probability_f (Switch Transformer, arXiv 2101.03961, Eq. 4), which
+        is 1 where all n choices are equally used.  x and mask as in :meth:`forward`.
 
         Raises:
             RuntimeError: ``router_gradient`` is "none", so the routers are fixed.
         """
         if self.router_gradient == "none":
-            raise RuntimeError("balance_loss needs router_gradient='straight_through'; got 'none', whose routers are fixed")
+            raise RuntimeError(
+                "balance_loss needs router_gradient='straight_through'; got 'none', whose routers are fixed"
+            )
         call = self._checked(x, mask, needs_grid=False)
         return routing.balance_loss_of(self, call.x, call.mask)
 
@@ -245,7 +249,8 @@ class DyDiLAttention(nn.Module):
         bounds = None
         if cu_seqlens is not None:
             bounds = checks.cu_seqlens(cu_seqlens, x)
-            mask = checks.mask_beaten_by_packing(mask)
+            checks.warn_of_mask_beside_packing(mask)
+            mask = None
         grids = []
         if needs_grid and (HW is not None or self.dwc is not None):
             grids = checks.grids(HW, x.shape[1], bounds, self.num_prefix_tokens)
@@ -257,7 +262,11 @@ class DyDiLAttention(nn.Module):
         if self.projection_q is None or self.projection_k is None:
             return q, k, v, None, None
         q_redundant, k_redundant = self.projection_q(x), self.projection_k(x)
-        return (q, k, v, q_redundant, k_redundant) if self.differential is not None else (q_redundant, k_redundant, v, None, None)
+        return (
+            (q, k, v, q_redundant, k_redundant)
+            if self.differential is not None
+            else (q_redundant, k_redundant, v, None, None)
+        )
 
     def _core_arguments(self) -> dict[str, Any]:
         """The keyword arguments of :func:`dydila_attention` that this layer owns."""

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dydila_kernels.torch_backend import Grid
+
 NORMALIZATIONS = ("length", "none", "denominator")
 ROUTER_GRADIENTS = ("none", "straight_through")
 DIFFERENTIALS = ("token", "map", "off")
 BACKENDS = ("auto", "triton", "torch")
 BRANCHES = ("3x3", "1x3", "3x1", "1x1", "identity")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-Grid = tuple[int, int]
 
 
 def choice(name: str, value: object, allowed: Sequence[str]) -> None:
@@ -83,7 +83,9 @@ def mask(value: object, like: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"mask must be a bool tensor (B, N); got {type(value).__name__}")
     if value.dtype != torch.bool:
-        raise TypeError(f"mask must be bool, True for a token that counts; got {str(value.dtype).removeprefix('torch.')}")
+        raise TypeError(
+            f"mask must be bool, True for a token that counts; got {str(value.dtype).removeprefix('torch.')}"
+        )
     if value.shape != like.shape[:2]:
         raise ValueError(f"mask must have the shape (B, N) = {tuple(like.shape[:2])}; got {tuple(value.shape)}")
     if value.device != like.device:
@@ -105,17 +107,24 @@ def cu_seqlens(value: Tensor | Sequence[int], like: Tensor) -> list[int]:
     batch, length = like.shape[:2]
     if batch != 1:
         raise ValueError(f"cu_seqlens packs images in one row, so the batch size must be 1; got {batch}")
-    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+    if (
+        len(bounds) < 2
+        or bounds[0] != 0
+        or bounds[-1] != length
+        or any(a > b for a, b in zip(bounds, bounds[1:], strict=False))
+    ):
         raise ValueError(f"cu_seqlens must rise from 0 to N = {length}; got {bounds}")
     return bounds
 
 
-def grid(value: object, length: int, num_prefix_tokens: int, where: str = "") -> Grid:
+def grid(value: object, length: int, num_prefix_tokens: int, where: str = "") -> tuple[int, int]:
     """HW as (rows, columns) of the ``length - num_prefix_tokens`` grid tokens; None means a square."""
     count = length - num_prefix_tokens
     prefix = f" after {num_prefix_tokens} prefix tokens" if num_prefix_tokens else ""
     if count < 0:
-        raise ValueError(f"x must hold at least num_prefix_tokens = {num_prefix_tokens} tokens{where}; got N = {length}")
+        raise ValueError(
+            f"x must hold at least num_prefix_tokens = {num_prefix_tokens} tokens{where}; got N = {length}"
+        )
     if value is None:
         side = math.isqrt(count)
         if side * side != count:
@@ -132,16 +141,17 @@ def grid(value: object, length: int, num_prefix_tokens: int, where: str = "") ->
 
 
 def grids(HW: Any, length: int, bounds: Sequence[int] | None, num_prefix_tokens: int) -> list[Grid]:
-    """The grid of each image: one, or with ``bounds`` of packed images as many as there are."""
+    """The grid of the image, or of each of the images packed between ``bounds``, after its prefix tokens."""
     if bounds is None:
-        return [grid(HW, length, num_prefix_tokens)]
+        return [Grid(num_prefix_tokens, *grid(HW, length, num_prefix_tokens))]
     count = len(bounds) - 1
     if HW is not None and (not isinstance(HW, Sequence) or len(HW) != count or any(isinstance(g, int) for g in HW)):
         raise ValueError(f"HW must be a list of {count} (rows, columns), one for each image of cu_seqlens; got {HW!r}")
-    return [
-        grid(None if HW is None else HW[i], bounds[i + 1] - bounds[i], num_prefix_tokens, f" in image {i}")
-        for i in range(count)
-    ]
+    found = []
+    for i, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        rows_columns = grid(None if HW is None else HW[i], stop - start, num_prefix_tokens, f" in image {i}")
+        found.append(Grid(start + num_prefix_tokens, *rows_columns))
+    return found
 
 
 def branches(name: str, value: object) -> None:
@@ -172,7 +182,7 @@ def same(attribute: str, tensors: Mapping[str, Tensor | None]) -> None:
         raise ValueError(f"{', '.join(found)} must share one {attribute}; got {listed}")
 
 
-def mask_beaten_by_packing(mask: Tensor | None) -> None:
+def warn_of_mask_beside_packing(mask: Tensor | None) -> None:
     """``cu_seqlens`` says which tokens there are; a mask beside it is dropped, and that is said."""
     if mask is not None:
-        warnings.warn("mask is ignored where cu_seqlens is given: packed rows hold no padding", stacklevel=3)
+        warnings.warn("mask is ignored where cu_seqlens is given: packed rows hold no padding", stacklevel=4)

@@ -16,7 +16,7 @@ SIZES = {"3x3": (3, 3), "1x3": (1, 3), "3x1": (3, 1), "1x1": (1, 1)}
 
 
 class DepthwiseConv(nn.Module):
-    """DWC(V).  Owns a kernel (d, 1, rows, columns) for each branch, ``branches.3x3`` and so on, and maybe a bias (d,).
+    """DWC of Eq. 9.  Owns a kernel (d, 1, rows, columns) for each branch, as ``branches.3x3``, and maybe a bias (d,).
 
     The branches are summed into one 3x3 kernel before it is applied: convolution is linear, so this is their sum,
     in training too.  After :meth:`fuse` the sum itself, ``weight`` (d, 1, 3, 3), is what the module holds.
@@ -56,7 +56,7 @@ class DepthwiseConv(nn.Module):
 
     def fused_weight(self) -> tuple[Tensor, Tensor | None]:
         """The 3x3 kernel (d, 1, 3, 3) that equals the sum of the branches, and the bias (d,) or None."""
-        return (self.sum_of(self.branches) if self.weight is None else self.weight), self.bias
+        return (self.sum_of(dict(self.branches.items())) if self.weight is None else self.weight), self.bias
 
     def sum_of(self, branches: Mapping[str, Tensor]) -> Tensor:
         """The branches, and the identity, as one kernel, in float32 at least."""
@@ -79,25 +79,9 @@ class DepthwiseConv(nn.Module):
                 self.bias.requires_grad_(False)
         return self
 
-    def forward(
-        self,
-        v: Tensor,
-        grids: Sequence[checks.Grid],
-        *,
-        num_prefix_tokens: int = 0,
-        cu_seqlens: Sequence[int] | None = None,
-    ) -> Tensor:
-        """v (B, N, d), the grid (rows, columns) of the images, one or with ``cu_seqlens`` one each -> (B, N, d).
-
-        Prefix tokens take no part and get zeros.
-        """
-        weight, bias = self.fused_weight()
-        bounds = [0, v.shape[1]] if cu_seqlens is None else cu_seqlens
-        images = []
-        for start, stop, grid in zip(bounds[:-1], bounds[1:], grids, strict=True):
-            image = torch_backend.depthwise(v[:, start + num_prefix_tokens : stop], weight, bias, grid)
-            images.append(F.pad(image, (0, 0, num_prefix_tokens, 0)) if num_prefix_tokens else image)
-        return images[0] if len(images) == 1 else torch.cat(images, 1)
+    def forward(self, out: Tensor, v: Tensor, grids: Sequence[torch_backend.Grid]) -> Tensor:
+        """Eq. 9: ``out + DWC(V)`` on each grid, where possible written into ``out``.  out, v (B, N, d) -> (B, N, d)."""
+        return torch_backend.depthwise(out, v, *self.fused_weight(), grids)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         fused, branches = f"{prefix}weight", f"{prefix}branches."

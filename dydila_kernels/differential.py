@@ -9,7 +9,7 @@ from dydila_kernels.routers import RoutedFactors, init_router_, router_parameter
 
 
 class TokenDifferential(RoutedFactors):
-    """Owns ``lam`` (n_D,), one table shared by queries and keys, and a router (2d, n_D) for [Q, Q'] and one for [K, K'].
+    """Owns ``lam`` (n_D,), a table shared by queries and keys, and a router (2d, n_D) for [Q, Q'] and one for [K, K'].
 
     The map-wise difference of Eq. 10 chooses lambda from the query side alone: ``sides=("q",)``.  The computation is
     :func:`dydila_kernels.dydila_attention`, which measures, subtracts and attends in one go.

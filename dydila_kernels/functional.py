@@ -17,7 +17,7 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """"triton" or "torch".  Raises RuntimeError where "triton" was asked for and cannot run."""
+    """ "triton" or "torch".  Raises RuntimeError where "triton" was asked for and cannot run."""
     checks.choice("backend", backend, checks.BACKENDS)
     if backend == "torch":
         return "torch"
@@ -145,13 +145,16 @@ def validated(
         checks.mask(mask, q)
     if cu_seqlens is not None:
         bounds = checks.cu_seqlens(cu_seqlens, q)
-        mask = checks.mask_beaten_by_packing(mask)
+        checks.warn_of_mask_beside_packing(mask)
+        mask = None
 
     dtype = torch_backend.autocast_dtype(q.device)
     tokens = [q, k, v, q_redundant, k_redundant]
     if dtype is not None:
         tokens = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tokens]
-    checks.same("dtype", {"q": tokens[0], "k": tokens[1], "v": tokens[2], "q_redundant": tokens[3], "k_redundant": tokens[4]})
+    checks.same(
+        "dtype", {"q": tokens[0], "k": tokens[1], "v": tokens[2], "q_redundant": tokens[3], "k_redundant": tokens[4]}
+    )
     checks.same(
         "device",
         {"q": q, "k": k, "v": v, **redundant, "gamma": gamma, "lam": lam, "kernel_routers": kernel_routers,

@@ -39,7 +39,7 @@ class DynamicProjection(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, d) -> (B, N, d) in the dtype that ``nn.Linear`` would give."""
         logits = self.logits(x)
-        weight = self.weight
+        weight: Tensor = self.weight
         dtype = torch_backend.autocast_dtype(x.device)
         if dtype is not None and x.dtype != torch.float64:
             x, weight = x.to(dtype), weight.to(dtype)

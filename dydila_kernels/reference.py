@@ -40,7 +40,7 @@ def choose(table: Tensor, index: Tensor, logits: Tensor | None = None) -> Tensor
 
 
 def straight_through_one(logits: Tensor, index: Tensor) -> Tensor:
-    """A factor (..., 1) that is exactly 1, with the gradient of log softmax(logits)[index]: the straight-through of Eq. 2."""
+    """A factor (..., 1) that is exactly 1, with the gradient of log softmax(logits)[index]: Eq. 2 straight through."""
     chosen = logits.softmax(-1).gather(-1, index[..., None])
     return chosen / chosen.detach()
 
@@ -196,9 +196,7 @@ def dydila_attention(
     lam_q = choose(lam, *decide("differential_q", torch.cat([qt, qr], -1), differential_routers[0]))  # Eq. 7
     if differential == "map":  # Eq. 10
         first, second = (
-            linear_attention(
-                a, b, v, num_heads=num_heads, normalization=normalization, count=count, q_mass=a, k_mass=b
-            )
+            linear_attention(a, b, v, num_heads=num_heads, normalization=normalization, count=count, q_mass=a, k_mass=b)
             for a, b in ((qt, kt), (qr, kr))
         )
         return difference(first, second, lam_q)

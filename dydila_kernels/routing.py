@@ -34,7 +34,8 @@ class Routing:
     def __str__(self) -> str:
         width = max(map(len, self.usage))
         return "\n".join(
-            f"{name:{width}}  " + " ".join(f"{share:4.0%}" for share in usage.tolist()) for name, usage in self.usage.items()
+            f"{name:{width}}  " + " ".join(f"{share:4.0%}" for share in usage.tolist())
+            for name, usage in self.usage.items()
         )
 
 

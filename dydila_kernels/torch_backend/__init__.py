@@ -9,20 +9,26 @@ outputs are in a lower dtype.
 equations of :mod:`dydila_kernels.reference` in one piece instead, in the same arithmetic.
 """
 
-from dydila_kernels.torch_backend.blocks import accumulation_dtype, autocast_dtype, no_autocast
-from dydila_kernels.torch_backend.core import dydila_attention, routing_indices
-from dydila_kernels.torch_backend.depthwise import depthwise
+from dydila_kernels.torch_backend.blocks import accumulation_dtype, autocast_dtype, no_autocast, takes_plain_path
+from dydila_kernels.torch_backend.core import At, Block, Call, dydila_attention, routing_indices
+from dydila_kernels.torch_backend.depthwise import Grid, depthwise, depthwise_block
 from dydila_kernels.torch_backend.projection import projection_logits, routed_projection
 from dydila_kernels.torch_backend.tokens import Options
 
 __all__ = [
+    "At",
+    "Block",
+    "Call",
+    "Grid",
     "Options",
     "accumulation_dtype",
     "autocast_dtype",
     "depthwise",
+    "depthwise_block",
     "dydila_attention",
     "no_autocast",
     "projection_logits",
     "routed_projection",
     "routing_indices",
+    "takes_plain_path",
 ]

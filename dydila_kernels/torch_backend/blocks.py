@@ -50,7 +50,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def takes_plain_path(*tensors: Tensor | None) -> bool:
-    """Whether something is at work that must see plain operations: a tracer, torch.func, forward-mode AD, meta tensors."""
+    """Whether plain operations are called for: by a tracer, torch.func, forward-mode AD or meta tensors."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True
     return any(
@@ -68,3 +68,12 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 def no_autocast(device: torch.device) -> AbstractContextManager:
     """Autocast off: the core chooses its dtypes itself."""
     return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
+
+
+def router_logits(tokens: Tensor, router: Tensor) -> Tensor:
+    """``tokens @ router`` of a block, (b, n, d) and (d, choices) -> (b, n, choices).
+
+    Written as the transpose of a product that the BLAS of a CPU does several times faster.
+    """
+    flat = router.mT.contiguous() @ tokens.flatten(0, 1).mT
+    return flat.mT.contiguous().unflatten(0, tokens.shape[:2])

@@ -8,8 +8,9 @@ the routing decisions of the forward and differentiates it on the spot.  Saved f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from dydila_kernels.torch_backend.blocks import accumulation_dtype, all_blocks, 
 from dydila_kernels.torch_backend.linear_attention import readout, states_of, whole_attention
 from dydila_kernels.torch_backend.tokens import Indices, Options, Tables, Tokens, index_names, tokens_of
 
+At = tuple[slice, slice]
+"""Images and rows of a block."""
 INPUTS_OF = {"queries": (0, 3), "keys": (1, 2, 4), "whole": (0, 1, 2, 3, 4)}
 """What a block computes from which of the inputs q, k, v, q', k'."""
 
@@ -28,23 +31,24 @@ class Block:
 
     def __init__(self, call: Call, kind: str, images: slice, rows: slice, scale: Tensor | float) -> None:
         self.call, self.kind, self.at, self.scale = call, kind, (images, rows), scale
-        #: (b, n, d) blocks of q, k, v, q', k', None where this block has no use for it
-        self.cut = [
-            None if t is None or i not in INPUTS_OF[kind] else t[self.at] for i, t in enumerate(call.inputs)
-        ]
 
-    def sides(self, indices: Indices) -> tuple[Tokens | None, Tokens | None, Tensor | None]:
+    def cut(self) -> list[Tensor | None]:
+        """(b, n, d) blocks of q, k, v, q', k', None where this block has no use for it."""
+        wanted = INPUTS_OF[self.kind]
+        return [None if t is None or i not in wanted else t[self.at] for i, t in enumerate(self.call.inputs)]
+
+    def sides(self, cut: list[Tensor | None], indices: Indices) -> tuple[Tokens | None, Tokens | None, Tensor | None]:
         """Queries, keys and values.  Decisions not found in ``indices`` are taken and put there."""
         call = self.call
-        q, k, v, q_redundant, k_redundant = (self.load(t) for t in self.cut)
+        q, k, v, q_redundant, k_redundant = (self.load(t, owned=i != 2) for i, t in enumerate(cut))
         queries = None if q is None else tokens_of("q", q, q_redundant, call.tables, call.options, indices)
         keys = None if k is None else tokens_of("k", k, k_redundant, call.tables, call.options, indices)
         return queries, keys, v
 
-    def run(self, indices: Indices, states: list[Tensor]) -> list[Tensor]:
+    def run(self, cut: list[Tensor | None], indices: Indices, states: list[Tensor]) -> list[Tensor]:
         """The output of "queries" and "whole" blocks, the share in the states of "keys" blocks."""
-        queries, keys, v = self.sides(indices)
-        options, dtype = self.call.options, self.call.tokens.dtype
+        queries, keys, v = self.sides(cut, indices)
+        options, dtype = self.call.options, self.call.like.dtype
         if queries is None:
             assert keys is not None and v is not None
             return states_of(keys, v, self.scale, options)
@@ -53,36 +57,51 @@ class Block:
         assert v is not None
         return [whole_attention(queries, keys, v, self.scale, options).to(dtype)]
 
-    def load(self, block: Tensor | None) -> Tensor | None:
-        """In the accumulation dtype, with zeros where the mask has no token."""
+    def load(self, block: Tensor | None, owned: bool) -> Tensor | None:
+        """In the accumulation dtype, with zeros where the mask has no token; ``owned``: free to be overwritten."""
         if block is None:
             return None
-        block = block.to(self.call.dtype)
-        return block if self.call.mask is None else block.masked_fill(~self.call.mask[self.at][..., None], 0)
+        loaded = block.to(self.call.dtype)
+        if self.call.mask is not None:
+            return loaded.masked_fill(~self.call.mask[self.at][..., None], 0)
+        keep = torch.is_grad_enabled() or not owned or self.call.disposable or loaded is not block
+        return loaded if keep else loaded.clone()
 
 
-    def store(self, indices: Indices, decided: Indices) -> None:
-        for name, index in indices.items():
-            decided[name][self.at] = index
+class Blocks(Protocol):
+    """What a call reads a (B, N, d) input through: a tensor, or something that makes a block when it is asked for."""
+
+    def __getitem__(self, at: At, /) -> Tensor: ...
 
 
 class Call:
-    """The arguments of one call.  ``tensors`` are q, k, v, q', k' and the four of :class:`Tables`."""
+    """The arguments of one call.
+
+    ``inputs`` are q, k, v, q', k'; ``like`` is a tensor with their shape, dtype and device.  ``disposable``: a block of
+    an input is made for the asking and may be overwritten.
+    """
 
     def __init__(
-        self, options: Options, cu_seqlens: Sequence[int] | None, mask: Tensor | None, tensors: Sequence[Tensor | None]
+        self,
+        options: Options,
+        cu_seqlens: Sequence[int] | None,
+        mask: Tensor | None,
+        inputs: Sequence[Blocks | None],
+        tables: Sequence[Tensor | None],
+        like: Tensor,
+        disposable: bool = False,
     ) -> None:
-        self.options, self.cu_seqlens, self.mask = options, cu_seqlens, mask
-        # Detached: a block is differentiated on its own, with respect to leaves cut from these.
-        self.inputs = [None if t is None else t.detach() for t in tensors[:5]]
-        assert self.inputs[0] is not None
-        self.tokens = self.inputs[0]
-        self.dtype = accumulation_dtype(self.tokens.dtype)
-        self.tables = Tables(*(None if t is None else t.detach().to(self.dtype) for t in tensors[5:]))  # type: ignore[arg-type]
+        self.options, self.cu_seqlens, self.mask, self.inputs = options, cu_seqlens, mask, inputs
+        self.like, self.disposable, self.dtype = like, disposable, accumulation_dtype(like.dtype)
+        gamma, lam, *routers = (None if t is None else t.detach().to(self.dtype) for t in tables)
+        # Routers multiply from the left, see router_logits: they are laid out for that once.
+        kernel_routers, differential_routers = (None if t is None else t.mT.contiguous().mT for t in routers)
+        assert gamma is not None and kernel_routers is not None
+        self.tables = Tables(gamma, lam, kernel_routers, differential_routers)
 
     def walk(self) -> Iterator[tuple[list[Block], list[Block]]]:
-        """Image after image (or several short ones): its blocks of keys, then its blocks of queries, or one whole block."""
-        for images, ranges in all_blocks(self.tokens, self.cu_seqlens):
+        """Of each image (or several short ones) the blocks of keys and of queries, or no keys and one whole block."""
+        for images, ranges in all_blocks(self.like, self.cu_seqlens):
             scale = self.scale(images, slice(ranges[0].start, ranges[-1].stop))
             if len(ranges) == 1:
                 yield [], [Block(self, "whole", images, ranges[0], scale)]
@@ -100,15 +119,49 @@ class Call:
             return 1.0 / (rows.stop - rows.start)
         return self.mask[images, rows].sum(-1).clamp(min=1).to(self.dtype).reciprocal()[:, None, None, None]
 
-    def empty_indices(self) -> Indices:
-        """A (B, N) tensor for each routing decision."""
-        routers = (self.tables.kernel_routers, self.tables.differential_routers)
+    def forward(
+        self, emit: Callable[[Block, Tensor], object], decide: Callable[[Block, Indices], object]
+    ) -> list[list[Tensor]]:
+        """Hands the output of each block to ``emit`` and its routing decisions to ``decide``; returns the states."""
+
+        def run(block: Block, states: list[Tensor]) -> list[Tensor]:
+            indices: Indices = {}
+            outputs = block.run(block.cut(), indices, states)
+            decide(block, indices)
+            return outputs
+
+        all_states = []
+        for keys, queries in self.walk():
+            states: list[Tensor] = []
+            for block in keys:
+                shares = run(block, [])
+                states = [s.add_(share) for s, share in zip(states, shares, strict=True)] if states else shares
+            for block in queries:
+                emit(block, run(block, states)[0])
+            all_states.append(states)
+        return all_states
+
+
+class Decisions:
+    """The routing decisions of all tokens: for each name a (B, N) tensor of the smallest fitting integers."""
+
+    def __init__(self, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+        self.tensors = dict(zip(names, tensors, strict=True))
+
+    @classmethod
+    def of(cls, call: Call) -> Decisions:
+        routers = (call.tables.kernel_routers, call.tables.differential_routers)
         most = max(router.shape[-1] for router in routers if router is not None)
         dtype = torch.uint8 if most <= 256 else torch.int32
-        return {
-            name: torch.zeros(self.tokens.shape[:2], dtype=dtype, device=self.tokens.device)
-            for name in index_names(self.options.differential)
-        }
+        names = index_names(call.options.differential)
+        return cls(names, [torch.zeros(call.like.shape[:2], dtype=dtype, device=call.like.device) for _ in names])
+
+    def write(self, block: Block, indices: Indices) -> None:
+        for name, index in indices.items():
+            self.tensors[name][block.at] = index
+
+    def read(self, block: Block) -> Indices:
+        return {name: index[block.at] for name, index in self.tensors.items()}
 
 
 class Attention(torch.autograd.Function):
@@ -118,61 +171,51 @@ class Attention(torch.autograd.Function):
     def forward(
         ctx: Any, options: Options, cu_seqlens: Sequence[int] | None, mask: Tensor | None, *tensors: Tensor | None
     ) -> Tensor:
-        call = Call(options, cu_seqlens, mask, tensors)
-        out = torch.zeros_like(call.tokens, memory_format=torch.contiguous_format)
-        decided, all_states = call.empty_indices(), []
-
-        def run(block: Block, states: list[Tensor]) -> list[Tensor]:
-            indices: Indices = {}
-            outputs = block.run(indices, states)
-            block.store(indices, decided)
-            return outputs
-
-        for keys, queries in call.walk():
-            states: list[Tensor] = []
-            for block in keys:
-                shares = run(block, [])
-                states = [s.add_(share) for s, share in zip(states, shares, strict=True)] if states else shares
-            for block in queries:
-                out[block.at] = run(block, states)[0]
-            all_states.append(states)
-
-        ctx.options, ctx.cu_seqlens = options, cu_seqlens
-        ctx.state_counts = [len(states) for states in all_states]
-        ctx.save_for_backward(mask, *tensors, *decided.values(), *(s for states in all_states for s in states))
+        q = tensors[0]
+        assert q is not None
+        call = Call(options, cu_seqlens, mask, tensors[:5], tensors[5:], q)
+        out, decisions = torch.empty_like(q, memory_format=torch.contiguous_format), Decisions.of(call)
+        states = call.forward(lambda block, tokens: out[block.at].copy_(tokens), decisions.write)
+        ctx.options, ctx.cu_seqlens, ctx.state_counts = options, cu_seqlens, [len(s) for s in states]
+        ctx.save_for_backward(mask, *tensors, *decisions.tensors.values(), *chain(*states))
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mask, *saved = ctx.saved_tensors
-        tensors, saved = saved[:9], iter(saved[9:])
-        decided = {name: next(saved) for name in index_names(ctx.options.differential)}
+        tensors, rest = saved[:9], iter(saved[9:])
+        names = index_names(ctx.options.differential)
+        decisions = Decisions(names, [next(rest) for _ in names])
         needed = ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():
             # A second derivative is wanted: one differentiable expression of the inputs themselves.
-            out = plain_attention(ctx.options, ctx.cu_seqlens, mask, tensors, decided)
+            out = plain_attention(ctx.options, ctx.cu_seqlens, mask, tensors, decisions.tensors)
             wanted = [t for t, need in zip(tensors, needed, strict=True) if need]
             grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, materialize_grads=True))
             return None, None, None, *(next(grads) if need else None for need in needed)
 
-        call = Call(ctx.options, ctx.cu_seqlens, mask, tensors)
+        # Detached: a block is differentiated on its own, with respect to leaves cut from these.
+        inputs = [None if t is None else t.detach() for t in tensors[:5]]
+        call = Call(ctx.options, ctx.cu_seqlens, mask, inputs, tensors[5:], tensors[0])
         totals = [
             torch.zeros_like(t, memory_format=torch.contiguous_format) if t is not None and need else None
-            for t, need in zip([*call.inputs, *call.tables], needed, strict=True)
+            for t, need in zip([*inputs, *call.tables], needed, strict=True)
         ]
-        table_slots = [(t.requires_grad_(), total) for t, total in zip(call.tables, totals[5:], strict=True) if total is not None]
+        table_slots: list[Slot] = [
+            (t.requires_grad_(), total)
+            for t, total in zip(call.tables, totals[5:], strict=True)
+            if t is not None and total is not None
+        ]
 
         def pull_back(block: Block, state_slots: list[Slot], cotangents: list[Tensor]) -> None:
             """Adds what this block contributes to the totals of the inputs, the tables and the states it reads."""
-            slots = state_slots + table_slots
-            for i, (t, total) in enumerate(zip(block.cut, totals[:5], strict=True)):
+            slots, cut = state_slots + table_slots, block.cut()
+            for i, (t, total) in enumerate(zip(cut, totals[:5], strict=True)):
                 if t is not None and total is not None:
-                    block.cut[i] = leaf = t.detach().requires_grad_()
+                    cut[i] = leaf = t.detach().requires_grad_()
                     slots.append((leaf, total[block.at]))
             with torch.enable_grad():
-                outputs = block.run(
-                    {name: index[block.at] for name, index in decided.items()}, [state for state, _ in state_slots]
-                )
+                outputs = block.run(cut, decisions.read(block), [state for state, _ in state_slots])
             roots = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
             if roots and slots:
                 found = torch.autograd.grad(
@@ -184,15 +227,15 @@ class Attention(torch.autograd.Function):
 
         with no_autocast(grad.device):
             for (keys, queries), count in zip(call.walk(), ctx.state_counts, strict=True):
-                states = [next(saved) for _ in range(count)]
+                states = [next(rest) for _ in range(count)]
                 state_slots = [(s.detach().requires_grad_(), torch.zeros_like(s)) for s in states]
                 for block in queries:
                     pull_back(block, state_slots, [grad[block.at]])
                 for block in keys:
                     pull_back(block, [], [total for _, total in state_slots])
 
-        inputs = [None if total is None else total.to(t.dtype) for total, t in zip(totals, tensors, strict=True)]
-        return None, None, None, *inputs
+        grads = [None if total is None else total.to(t.dtype) for total, t in zip(totals, tensors, strict=True)]
+        return None, None, None, *grads
 
 
 Slot = tuple[Tensor, Tensor]
@@ -255,12 +298,14 @@ def routing_indices(
     cu_seqlens: Sequence[int] | None = None,
 ) -> Indices:
     """The decisions that :func:`dydila_attention` takes for the same arguments, (B, N) each."""
-    call = Call(options, cu_seqlens, mask, tensors)
-    decided = call.empty_indices()
-    with no_autocast(call.tokens.device):
+    q = tensors[0]
+    assert q is not None
+    call = Call(options, cu_seqlens, mask, tensors[:5], tensors[5:], q)
+    decisions = Decisions.of(call)
+    with no_autocast(q.device):
         for keys, queries in call.walk():
             for block in keys + queries:
                 indices: Indices = {}
-                block.sides(indices)
-                block.store(indices, decided)
-    return decided
+                block.sides(block.cut(), indices)
+                decisions.write(block, indices)
+    return decisions.tensors

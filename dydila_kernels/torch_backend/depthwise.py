@@ -1,38 +1,63 @@
-"""DWC of Eq. 9: depth-wise 3x3 convolution with zero padding of tokens (B, R*C, d) as they lie.
+"""DWC of Eq. 9: depth-wise 3x3 convolution with zero padding, added to tokens (B, N, d) as they lie.
 
-Tokens in row-major order are an image in the channels-last layout, so no transposition is needed.  The image is taken
+Tokens in row-major order are an image in the channels-last layout, so no transposition is needed.  An image is taken
 in strips of rows, each with the neighbouring row on either side, so that what the convolution copies stays small.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import grad as grad_of
 
 from dydila_kernels import reference
 from dydila_kernels.torch_backend.blocks import accumulation_dtype, block_rows, no_autocast, takes_plain_path
 
 
-def strips(v: Tensor, grid: tuple[int, int]) -> Iterator[tuple[slice, slice, slice, slice]]:
-    """Images, tokens of the strip, tokens of the strip with its neighbouring rows, and the strip within these."""
-    rows, columns = grid
+class Grid(NamedTuple):
+    """An image among the N tokens of a row: tokens ``start`` to ``start + rows * columns``."""
+
+    start: int
+    rows: int
+    columns: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.rows * self.columns
+
+
+class Strip(NamedTuple):
+    """Whole rows of a grid: their tokens, the tokens with a row more on either side, and the strip within these."""
+
+    tokens: slice
+    neighbourhood: slice
+    inner: slice
+
+
+def strip_of(grid: Grid, top: int, bottom: int) -> Strip:
+    """Rows ``top`` to ``bottom`` of the grid."""
+    start, columns = grid.start, grid.columns
+    above, below = max(top - 1, 0), min(bottom + 1, grid.rows)
+    return Strip(
+        slice(start + top * columns, start + bottom * columns),
+        slice(start + above * columns, start + below * columns),
+        slice((top - above) * columns, (bottom - above) * columns),
+    )
+
+
+def strips(v: Tensor, grid: Grid) -> Iterator[tuple[slice, Strip]]:
+    """The strips of a grid, each for as many of the B images as fit a block."""
     tokens = block_rows(v.shape[-1], v.device)
-    images = max(1, tokens // max(rows * columns, 1))
-    height = max(1, tokens // max(columns, 1))
+    images = max(1, tokens // max(grid.rows * grid.columns, 1))
+    height = max(1, tokens // max(grid.columns, 1))
     for first in range(0, v.shape[0], images):
-        for top in range(0, rows, height):
-            bottom = min(top + height, rows)
-            above, below = max(top - 1, 0), min(bottom + 1, rows)
-            yield (
-                slice(first, first + images),
-                slice(top * columns, bottom * columns),
-                slice(above * columns, below * columns),
-                slice((top - above) * columns, (bottom - above) * columns),
-            )
+        for top in range(0, grid.rows, height):
+            yield slice(first, first + images), strip_of(grid, top, min(top + height, grid.rows))
 
 
 def as_image(tokens: Tensor, columns: int) -> Tensor:
@@ -41,62 +66,101 @@ def as_image(tokens: Tensor, columns: int) -> Tensor:
 
 
 def convolve(tokens: Tensor, weight: Tensor, bias: Tensor | None, columns: int) -> Tensor:
-    """The convolution of whole rows of the grid, in the dtype of the weight, with zeros all around them."""
+    """The convolution of whole rows of a grid, in the dtype of the weight, with zeros all around them."""
     image = as_image(tokens.to(weight.dtype), columns)
     return F.conv2d(image, weight, bias, padding=1, groups=len(weight)).permute(0, 2, 3, 1).flatten(1, 2)
 
 
+def convolve_strip(v: Tensor, weight: Tensor, bias: Tensor | None, images: slice, strip: Strip, columns: int) -> Tensor:
+    """DWC(V) of a strip: (b, tokens of the strip, d) in the dtype of the weight."""
+    return convolve(v[images, strip.neighbourhood], weight, bias, columns)[:, strip.inner]
+
+
 class Depthwise(torch.autograd.Function):
-    """The convolution and its gradients, strip by strip.  Weight and bias are in the accumulation dtype."""
+    """``out + DWC(V)``, written into ``out``, and its gradients.  Weight and bias are in the accumulation dtype."""
 
     @staticmethod
-    def forward(ctx: Any, v: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int]) -> Tensor:
-        out = torch.zeros_like(v, memory_format=torch.contiguous_format)
-        for images, strip, with_neighbours, inner in strips(v, grid):
-            out[images, strip] = convolve(v[images, with_neighbours], weight, bias, grid[1])[:, inner]
+    def forward(ctx: Any, out: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, grids: Sequence[Grid]) -> Tensor:
+        for grid in grids:
+            for images, strip in strips(v, grid):
+                out[images, strip.tokens] += convolve_strip(v, weight, bias, images, strip, grid.columns)
+        ctx.mark_dirty(out)
         ctx.save_for_backward(v, weight, bias)
-        ctx.grid = grid
+        ctx.grids = grids
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         v, weight, bias = ctx.saved_tensors
-        needed = need_v, need_weight, need_bias = ctx.needs_input_grad[:3]
+        needed = need_v, need_weight, need_bias = ctx.needs_input_grad[1:4]
         if torch.is_grad_enabled():
             # A second derivative is wanted: one differentiable expression of the inputs themselves.
             wanted = [t for t, need in zip((v, weight, bias), needed, strict=True) if need]
-            found = iter(torch.autograd.grad(plain_depthwise(v, weight, bias, ctx.grid), wanted, grad, create_graph=True))
-            return *(next(found) if need else None for need in needed), None
+            out = plain_depthwise(torch.zeros_like(v), v, weight, bias, ctx.grids)
+            found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True) if wanted else ())
+            return grad, *(next(found) if need else None for need in needed), None
 
-        columns = ctx.grid[1]
         dv = torch.zeros_like(v, memory_format=torch.contiguous_format) if need_v else None
         dweight = torch.zeros_like(weight) if need_weight else None
+        dbias = torch.zeros_like(bias) if need_bias else None
         mirrored = weight.flip(-2, -1)
         with no_autocast(grad.device):
-            for images, strip, with_neighbours, inner in strips(v, ctx.grid):
-                if dv is not None:
-                    dv[images, strip] = convolve(grad[images, with_neighbours], mirrored, None, columns)[:, inner]
-                if dweight is not None:
-                    # The neighbouring rows are input to this strip's output, not output of their own.
-                    image = v[images, with_neighbours].to(weight.dtype)
-                    g = torch.zeros_like(image, memory_format=torch.contiguous_format)
-                    g[:, inner] = grad[images, strip]
-                    dweight += torch.nn.grad.conv2d_weight(
-                        as_image(image, columns), weight.shape, as_image(g, columns), padding=1, groups=len(weight)
-                    )
-        return dv, dweight, grad.sum((0, 1), dtype=weight.dtype) if need_bias else None, None
+            for grid in ctx.grids:
+                for images, strip in strips(v, grid):
+                    g = grad[images, strip.tokens].to(weight.dtype)
+                    if dv is not None:
+                        dv[images, strip.tokens] = convolve_strip(grad, mirrored, None, images, strip, grid.columns)
+                    if dweight is not None:
+                        # The neighbouring rows are input to this strip's output, not output of their own.
+                        image = v[images, strip.neighbourhood].to(weight.dtype)
+                        padded = torch.zeros_like(image, memory_format=torch.contiguous_format)
+                        padded[:, strip.inner] = g
+                        dweight += conv2d_weight(image, weight.shape, padded, grid.columns)
+                    if dbias is not None:
+                        dbias += g.sum((0, 1))
+        return grad, dv, dweight, dbias, None
 
 
-def plain_depthwise(v: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int]) -> Tensor:
-    """The reference equation in the dtype of the weight."""
-    return reference.depthwise(v.to(weight.dtype), weight, bias, grid).to(v.dtype)
+def conv2d_weight(tokens: Tensor, shape: torch.Size, grad: Tensor, columns: int) -> Tensor:
+    """The gradient of the kernel from that of the output of :func:`convolve`."""
+    return grad_of.conv2d_weight(as_image(tokens, columns), shape, as_image(grad, columns), padding=1, groups=shape[0])
 
 
-def depthwise(v: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int]) -> Tensor:
-    """v (B, R*C, d), weight (d, 1, 3, 3), bias (d,) or None, grid (R, C) -> (B, R*C, d) in the dtype of v."""
+def plain_depthwise(out: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, grids: Sequence[Grid]) -> Tensor:
+    """The reference equation in the dtype of the weight, out of place."""
+    parts, position = [], 0
+    for grid in grids:
+        inside = slice(grid.start, grid.stop)
+        image = reference.depthwise(v[:, inside].to(weight.dtype), weight, bias, (grid.rows, grid.columns))
+        parts += [out[:, position : grid.start], (out[:, inside] + image).to(out.dtype)]
+        position = grid.stop
+    return torch.cat([*parts, out[:, position:]], 1)
+
+
+def depthwise(out: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, grids: Sequence[Grid]) -> Tensor:
+    """``out + DWC(V)``, where possible written into ``out``: out, v (B, N, d), weight (d, 1, 3, 3), bias (d,) or None.
+
+    Tokens outside of the grids keep what ``out`` holds.
+    """
     dtype = accumulation_dtype(v.dtype)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     with no_autocast(v.device):
-        if takes_plain_path(v, weight, bias):
-            return plain_depthwise(v, weight, bias, grid)
-        return Depthwise.apply(v, weight, bias, grid)
+        if takes_plain_path(out, v, weight, bias):
+            return plain_depthwise(out, v, weight, bias, grids)
+        return Depthwise.apply(out, v, weight, bias, grids)
+
+
+def depthwise_block(
+    out: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, grids: Sequence[Grid], images: slice, rows: slice
+) -> None:
+    """Adds, without a gradient, DWC(V) to the tokens ``out`` (b, n, d) of a block, which lies within one image.
+
+    v (B, N, d) is whole; weight and bias are in the accumulation dtype.
+    """
+    grid = grids[bisect_right(grids, rows.start, key=lambda g: g.stop)]
+    first, last = max(rows.start, grid.start), min(rows.stop, grid.stop)
+    if first < last:
+        strip = strip_of(grid, (first - grid.start) // grid.columns, -((grid.start - last) // grid.columns))
+        image = convolve_strip(v, weight, bias, images, strip, grid.columns)
+        begin = strip.tokens.start
+        out[:, first - rows.start : last - rows.start] += image[:, first - begin : last - begin]

@@ -56,6 +56,7 @@ def combine(queries: Tokens, products: list[Tensor], masses: list[Tensor], optio
         q_mass = queries.maps[i][1]
         assert q_mass is not None
         mass = heads(q_mass, options.num_heads) @ k_mass
-        products[i] = torch.where(mass > 0, products[i] / torch.where(mass > 0, mass, 1), 0)
+        live = mass > 0
+        products[i] = products[i] / torch.where(live, mass, 1) * live.to(mass.dtype)
     tokens = [product.transpose(1, 2).flatten(2) for product in products]
     return tokens[0] if queries.lam is None else torch.addcmul(tokens[0], queries.lam, tokens[1], value=-1)

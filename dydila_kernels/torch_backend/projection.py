@@ -1,4 +1,4 @@
-"""Eqs. 1-2: each token times the projector it is routed to.  x (B, N, d), weight (n_P, d, d), index (B, N) -> (B, N, d).
+"""Eqs. 1-2: each token times its projector.  x (B, N, d), weight (n_P, d, d), index (B, N) -> (B, N, d).
 
 A block of tokens is sorted by projector, multiplied group by group and put back, so the work is that of one
 projection whatever n_P is, and a projector without a token costs nothing and gets a zero gradient.
@@ -13,17 +13,26 @@ import torch
 from torch import Tensor
 
 from dydila_kernels import reference
-from dydila_kernels.torch_backend.blocks import accumulation_dtype, all_blocks, no_autocast, takes_plain_path
+from dydila_kernels.torch_backend.blocks import (
+    accumulation_dtype,
+    all_blocks,
+    no_autocast,
+    router_logits,
+    takes_plain_path,
+)
 
 
 def projection_logits(x: Tensor, router: Tensor) -> Tensor:
-    """``x @ router`` (B, N, n) in the accumulation dtype, a block at a time where the cast would copy all of x."""
+    """``x @ router`` (B, N, n) in the accumulation dtype, a block at a time."""
     dtype = accumulation_dtype(x.dtype)
     with no_autocast(x.device):
         router = router.to(dtype)
-        if x.dtype == dtype or takes_plain_path(x, router):
+        if takes_plain_path(x, router):
             return x.to(dtype) @ router
-        parts = [torch.cat([x[images, rows].to(dtype) @ router for rows in ranges], 1) for images, ranges in all_blocks(x)]
+        parts = [
+            torch.cat([router_logits(x[images, rows].to(dtype), router) for rows in ranges], 1)
+            for images, ranges in all_blocks(x)
+        ]
         return torch.cat(parts) if parts else x.new_zeros((*x.shape[:2], router.shape[-1]), dtype=dtype)
 
 
@@ -41,7 +50,7 @@ class RoutedProjection(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, index: Tensor, one: Tensor | None) -> Tensor:
-        out = x.new_zeros((*x.shape[:2], weight.shape[-1]))
+        out = x.new_empty((*x.shape[:2], weight.shape[-1]))
         for images, ranges in all_blocks(x):
             for rows in ranges:
                 block, target = x[images, rows].flatten(0, 1), out[images, rows].view(-1, weight.shape[-1])

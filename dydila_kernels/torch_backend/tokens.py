@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dydila_kernels import reference
+from dydila_kernels.torch_backend.blocks import router_logits
 
 Indices = dict[str, Tensor]
 """Routing decisions by name, see :func:`index_names`."""
@@ -58,60 +61,95 @@ class Power(torch.autograd.Function):
 
     dZ = |s|/|p| gamma (p/s) t + c / (|p| |s|) s   where Z > 0,      dgamma = max r |s|/|p| sum p ln(s) t;
 
-    the scale of the row appears nowhere but in dgamma, so rows of scale 1e-30 or 1e30 keep their gradients.
+    the scale of the row appears nowhere but in dgamma, so rows of scale 1e-30 or 1e30 keep their gradients.  Entries
+    whose s is below the smallest normal number count as zeros.
     """
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, gamma: Tensor) -> Tensor:
         """tokens (b, n, d), gamma (b, n, 1) -> (b, n, d)."""
-        largest = tokens.amax(-1, keepdim=True).clamp_min_(0)
-        s = tokens / largest.where(largest > 0, 1)
-        s.clamp_min_(0)
-        p = s.log2().mul_(gamma).exp2_()
-        if tokens.device.type != "cpu" or bool((gamma <= 0).any()):
-            p = p.where(s > 0, 0)
+        tiny = torch.finfo(tokens.dtype).tiny
+        largest, divisor = row_scale(tokens)
+        s = F.threshold(tokens / divisor, tiny, 0.0, inplace=True)
+        # 1 or 0: entries at zero get log 0 = 0 and p = 0 for any gamma.  (On a CPU masks of bool are slower.)
+        sign = s.sign()
+        log = s.clamp_min(tiny).log2_().mul_(sign)
+        p = (log * gamma).exp2_().mul_(sign)
         # A live row holds a 1, so its norms are at least 1; the clamp turns the 0/0 of a dead row into 0/1.
-        s_norm = torch.linalg.vector_norm(s, dim=-1, keepdim=True)
-        p_norm = torch.linalg.vector_norm(p, dim=-1, keepdim=True).clamp_min_(1)
-        ctx.save_for_backward(gamma, largest, s, p, s_norm, p_norm)
+        s_norm, p_norm = norm(s), norm(p).clamp_min_(1)
+        ctx.save_for_backward(gamma, largest, s, log, p, s_norm, p_norm)
         return p * (largest * (s_norm / p_norm))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        gamma, largest, s, p, s_norm, p_norm = ctx.saved_tensors
+        gamma, largest, s, log, p, s_norm, p_norm = ctx.saved_tensors
         ratio = s_norm / p_norm
         c = (p * grad).sum(-1, keepdim=True)
         t = torch.addcmul(grad, p, c / p_norm.square(), value=-1)
-        positive = s > 0
-        slope = (p / s.where(positive, 1)).mul_(t).mul_(gamma * ratio)
-        slope.addcmul_(s, c / (p_norm * s_norm.clamp_min(1)))
+        t.mul_(p)
         dgamma = None
         if ctx.needs_input_grad[1]:
-            dgamma = largest * ratio * torch.xlogy(p, s).mul_(t).sum(-1, keepdim=True)
-        return slope.where(positive, 0), dgamma
+            dgamma = largest * ratio * math.log(2) * (t * log).sum(-1, keepdim=True)
+        # Where s = 0 both terms are.
+        slope = t.div_(s.clamp_min(torch.finfo(s.dtype).tiny)).mul_(gamma * ratio)
+        return slope.addcmul_(s, c / (p_norm * s_norm.clamp_min(1))), dgamma
+
+
+def row_scale(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest positive entry of each row, 0 where there is none, and the same with 1 in place of 0."""
+    largest = tokens.amax(-1, keepdim=True).clamp_min_(0)
+    return largest, largest.where(largest > 0, 1)
+
+
+def norm(tokens: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(tokens, dim=-1, keepdim=True)
+
+
+def power_(tokens: Tensor, gamma: Tensor, options: Options) -> Tensor:
+    """Eq. 5 in place and without a gradient, in as few passes over the block as will do."""
+    tiny = torch.finfo(tokens.dtype).tiny
+    largest, divisor = row_scale(tokens)
+    s = tokens.div_(divisor)
+    # Zeros become the smallest normal number, whose power with gamma >= 0.5 is lost in the rounding of the row's 1.
+    # (On a CPU log2(0) is ten times slower than log2.)  They are put back for other gammas, and where a head without
+    # a positive entry is to be divided by its own mass.
+    sign = None
+    if tokens.device.type != "cpu" or options.normalization == "denominator" or bool((gamma < 0.5).any()):
+        sign = F.threshold(s, tiny, 0.0).sign_()
+    s.clamp_min_(tiny)
+    s_norm = norm(s)
+    p = s.log2_().mul_(gamma) if sign is None else s.log2_().mul_(sign).mul_(gamma)
+    p = p.exp2_() if sign is None else p.exp2_().mul_(sign)
+    # A live row holds a 1, so its norms are at least 1; a dead row is multiplied by largest = 0.
+    return p.mul_(largest * (s_norm / norm(p).clamp_min_(1)))
 
 
 def tokens_of(
     side: str, z: Tensor, redundant: Tensor | None, tables: Tables, options: Options, indices: Indices
 ) -> Tokens:
-    """The queries (side "q") or keys ("k") of a block.  Decisions not yet in ``indices`` are taken and put there."""
+    """The queries (side "q") or keys ("k") of a block.  Decisions not yet in ``indices`` are taken and put there.
+
+    Where gradients are off, z and redundant are overwritten.
+    """
     number = "qk".index(side)
 
     def decide(name: str, *parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
         straight_through = options.router_gradient == "straight_through"
         if name in indices and not straight_through:
             return indices[name].long(), None
-        logits = parts[0][0] @ parts[0][1]
+        logits = router_logits(*parts[0])
         for tokens, router in parts[1:]:
-            logits = logits + tokens @ router
+            logits = logits + router_logits(tokens, router)
         if name not in indices:
             indices[name] = logits.argmax(-1)
         return indices[name].long(), logits if straight_through else None
 
     def measure(name: str, tokens: Tensor, router: Tensor) -> Tensor:  # Eq. 6
         gamma = reference.choose(tables.gamma, *decide(name, (tokens, router)))
-        return Power.apply(tokens, gamma[..., None])
+        if torch.is_grad_enabled():
+            return Power.apply(tokens, gamma[..., None])
+        return power_(tokens, gamma[..., None], options)
 
     measured = measure(f"measure_{side}", z, tables.kernel_routers[number])
     if options.differential == "off":
@@ -123,12 +161,13 @@ def tokens_of(
         return Tokens([(measured, measured), (other, other)])
 
     # [Z, Z'] R = Z R[:d] + Z' R[d:] spares the concatenation of Eq. 7.
-    top, bottom = tables.differential_routers[number].chunk(2)
+    top, bottom = tables.differential_routers[number].tensor_split(2)
     lam = reference.choose(tables.lam, *decide(f"differential_{side}", (measured, top), (other, bottom)))[..., None]
     if options.differential == "map":
         return at_unit_scale(Tokens([(measured, measured), (other, other)], lam), side, options)
     mass = torch.addcmul(measured, lam.abs(), other) if options.normalization == "denominator" else None
-    return at_unit_scale(Tokens([(torch.addcmul(measured, lam, other, value=-1), mass)]), side, options)
+    subtract = torch.addcmul if torch.is_grad_enabled() else Tensor.addcmul_
+    return at_unit_scale(Tokens([(subtract(measured, lam, other, value=-1), mass)]), side, options)
 
 
 def at_unit_scale(tokens: Tokens, side: str, options: Options) -> Tokens:

@@ -1,0 +1,238 @@
+"""For tests, ours and yours: inputs, the layer written in the reference equations, and measures of error.
+
+The oracle is :mod:`dydila_kernels.reference` in float64.  A result in a lower dtype is right if its error is at most
+twice the error that the same equations make in plain PyTorch in that dtype, with the same routing decisions: where two
+logits differ by less than rounding, either decision is right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dydila_kernels import reference
+from dydila_kernels.attention import DyDiLAttention
+from dydila_kernels.functional import validated
+from dydila_kernels.torch_backend import routing_indices
+
+Tensors = dict[str, Tensor]
+
+TOKENS = ("q", "k", "v", "q_redundant", "k_redundant")
+TABLES = ("gamma", "lam", "kernel_routers", "differential_routers")
+
+
+def core_inputs(
+    batch: int,
+    length: int,
+    dim: int,
+    *,
+    num_kernel_factors: int = 3,
+    num_differential_factors: int = 3,
+    differential: str = "token",
+    gamma: tuple[float, float] = (1.0, 4.0),
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> Tensors:
+    """Random arguments of :func:`dydila_kernels.dydila_attention` by name; kernel factors spread over ``gamma``."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+    off = differential == "off"
+    sides = {"token": 2, "map": 1, "off": 0}[differential]
+    inputs = {name: normal(batch, length, dim) for name in (TOKENS[:3] if off else TOKENS)}
+    inputs["gamma"] = torch.linspace(*gamma, num_kernel_factors, dtype=torch.float64).to(dtype)
+    inputs["kernel_routers"] = normal(2 if off else 4, dim, num_kernel_factors, scale=dim**-0.5)
+    if sides:
+        inputs["lam"] = normal(num_differential_factors, scale=0.3)
+        inputs["differential_routers"] = normal(sides, 2 * dim, num_differential_factors, scale=dim**-0.5)
+    return inputs
+
+
+def away_from_kinks(inputs: Mapping[str, Tensor], margin: float = 0.2) -> Tensors:
+    """The same with every entry of the tokens pushed ``margin`` away from 0, where ReLU has no derivative."""
+    return {name: t + t.sign() * margin if name in TOKENS else t for name, t in inputs.items()}
+
+
+def decisions(inputs: Mapping[str, Tensor], **options: Any) -> Tensors:
+    """The routing decisions that the torch backend takes for these arguments of the core, (B, N) int64 each."""
+    tensors, arguments = validated(**inputs, **options)
+    return {name: index.long() for name, index in routing_indices(*tensors, **arguments).items()}
+
+
+def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensors:
+    """Floating-point tensors in this dtype, others as they are."""
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def output_and_gradients(
+    function: Callable[[Tensors], Tensor], inputs: Mapping[str, Tensor], wanted: Sequence[str] | None = None
+) -> Tensors:
+    """``{"output": function(inputs)}`` and the gradient of each input (or of those ``wanted``) by name.
+
+    The incoming gradient is the same for every call with an output of the same shape, rounded to its dtype.
+    """
+    leaves = {name: t.detach().requires_grad_(t.is_floating_point()) for name, t in inputs.items()}
+    names = [name for name, t in leaves.items() if t.requires_grad and (wanted is None or name in wanted)]
+    out = function(leaves)
+    incoming = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).bfloat16()
+    gradients = torch.autograd.grad(
+        out, [leaves[name] for name in names], incoming.to(out.dtype), materialize_grads=True
+    )
+    return {"output": out.detach(), **dict(zip(names, gradients, strict=True))}
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """``|found - expected| / |expected|`` in float64; 0 where both are all zero."""
+    found, expected = found.detach().double(), expected.detach().double()
+    error, size = (found - expected).norm().item(), expected.norm().item()
+    return error / size if size else (0.0 if error == 0 else math.inf)
+
+
+def assert_agree(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = 1e-12) -> None:
+    """The same names, shapes and, up to a relative error in norm, values."""
+    assert found.keys() == expected.keys(), f"{sorted(found)} is not {sorted(expected)}"
+    for name, t in found.items():
+        assert t.shape == expected[name].shape, f"{name}: shape {tuple(t.shape)}, not {tuple(expected[name].shape)}"
+        error = relative_error(t, expected[name])
+        assert error <= tolerance, f"{name}: relative error {error:.3g}, allowed {tolerance:.3g}"  # NaN fails too
+
+
+def error_ratios(
+    found: Sequence[Mapping[str, Tensor]], plain: Sequence[Mapping[str, Tensor]], oracle: Sequence[Mapping[str, Tensor]]
+) -> dict[str, float]:
+    """By name, the error ``|found - oracle|`` over several runs together, divided by that of ``plain``.
+
+    Several runs of like inputs, because a tensor of few entries, such as the gradient of gamma, can be close to right by
+    chance.  A run in which plain PyTorch overflows asks of ``found`` no more than to be finite.
+    """
+
+    def squared(t: Tensor, truth: Tensor) -> float:
+        return (t.double() - truth.double()).square().sum().item()
+
+    def ratio(name: str) -> float:
+        runs = [(f[name], p[name], o[name]) for f, p, o in zip(found, plain, oracle, strict=True)]
+        if not all(f.isfinite().all() for f, _, _ in runs):
+            return math.inf
+        comparable = [run for run in runs if run[1].isfinite().all()]
+        error = sum(squared(f, o) for f, _, o in comparable)
+        allowed = sum(squared(p, o) for _, p, o in comparable)
+        return math.sqrt(error / allowed) if allowed else math.inf if error else 0.0
+
+    return {name: ratio(name) for name in oracle[0]}
+
+
+def assert_within_twice_plain(
+    found: Sequence[Mapping[str, Tensor]], plain: Sequence[Mapping[str, Tensor]], oracle: Sequence[Mapping[str, Tensor]]
+) -> None:
+    """The 2x rule, for each name over several runs."""
+    ratios = error_ratios(found, plain, oracle)
+    wrong = {name: round(ratio, 2) for name, ratio in ratios.items() if not ratio <= 2}
+    assert not wrong, f"error over that of plain PyTorch, allowed 2: {wrong}"
+
+
+def with_distinct_factors(attn: DyDiLAttention) -> DyDiLAttention:
+    """The layer, its tables spread around their initial values in place: equal factors leave the routers no gradient."""
+    with torch.no_grad():
+        attn.measure.gamma += torch.linspace(-0.5, 0.5, len(attn.measure.gamma))
+        if attn.differential is not None:
+            attn.differential.lam += torch.linspace(-0.4, 0.4, len(attn.differential.lam))
+    return attn
+
+
+def layer_inputs(attn: DyDiLAttention, x: Tensor) -> Tensors:
+    """``x`` and the parameters of the layer by name: the inputs of :func:`equations` and :func:`call_layer`."""
+    return {"x": x, **{name: parameter.detach() for name, parameter in attn.named_parameters()}}
+
+
+def call_layer(attn: DyDiLAttention, inputs: Mapping[str, Tensor], **arguments: Any) -> Tensor:
+    """``attn(x, **arguments)`` with the parameters taken from ``inputs``."""
+    state = {name: t for name, t in inputs.items() if name != "x"}
+    return torch.func.functional_call(attn, state, (inputs["x"],), arguments)
+
+
+def equations(
+    attn: DyDiLAttention,
+    inputs: Mapping[str, Tensor],
+    *,
+    mask: Tensor | None = None,
+    HW: Any = None,
+    cu_seqlens: Sequence[int] | None = None,
+    indices: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """Eqs. 1-10 of the configuration of an unfused ``attn`` without dropout, composed of the reference functions.
+
+    ``inputs`` holds x and the parameters under their state_dict names, in the dtype to compute in.
+    """
+    x = inputs["x"] if mask is None else inputs["x"].masked_fill(~mask[..., None], 0)
+    q, k, v = torch.nn.functional.linear(x, inputs["qkv.weight"], inputs.get("qkv.bias")).chunk(3, -1)
+    redundant = {}
+    for side in "qk" if attn.projection_q is not None else "":
+        weight, router = inputs[f"projection_{side}.weight"], inputs[f"projection_{side}.router"]
+        index = reference.route(x, router) if indices is None else indices[f"projection_{side}"]
+        redundant[side] = reference.project(x, weight, index)
+        if attn.router_gradient == "straight_through":
+            redundant[side] = redundant[side] * reference.straight_through_one(x @ router, index)
+    if attn.differential is None:
+        q, k = redundant.get("q", q), redundant.get("k", k)
+        redundant = {}
+    stages = (attn.measure, attn.differential)
+    kernel_routers, differential_routers = (
+        None if stage is None else torch.stack([inputs[f"{prefix}.{name}"] for name in stage.router_names])
+        for prefix, stage in zip(("measure", "differential"), stages, strict=True)
+    )
+    assert kernel_routers is not None
+    out = reference.dydila_attention(
+        q,
+        k,
+        v,
+        redundant.get("q"),
+        redundant.get("k"),
+        gamma=inputs["measure.gamma"],
+        lam=inputs.get("differential.lam"),
+        kernel_routers=kernel_routers,
+        differential_routers=differential_routers,
+        num_heads=attn.num_heads,
+        normalization=attn.normalization,
+        router_gradient=attn.router_gradient,
+        differential=attn.differential_mode,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        indices=indices,
+    )
+    if attn.dwc is not None:
+        values = v if mask is None else v.masked_fill(~mask[..., None], 0)
+        out = out + _convolution(attn, inputs, values, HW, [0, x.shape[1]] if cu_seqlens is None else cu_seqlens)
+    out = torch.nn.functional.linear(out, inputs["proj.weight"], inputs.get("proj.bias"))
+    return out if mask is None else out.masked_fill(~mask[..., None], 0)
+
+
+def _convolution(
+    attn: DyDiLAttention, inputs: Mapping[str, Tensor], v: Tensor, HW: Any, bounds: Sequence[int]
+) -> Tensor:
+    """The branches one by one on the grid of each image, zeros at its prefix tokens."""
+    assert attn.dwc is not None
+    prefix = attn.num_prefix_tokens
+    images = []
+    for i, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        tokens = v[:, start + prefix : stop]
+        if not tokens.shape[1]:  # F.conv2d refuses an image without pixels
+            images.append(v[:, start:stop] * 0)
+            continue
+        side = math.isqrt(tokens.shape[1])
+        rows, columns = (side, side) if HW is None else HW if len(bounds) == 2 and isinstance(HW[0], int) else HW[i]
+        image = tokens.unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
+        total = image if "identity" in attn.dwc.names else torch.zeros_like(image)
+        for name in attn.dwc.names:
+            if name != "identity":
+                weight = inputs[f"dwc.branches.{name}"]
+                padding = (weight.shape[2] // 2, weight.shape[3] // 2)
+                total = total + torch.nn.functional.conv2d(image, weight, padding=padding, groups=attn.dim)
+        convolved = total.permute(0, 2, 3, 1).flatten(1, 2)
+        images.append(torch.nn.functional.pad(convolved, (0, 0, prefix, 0)))
+    return torch.cat(images, 1)

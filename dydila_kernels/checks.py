@@ -126,7 +126,7 @@ def grid(value: object, length: int, num_prefix_tokens: int, where: str = "") ->
             f"x must hold at least num_prefix_tokens = {num_prefix_tokens} tokens{where}; got N = {length}"
         )
     if value is None:
-        side = math.isqrt(count)
+        side = torch.sym_int(count**0.5)  # as math.isqrt, which torch.compile cannot trace for a dynamic N
         if side * side != count:
             raise ValueError(f"HW=(rows, columns) is needed where N is no square; got N = {count}{prefix}{where}")
         return side, side

@@ -236,3 +236,33 @@ def _convolution(
         convolved = total.permute(0, 2, 3, 1).flatten(1, 2)
         images.append(torch.nn.functional.pad(convolved, (0, 0, prefix, 0)))
     return torch.cat(images, 1)
+
+
+def layer_error_ratio(attn: DyDiLAttention, batch: int = 1, length: int = 256, seed: int = 0) -> float:
+    """Our error over that of plain PyTorch in the dtype of the layer, for random tokens of a square grid.
+
+    The worse of two ratios: that of the output, and that of the gradients of the input and of all trainable parameters
+    together.  Above 2 something is wrong.
+    """
+    weight = attn.proj.weight
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, length, attn.dim, generator=generator).to(weight)
+    inputs = layer_inputs(attn, x)
+    wanted = ["x", *(name for name, parameter in attn.named_parameters() if parameter.requires_grad)]
+    indices = attn.routing(x).indices
+
+    def plain(t: Tensors) -> Tensor:
+        return equations(attn, t, indices=indices)
+
+    oracle = output_and_gradients(plain, cast(inputs, torch.float64), wanted)
+
+    def errors(function: Callable[[Tensors], Tensor]) -> tuple[float, float]:
+        found = output_and_gradients(function, inputs, wanted)
+        relative = {name: relative_error(t, oracle[name]) for name, t in found.items()}
+        return relative.pop("output"), math.hypot(*relative.values())
+
+    ratios = [
+        ours / usual if ours else 0.0
+        for ours, usual in zip(errors(lambda t: call_layer(attn, t)), errors(plain), strict=True)
+    ]
+    return math.nan if any(map(math.isnan, ratios)) else max(ratios)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-CPU_BLOCK = 2**19
-"""Elements of one token matrix in a block on a CPU: its few float32 temporaries of 2 MiB each live in the caches."""
+CPU_BLOCK = 2**20
+"""Elements of one token matrix in a block on a CPU: its few float32 temporaries of 4 MiB each stay in the caches."""
 DEVICE_BLOCK = 2**25
 """The same on other devices, where launches are what costs: temporaries of 128 MiB each."""
 

@@ -164,6 +164,10 @@ class Decisions:
         return {name: index[block.at] for name, index in self.tensors.items()}
 
 
+Slot = tuple[Tensor, Tensor]
+"""A leaf of a block and the tensor that its gradient is added to."""
+
+
 class Attention(torch.autograd.Function):
     """The core, differentiable with respect to all of its tensors: q, k, v, q', k' and the four of :class:`Tables`."""
 
@@ -191,8 +195,8 @@ class Attention(torch.autograd.Function):
             # A second derivative is wanted: one differentiable expression of the inputs themselves.
             out = plain_attention(ctx.options, ctx.cu_seqlens, mask, tensors, decisions.tensors)
             wanted = [t for t, need in zip(tensors, needed, strict=True) if need]
-            grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, materialize_grads=True))
-            return None, None, None, *(next(grads) if need else None for need in needed)
+            found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, materialize_grads=True))
+            return None, None, None, *(next(found) if need else None for need in needed)
 
         # Detached: a block is differentiated on its own, with respect to leaves cut from these.
         inputs = [None if t is None else t.detach() for t in tensors[:5]]
@@ -218,10 +222,10 @@ class Attention(torch.autograd.Function):
                 outputs = block.run(cut, decisions.read(block), [state for state, _ in state_slots])
             roots = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
             if roots and slots:
-                found = torch.autograd.grad(
+                gradients = torch.autograd.grad(
                     [o for o, _ in roots], [leaf for leaf, _ in slots], [c for _, c in roots], allow_unused=True
                 )
-                for (_, total), gradient in zip(slots, found, strict=True):
+                for (_, total), gradient in zip(slots, gradients, strict=True):
                     if gradient is not None:
                         total += gradient
 
@@ -236,10 +240,6 @@ class Attention(torch.autograd.Function):
 
         grads = [None if total is None else total.to(t.dtype) for total, t in zip(totals, tensors, strict=True)]
         return None, None, None, *grads
-
-
-Slot = tuple[Tensor, Tensor]
-"""A leaf of a block and the tensor that its gradient is added to."""
 
 
 def plain_attention(

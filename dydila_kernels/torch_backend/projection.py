@@ -55,7 +55,7 @@ class RoutedProjection(torch.autograd.Function):
             for rows in ranges:
                 block, target = x[images, rows].flatten(0, 1), out[images, rows].view(-1, weight.shape[-1])
                 for u, members in groups(index[images, rows].flatten(), len(weight)):
-                    target.index_copy_(0, members, block[members] @ weight[u])
+                    target.index_copy_(0, members, block.index_select(0, members) @ weight[u])
         ctx.save_for_backward(x, weight, index, one, None if one is None else out)
         return out
 
@@ -80,9 +80,9 @@ class RoutedProjection(torch.autograd.Function):
                     for u, members in groups(index[images, rows].flatten(), len(weight)):
                         if dx is not None:
                             target = dx[images, rows].view(-1, x.shape[-1])
-                            target.index_copy_(0, members, g[members] @ weight[u].T)
+                            target.index_copy_(0, members, g.index_select(0, members) @ weight[u].T)
                         if total is not None:
-                            total[u].addmm_(block[members].to(total.dtype).T, g[members].to(total.dtype))
+                            total[u].addmm_(block.index_select(0, members).to(total.dtype).T, g.index_select(0, members).to(total.dtype))
                     if done is not None:
                         product = grad[images, rows].to(done.dtype) * out[images, rows].to(done.dtype)
                         done[images, rows] = product.sum(-1, keepdim=True)

@@ -1,0 +1,1 @@
+"""Benchmarks: each suite is a command, ``python -m benchmarks.<suite>``, built on :mod:`benchmarks.harness`."""

@@ -1,0 +1,162 @@
+"""What every benchmark suite shares: timing, peak memory, the facts of the environment, and rows of results.
+
+A row is a flat dict, stored as one line of JSON.  Times are in milliseconds, memory in MiB (2^20 bytes).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from datetime import datetime, timezone
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+import dydila_kernels
+
+Row = dict[str, Any]
+REPOSITORY = Path(__file__).resolve().parent.parent
+MIB = 2**20
+
+
+class CheckFailed(RuntimeError):
+    """The results are wrong, so their speed is not worth measuring."""
+
+
+def require_correct(error_ratio: float, limit: float = 2.0) -> None:
+    """Raise unless our error is at most ``limit`` times that of plain PyTorch.  To be called before any timing."""
+    if not error_ratio <= limit:  # written so that NaN fails
+        raise CheckFailed(
+            f"our error is {error_ratio:.3g} times that of plain PyTorch (limit {limit:g}): nothing timed"
+        )
+
+
+Name = TypeVar("Name")
+
+
+def interleave(
+    calls: Mapping[Name, Callable[[], object]], *, repeats: int, budget_seconds: float, device: str = "cpu"
+) -> dict[Name, list[float]]:
+    """Time the calls in turn, A B A B ..., so that a drift of the machine meets all of them; seconds per call.
+
+    The first call of each warms up and is dropped.  A call that has used up its budget takes no further turn; if that
+    happens in the first round already, its first call is a long one, in which warming up is no part to speak of, and it
+    is kept as the only sample.
+    """
+    seconds: dict[Name, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats + 1):
+        for name, call in calls.items():
+            if sum(seconds[name]) <= budget_seconds:
+                start = time.perf_counter()
+                call()
+                synchronize(device)
+                seconds[name].append(time.perf_counter() - start)
+    return {name: samples[1:] or samples for name, samples in seconds.items()}
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has done all it was given."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def summarize(seconds: Sequence[float]) -> Row:
+    """Median and 10 % and 90 % quantiles in milliseconds, and of how many calls."""
+    q10, median, q90 = np.quantile(seconds, [0.1, 0.5, 0.9]) * 1e3
+    return {"median_ms": float(median), "q10_ms": float(q10), "q90_ms": float(q90), "repeats": len(seconds)}
+
+
+def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)`` in a process of its own; both must pickle.
+
+    The process is forked from a server that has imported the package and computed nothing, so it starts in
+    milliseconds and with clean memory.  Threads and seeds are the function's to set.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.harness"])
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        return pool.submit(function, *args).result()
+
+
+def peak_growth_mib(call: Callable[[], object], device: str = "cpu") -> float | None:
+    """How far memory rises above its present level during the call; None where it cannot be told.
+
+    On the CPU this is resident memory of the process.  Measure it :func:`in_fresh_process`: memory that an earlier call
+    has returned to the allocator, but not to the system, would hide the growth.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / MIB
+    if platform.system() != "Linux":
+        return None
+    # Not ru_maxrss: it starts at the parent's peak and cannot be reset.
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present level
+    before = _resident_kib("VmRSS")
+    call()
+    return (_resident_kib("VmHWM") - before) / 1024
+
+
+def _resident_kib(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1])
+    raise KeyError(field)
+
+
+def environment(device: str) -> Row:
+    """Where and when a row was measured: commit, versions, device, threads, date, and how busy the machine has been."""
+    return {
+        "commit": _commit(),
+        "dydila_kernels": dydila_kernels.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": _device_name(device),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # processes running, last minute
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _commit() -> str:
+    """The short hash of the commit, with "+" behind it where code differs from it; "unknown" outside a repository."""
+    git = ["git", "-C", str(REPOSITORY)]
+    try:
+        commit = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], stderr=subprocess.DEVNULL, text=True)
+        status = [*git, "status", "--porcelain", "--", ":!benchmarks/results"]
+        changes = subprocess.check_output(status, stderr=subprocess.DEVNULL, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.strip() + ("+" if changes.strip() else "")
+
+
+def _device_name(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Store the rows of a run, in place of those of the run before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows that :func:`write_rows` stored."""
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -35,9 +35,11 @@ def applies(attn: DyDiLAttention, x: Tensor) -> bool:
     """Whether nothing needs the tensors in between: no gradient, transform, autocast or replaced ``qkv``."""
     if torch.is_grad_enabled() or takes_plain_path(x) or autocast_dtype(x.device) is not None:
         return False
-    # Blocks multiply by the rows of qkv.weight that they need, where other modules and hooks want to be called.
-    plain_qkv = type(attn.qkv) is nn.Linear and not attn.qkv._forward_hooks and not attn.qkv._forward_pre_hooks
-    return plain_qkv and choose_backend(attn.backend, x.device, x.dtype) == "torch"
+    # Blocks multiply by the rows of qkv.weight that they need; other modules, hooks and quantised weights want a call.
+    qkv = attn.qkv
+    plain = type(qkv) is nn.Linear and type(qkv.weight) in (nn.Parameter, Tensor)
+    hooked = qkv._forward_hooks or qkv._forward_pre_hooks
+    return plain and not hooked and choose_backend(attn.backend, x.device, x.dtype) == "torch"
 
 
 class Made:

@@ -35,18 +35,19 @@ def core_inputs(
     differential: str = "token",
     gamma: tuple[float, float] = (1.0, 4.0),
     dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Tensors:
     """Random arguments of :func:`dydila_kernels.dydila_attention` by name; kernel factors spread over ``gamma``."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(device, dtype)
 
     off = differential == "off"
     sides = {"token": 2, "map": 1, "off": 0}[differential]
     inputs = {name: normal(batch, length, dim) for name in (TOKENS[:3] if off else TOKENS)}
-    inputs["gamma"] = torch.linspace(*gamma, num_kernel_factors, dtype=torch.float64).to(dtype)
+    inputs["gamma"] = torch.linspace(*gamma, num_kernel_factors, dtype=torch.float64).to(device, dtype)
     inputs["kernel_routers"] = normal(2 if off else 4, dim, num_kernel_factors, scale=dim**-0.5)
     if sides:
         inputs["lam"] = normal(num_differential_factors, scale=0.3)
@@ -61,8 +62,9 @@ def away_from_kinks(inputs: Mapping[str, Tensor], margin: float = 0.2) -> Tensor
 
 def decisions(inputs: Mapping[str, Tensor], **options: Any) -> Tensors:
     """The routing decisions that the torch backend takes for these arguments of the core, (B, N) int64 each."""
-    tensors, arguments = validated(**inputs, **options)
-    return {name: index.long() for name, index in routing_indices(*tensors, **arguments).items()}
+    arguments: dict[str, Any] = {**inputs, **options}
+    tensors, checked = validated(**arguments)
+    return {name: index.long() for name, index in routing_indices(*tensors, **checked).items()}
 
 
 def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensors:
@@ -81,9 +83,7 @@ def output_and_gradients(
     names = [name for name, t in leaves.items() if t.requires_grad and (wanted is None or name in wanted)]
     out = function(leaves)
     incoming = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).bfloat16()
-    gradients = torch.autograd.grad(
-        out, [leaves[name] for name in names], incoming.to(out.dtype), materialize_grads=True
-    )
+    gradients = torch.autograd.grad(out, [leaves[name] for name in names], incoming.to(out), materialize_grads=True)
     return {"output": out.detach(), **dict(zip(names, gradients, strict=True))}
 
 
@@ -108,8 +108,8 @@ def error_ratios(
 ) -> dict[str, float]:
     """By name, the error ``|found - oracle|`` over several runs together, divided by that of ``plain``.
 
-    Several runs of like inputs, because a tensor of few entries, such as the gradient of gamma, can be close to right by
-    chance.  A run in which plain PyTorch overflows asks of ``found`` no more than to be finite.
+    Several runs of like inputs, because a tensor of few entries, such as the gradient of gamma, can be close to right
+    by chance.  A run in which plain PyTorch overflows asks of ``found`` no more than to be finite.
     """
 
     def squared(t: Tensor, truth: Tensor) -> float:
@@ -137,11 +137,11 @@ def assert_within_twice_plain(
 
 
 def with_distinct_factors(attn: DyDiLAttention) -> DyDiLAttention:
-    """The layer, its tables spread around their initial values in place: equal factors leave the routers no gradient."""
+    """The layer, its tables spread in place around their initial values: equal factors give the routers no gradient."""
     with torch.no_grad():
-        attn.measure.gamma += torch.linspace(-0.5, 0.5, len(attn.measure.gamma))
+        attn.measure.gamma.add_(torch.linspace(-0.5, 0.5, len(attn.measure.gamma)).to(attn.measure.gamma))
         if attn.differential is not None:
-            attn.differential.lam += torch.linspace(-0.4, 0.4, len(attn.differential.lam))
+            attn.differential.lam.add_(torch.linspace(-0.4, 0.4, len(attn.differential.lam)).to(attn.differential.lam))
     return attn
 
 

@@ -78,11 +78,11 @@ class RoutedProjection(torch.autograd.Function):
                 for rows in ranges:
                     block, g = x[images, rows].flatten(0, 1), grad[images, rows].flatten(0, 1)
                     for u, members in groups(index[images, rows].flatten(), len(weight)):
+                        x_u, g_u = block.index_select(0, members), g.index_select(0, members)
                         if dx is not None:
-                            target = dx[images, rows].view(-1, x.shape[-1])
-                            target.index_copy_(0, members, g.index_select(0, members) @ weight[u].T)
+                            dx[images, rows].view(-1, x.shape[-1]).index_copy_(0, members, g_u @ weight[u].T)
                         if total is not None:
-                            total[u].addmm_(block.index_select(0, members).to(total.dtype).T, g.index_select(0, members).to(total.dtype))
+                            total[u].addmm_(x_u.to(total.dtype).T, g_u.to(total.dtype))
                     if done is not None:
                         product = grad[images, rows].to(done.dtype) * out[images, rows].to(done.dtype)
                         done[images, rows] = product.sum(-1, keepdim=True)

@@ -32,14 +32,27 @@ if TYPE_CHECKING:
 
 
 def applies(attn: DyDiLAttention, x: Tensor) -> bool:
-    """Whether nothing needs the tensors in between: no gradient, transform, autocast or replaced ``qkv``."""
+    """Whether nothing needs the tensors in between: no gradient, transform, autocast or replaced projection."""
     if torch.is_grad_enabled() or takes_plain_path(x) or autocast_dtype(x.device) is not None:
         return False
     # Blocks multiply by the rows of qkv.weight that they need; other modules, hooks and quantised weights want a call.
-    qkv = attn.qkv
-    plain = type(qkv) is nn.Linear and type(qkv.weight) in (nn.Parameter, Tensor)
-    hooked = qkv._forward_hooks or qkv._forward_pre_hooks
-    return plain and not hooked and choose_backend(attn.backend, x.device, x.dtype) == "torch"
+    plain = is_plain(attn.qkv) and is_plain(attn.proj)
+    return plain and choose_backend(attn.backend, x.device, x.dtype) == "torch"
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether the layer is a matrix product with its weight, and nobody watches its calls."""
+    plain = type(layer) is nn.Linear and type(layer.weight) in (nn.Parameter, Tensor)
+    return plain and not layer._forward_hooks and not layer._forward_pre_hooks
+
+
+def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """``F.linear`` of a block x (b, n, d) into a block of a contiguous tensor: fresh memory is dear on a CPU."""
+    rows, columns = x.flatten(0, 1), out.view(-1, len(weight))
+    if bias is None:
+        torch.mm(rows, weight.T, out=columns)
+    else:
+        torch.addmm(bias, rows, weight.T, out=columns)
 
 
 class Made:
@@ -57,7 +70,7 @@ def attend(
 ) -> Tensor:
     """Eqs. 1-9 and the output projection for checked arguments: x (B, N, d), zero where the mask has no token."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    values = torch.empty_like(y) if attn.dwc is not None else None
+    values = torch.empty_like(y)
     weights = attn.qkv.weight.chunk(3)
     biases = (None, None, None) if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
 
@@ -65,12 +78,10 @@ def attend(
         return F.linear(x[at], weights[part], biases[part])
 
     def value(at: At) -> Tensor:
-        v = linear(2, at)
-        if mask is not None:
-            v = v.masked_fill(~mask[at][..., None], 0)
-        if values is not None:
-            values[at] = v  # a block of keys comes before the queries whose convolution needs it
-        return v
+        # Kept: a block of keys comes before the queries whose convolution needs its values.
+        v = values[at]
+        linear_into(v, x[at], weights[2], biases[2])
+        return v if mask is None else v.masked_fill_(~mask[at][..., None], 0)
 
     projected: list[Callable[[At], Tensor] | None] = [partial(linear, 0), partial(linear, 1), value, None, None]
     if attn.projection_q is not None and attn.projection_k is not None:
@@ -85,9 +96,9 @@ def attend(
         kernel = weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def finish(block: Block, tokens: Tensor) -> None:
-        if values is not None and kernel is not None:
+        if kernel is not None:
             depthwise_block(tokens, values, *kernel, grids, *block.at)
-        y[block.at] = attn.proj(tokens)
+        linear_into(y[block.at], tokens, attn.proj.weight, attn.proj.bias)
 
     arguments = attn._core_arguments()
     call = Call(

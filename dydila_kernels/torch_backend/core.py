@@ -18,7 +18,15 @@ from torch import Tensor
 from dydila_kernels import reference
 from dydila_kernels.torch_backend.blocks import accumulation_dtype, all_blocks, no_autocast, takes_plain_path
 from dydila_kernels.torch_backend.linear_attention import readout, states_of, whole_attention
-from dydila_kernels.torch_backend.tokens import Indices, Options, Tables, Tokens, index_names, tokens_of
+from dydila_kernels.torch_backend.tokens import (
+    Indices,
+    Options,
+    Tables,
+    Tokens,
+    index_names,
+    needs_exact_zeros,
+    tokens_of,
+)
 
 At = tuple[slice, slice]
 """Images and rows of a block."""
@@ -97,13 +105,16 @@ class Call:
         # Routers multiply from the left, see router_logits: they are laid out for that once.
         kernel_routers, differential_routers = (None if t is None else t.mT.contiguous().mT for t in routers)
         assert gamma is not None and kernel_routers is not None
-        self.tables = Tables(gamma, lam, kernel_routers, differential_routers)
+        exact_zeros = needs_exact_zeros(gamma, options)
+        self.tables = Tables(gamma, lam, kernel_routers, differential_routers, exact_zeros)
 
     def walk(self) -> Iterator[tuple[list[Block], list[Block]]]:
         """Of each image (or several short ones) the blocks of keys and of queries, or no keys and one whole block."""
         for images, ranges in all_blocks(self.like, self.cu_seqlens):
             scale = self.scale(images, slice(ranges[0].start, ranges[-1].stop))
-            if len(ranges) == 1:
+            tokens, head_dim = ranges[-1].stop - ranges[0].start, self.like.shape[-1] // self.options.num_heads
+            # Made blocks are dear: where the states are no detour, keys and queries are not held at the same time.
+            if len(ranges) == 1 and not (self.disposable and tokens >= head_dim):
                 yield [], [Block(self, "whole", images, ranges[0], scale)]
             else:
                 yield (
@@ -203,11 +214,11 @@ class Attention(torch.autograd.Function):
         call = Call(ctx.options, ctx.cu_seqlens, mask, inputs, tensors[5:], tensors[0])
         totals = [
             torch.zeros_like(t, memory_format=torch.contiguous_format) if t is not None and need else None
-            for t, need in zip([*inputs, *call.tables], needed, strict=True)
+            for t, need in zip([*inputs, *call.tables[:4]], needed, strict=True)
         ]
         table_slots: list[Slot] = [
             (t.requires_grad_(), total)
-            for t, total in zip(call.tables, totals[5:], strict=True)
+            for t, total in zip(call.tables[:4], totals[5:], strict=True)
             if t is not None and total is not None
         ]
 

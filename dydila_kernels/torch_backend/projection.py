@@ -29,11 +29,13 @@ def projection_logits(x: Tensor, router: Tensor) -> Tensor:
         router = router.to(dtype)
         if takes_plain_path(x, router):
             return x.to(dtype) @ router
-        parts = [
-            torch.cat([router_logits(x[images, rows].to(dtype), router) for rows in ranges], 1)
-            for images, ranges in all_blocks(x)
+        blocks = [
+            [router_logits(x[images, rows].to(dtype), router) for rows in ranges] for images, ranges in all_blocks(x)
         ]
-        return torch.cat(parts) if parts else x.new_zeros((*x.shape[:2], router.shape[-1]), dtype=dtype)
+        if not blocks:
+            return x.new_zeros((*x.shape[:2], router.shape[-1]), dtype=dtype)
+        images = [parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in blocks]
+        return images[0] if len(images) == 1 else torch.cat(images)
 
 
 def groups(index: Tensor, choices: int) -> Iterator[tuple[int, Tensor]]:

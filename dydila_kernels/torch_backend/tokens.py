@@ -27,12 +27,16 @@ class Options(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """gamma (n_F,), lam (n_D,), kernel_routers (4 or 2, d, n_F), differential_routers (2 or 1, 2d, n_D)."""
+    """gamma (n_F,), lam (n_D,), kernel_routers (4 or 2, d, n_F), differential_routers (2 or 1, 2d, n_D).
+
+    ``exact_zeros``: :func:`power_` must give exact zeros for zeros.
+    """
 
     gamma: Tensor
     lam: Tensor | None
     kernel_routers: Tensor
     differential_routers: Tensor | None
+    exact_zeros: bool = True
 
 
 class Tokens(NamedTuple):
@@ -99,30 +103,33 @@ class Power(torch.autograd.Function):
 def row_scale(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """The largest positive entry of each row, 0 where there is none, and the same with 1 in place of 0."""
     largest = tokens.amax(-1, keepdim=True).clamp_min_(0)
-    return largest, largest.where(largest > 0, 1)
+    return largest, largest + (largest == 0)
 
 
 def norm(tokens: Tensor) -> Tensor:
     return torch.linalg.vector_norm(tokens, dim=-1, keepdim=True)
 
 
-def power_(tokens: Tensor, gamma: Tensor, options: Options) -> Tensor:
+def power_(tokens: Tensor, gamma: Tensor, exact_zeros: bool) -> Tensor:
     """Eq. 5 in place and without a gradient, in as few passes over the block as will do."""
     tiny = torch.finfo(tokens.dtype).tiny
     largest, divisor = row_scale(tokens)
     s = tokens.div_(divisor)
-    # Zeros become the smallest normal number, whose power with gamma >= 0.5 is lost in the rounding of the row's 1.
-    # (On a CPU log2(0) is ten times slower than log2.)  They are put back for other gammas, and where a head without
-    # a positive entry is to be divided by its own mass.
-    sign = None
-    if tokens.device.type != "cpu" or options.normalization == "denominator" or bool((gamma < 0.5).any()):
-        sign = F.threshold(s, tiny, 0.0).sign_()
+    # Zeros become the smallest normal number, of which no power is left in the rounding of the row's 1.  (On a CPU
+    # log2(0) is ten times slower than log2.)  Where that is not enough they are put back.
+    sign = F.threshold(s, tiny, 0.0).sign_() if exact_zeros else None
     s.clamp_min_(tiny)
     s_norm = norm(s)
     p = s.log2_().mul_(gamma) if sign is None else s.log2_().mul_(sign).mul_(gamma)
     p = p.exp2_() if sign is None else p.exp2_().mul_(sign)
     # A live row holds a 1, so its norms are at least 1; a dead row is multiplied by largest = 0.
     return p.mul_(largest * (s_norm / norm(p).clamp_min_(1)))
+
+
+def needs_exact_zeros(gamma: Tensor, options: Options) -> bool:
+    """Where small gammas lift tiny numbers, or a head without a positive entry is divided by its own mass."""
+    # Reading gamma would make other devices wait.
+    return gamma.device.type != "cpu" or options.normalization == "denominator" or bool((gamma < 0.5).any())
 
 
 def tokens_of(
@@ -149,7 +156,7 @@ def tokens_of(
         gamma = reference.choose(tables.gamma, *decide(name, (tokens, router)))
         if torch.is_grad_enabled():
             return Power.apply(tokens, gamma[..., None])
-        return power_(tokens, gamma[..., None], options)
+        return power_(tokens, gamma[..., None], tables.exact_zeros)
 
     measured = measure(f"measure_{side}", z, tables.kernel_routers[number])
     if options.differential == "off":

@@ -101,6 +101,8 @@ def cu_seqlens(value: Tensor | Sequence[int], like: Tensor) -> list[int]:
                 f"got {str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
             )
         value = value.tolist()
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"cu_seqlens must be a one-dimensional integer tensor or a list of ints; got {value!r}")
     bounds = list(value)
     for bound in bounds:
         integer("cu_seqlens", bound, 0)

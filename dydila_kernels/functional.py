@@ -61,7 +61,8 @@ def dydila_attention(
             None with "off".
         num_heads: H, a divisor of d.
         normalization: "length" divides by the number of attended tokens, "none" is Eq. 8 as printed, "denominator"
-            divides by the absolute mass, which for lambda = 0 is the denominator of Eq. 4.
+            divides by the absolute mass, which for lambda = 0 is the denominator of Eq. 4.  With several heads and
+            gamma above 16, a head whose powers all underflow in float32 gives 0.
         router_gradient: "none", the argmax as printed, or "straight_through": the same values, and gradients to the
             routers as if the choice were the mean under the softmax of the logits.
         differential: "token" (Eq. 8), "map" (Eq. 10) or "off" (Eq. 6 alone).

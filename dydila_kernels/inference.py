@@ -33,17 +33,19 @@ if TYPE_CHECKING:
 
 def applies(attn: DyDiLAttention, x: Tensor) -> bool:
     """Whether nothing needs the tensors in between: no gradient, transform, autocast or replaced projection."""
-    if torch.is_grad_enabled() or takes_plain_path(x) or autocast_dtype(x.device) is not None:
+    if torch.is_grad_enabled() or autocast_dtype(x.device) is not None or takes_plain_path(x, *attn.parameters()):
         return False
-    # Blocks multiply by the rows of qkv.weight that they need; other modules, hooks and quantised weights want a call.
-    plain = is_plain(attn.qkv) and is_plain(attn.proj)
+    if attn.normalization == "denominator":  # whose scale of the keys takes a pass of its own over all of them
+        return False
+    # Hooks, and layers other than a plain nn.Linear, expect one call with all of the tokens.
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in attn.modules() if m is not attn)
+    plain = is_plain(attn.qkv) and is_plain(attn.proj) and not hooked
     return plain and choose_backend(attn.backend, x.device, x.dtype) == "torch"
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether the layer is a matrix product with its weight, and nobody watches its calls."""
-    plain = type(layer) is nn.Linear and type(layer.weight) in (nn.Parameter, Tensor)
-    return plain and not layer._forward_hooks and not layer._forward_pre_hooks
+    """Whether the layer is a matrix product with its weight: not replaced, parametrised or quantised."""
+    return type(layer) is nn.Linear and type(layer.weight) in (nn.Parameter, Tensor)
 
 
 def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -98,10 +98,13 @@ def linear_attention(
     if normalization == "denominator":
         assert q_mass is not None and k_mass is not None
         q_mass, k_mass = (rearrange(t, "b n (h e) -> b h n e", h=num_heads) for t in (q_mass, k_mass))
-        # The quotient does not depend on the scale of a query: at scale 1 nothing under- or overflows.
-        largest = q_mass.detach().amax(-1, keepdim=True)
-        largest = torch.where(largest > 0, largest, 1)
-        q, q_mass = q / largest, q_mass / largest
+        # The quotient depends neither on the scale of a query nor on that of all keys: at 1 both are harmless.
+        if k.shape[-2]:
+            largest_q, largest_k = (
+                t.detach().amax(dims, keepdim=True) for t, dims in ((q_mass, -1), (k_mass, (-2, -1)))
+            )
+            largest_q, largest_k = (torch.where(t > 0, t, 1) for t in (largest_q, largest_k))
+            q, q_mass, k, k_mass = q / largest_q, q_mass / largest_q, k / largest_k, k_mass / largest_k
         mass = (q_mass * k_mass.sum(-2, keepdim=True)).sum(-1, keepdim=True)
         out = q @ (k.transpose(-2, -1) @ v)
         out = torch.where(mass > 0, out / torch.where(mass > 0, mass, 1), 0)

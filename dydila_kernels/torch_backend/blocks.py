@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,11 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
+
+
+def views(tensors: Sequence[Tensor | None]) -> list[Any]:
+    """Views of the tensors: with respect to them a derivative is partial, even where one depends on another."""
+    return [None if t is None else t.view_as(t) for t in tensors]
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager:

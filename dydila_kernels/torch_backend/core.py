@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dydila_kernels import reference
-from dydila_kernels.torch_backend.blocks import accumulation_dtype, all_blocks, no_autocast, takes_plain_path
+from dydila_kernels.torch_backend.blocks import accumulation_dtype, all_blocks, no_autocast, takes_plain_path, views
 from dydila_kernels.torch_backend.linear_attention import readout, states_of, whole_attention
 from dydila_kernels.torch_backend.tokens import (
     Indices,
@@ -37,8 +37,8 @@ INPUTS_OF = {"queries": (0, 3), "keys": (1, 2, 4), "whole": (0, 1, 2, 3, 4)}
 class Block:
     """A range of rows of some images of a call."""
 
-    def __init__(self, call: Call, kind: str, images: slice, rows: slice, scale: Tensor | float) -> None:
-        self.call, self.kind, self.at, self.scale = call, kind, (images, rows), scale
+    def __init__(self, call: Call, kind: str, at: At, scale: Tensor | float, key_scales: list[Tensor]) -> None:
+        self.call, self.kind, self.at, self.scale, self.key_scales = call, kind, at, scale, key_scales
 
     def cut(self) -> list[Tensor | None]:
         """(b, n, d) blocks of q, k, v, q', k', None where this block has no use for it."""
@@ -48,9 +48,11 @@ class Block:
     def sides(self, cut: list[Tensor | None], indices: Indices) -> tuple[Tokens | None, Tokens | None, Tensor | None]:
         """Queries, keys and values.  Decisions not found in ``indices`` are taken and put there."""
         call = self.call
-        q, k, v, q_redundant, k_redundant = (self.load(t, owned=i != 2) for i, t in enumerate(cut))
+        q, k, v, q_redundant, k_redundant = (call.load(t, self.at, owned=i != 2) for i, t in enumerate(cut))
         queries = None if q is None else tokens_of("q", q, q_redundant, call.tables, call.options, indices)
         keys = None if k is None else tokens_of("k", k, k_redundant, call.tables, call.options, indices)
+        if keys is not None and self.key_scales:
+            keys = keys.divided_by(self.key_scales)
         return queries, keys, v
 
     def run(self, cut: list[Tensor | None], indices: Indices, states: list[Tensor]) -> list[Tensor]:
@@ -64,16 +66,6 @@ class Block:
             return [readout(queries, states, options).to(dtype)]
         assert v is not None
         return [whole_attention(queries, keys, v, self.scale, options).to(dtype)]
-
-    def load(self, block: Tensor | None, owned: bool) -> Tensor | None:
-        """In the accumulation dtype, with zeros where the mask has no token; ``owned``: free to be overwritten."""
-        if block is None:
-            return None
-        loaded = block.to(self.call.dtype)
-        if self.call.mask is not None:
-            return loaded.masked_fill(~self.call.mask[self.at][..., None], 0)
-        keep = torch.is_grad_enabled() or not owned or self.call.disposable or loaded is not block
-        return loaded if keep else loaded.clone()
 
 
 class Blocks(Protocol):
@@ -112,15 +104,43 @@ class Call:
         """Of each image (or several short ones) the blocks of keys and of queries, or no keys and one whole block."""
         for images, ranges in all_blocks(self.like, self.cu_seqlens):
             scale = self.scale(images, slice(ranges[0].start, ranges[-1].stop))
+            key_scales = self.key_scales(images, ranges)
             tokens, head_dim = ranges[-1].stop - ranges[0].start, self.like.shape[-1] // self.options.num_heads
             # Made blocks are dear: where the states are no detour, keys and queries are not held at the same time.
             if len(ranges) == 1 and not (self.disposable and tokens >= head_dim):
-                yield [], [Block(self, "whole", images, ranges[0], scale)]
+                yield [], [Block(self, "whole", (images, ranges[0]), scale, key_scales)]
             else:
                 yield (
-                    [Block(self, "keys", images, rows, scale) for rows in ranges],
-                    [Block(self, "queries", images, rows, scale) for rows in ranges],
+                    [Block(self, "keys", (images, rows), scale, key_scales) for rows in ranges],
+                    [Block(self, "queries", (images, rows), scale, []) for rows in ranges],
                 )
+
+    def load(self, block: Tensor | None, at: At, owned: bool) -> Tensor | None:
+        """In the accumulation dtype, with zeros where the mask has no token; ``owned``: free to be overwritten."""
+        if block is None:
+            return None
+        loaded = block.to(self.dtype)
+        if self.mask is not None:
+            return loaded.masked_fill(~self.mask[at][..., None], 0)
+        keep = torch.is_grad_enabled() or not owned or self.disposable or loaded is not block
+        return loaded if keep else loaded.clone()
+
+    def key_scales(self, images: slice, ranges: list[slice]) -> list[Tensor]:
+        """Under "denominator", for each map the largest entry of the keys of each image, (b, 1, 1).
+
+        The output does not depend on the scale of the keys: at 1 neither products nor sums over- or underflow.
+        """
+        if self.options.normalization != "denominator":
+            return []
+        largest = []
+        for source in (self.inputs[1], self.inputs[4]):
+            if source is not None:
+                blocks = (self.load(source[images, rows], (images, rows), owned=False) for rows in ranges)
+                peaks = [block.amax((1, 2), keepdim=True) for block in blocks if block is not None]
+                largest.append(torch.stack(peaks).amax(0).clamp_min(0))
+        if self.options.differential == "token":
+            largest = [torch.maximum(*largest)]
+        return [t + (t == 0) for t in largest]
 
     def scale(self, images: slice, rows: slice) -> Tensor | float:
         """1/count of each image under "length", a number or (b, 1, 1, 1), else 1."""
@@ -204,6 +224,7 @@ class Attention(torch.autograd.Function):
         needed = ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():
             # A second derivative is wanted: one differentiable expression of the inputs themselves.
+            tensors = views(tensors)
             out = plain_attention(ctx.options, ctx.cu_seqlens, mask, tensors, decisions.tensors)
             wanted = [t for t, need in zip(tensors, needed, strict=True) if need]
             found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, materialize_grads=True))

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import grad as grad_of
 
 from dydila_kernels import reference
-from dydila_kernels.torch_backend.blocks import accumulation_dtype, block_rows, no_autocast, takes_plain_path
+from dydila_kernels.torch_backend.blocks import accumulation_dtype, block_rows, no_autocast, takes_plain_path, views
 
 
 class Grid(NamedTuple):
@@ -52,9 +52,11 @@ def strip_of(grid: Grid, top: int, bottom: int) -> Strip:
 
 def strips(v: Tensor, grid: Grid) -> Iterator[tuple[slice, Strip]]:
     """The strips of a grid, each for as many of the B images as fit a block."""
+    if grid.start == grid.stop:
+        return
     tokens = block_rows(v.shape[-1], v.device)
-    images = max(1, tokens // max(grid.rows * grid.columns, 1))
-    height = max(1, tokens // max(grid.columns, 1))
+    images = max(1, tokens // (grid.rows * grid.columns))
+    height = max(1, tokens // grid.columns)
     for first in range(0, v.shape[0], images):
         for top in range(0, grid.rows, height):
             yield slice(first, first + images), strip_of(grid, top, min(top + height, grid.rows))
@@ -95,6 +97,7 @@ class Depthwise(torch.autograd.Function):
         needed = need_v, need_weight, need_bias = ctx.needs_input_grad[1:4]
         if torch.is_grad_enabled():
             # A second derivative is wanted: one differentiable expression of the inputs themselves.
+            v, weight, bias = views((v, weight, bias))
             wanted = [t for t, need in zip((v, weight, bias), needed, strict=True) if need]
             out = plain_depthwise(torch.zeros_like(v), v, weight, bias, ctx.grids)
             found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True) if wanted else ())
@@ -130,6 +133,8 @@ def plain_depthwise(out: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None,
     """The reference equation in the dtype of the weight, out of place."""
     parts, position = [], 0
     for grid in grids:
+        if grid.start == grid.stop:
+            continue
         inside = slice(grid.start, grid.stop)
         image = reference.depthwise(v[:, inside].to(weight.dtype), weight, bias, (grid.rows, grid.columns))
         parts += [out[:, position : grid.start], (out[:, inside] + image).to(out.dtype)]

@@ -19,6 +19,7 @@ from dydila_kernels.torch_backend.blocks import (
     no_autocast,
     router_logits,
     takes_plain_path,
+    views,
 )
 
 
@@ -67,6 +68,7 @@ class RoutedProjection(torch.autograd.Function):
         need_x, need_weight, _, need_one = ctx.needs_input_grad
         if torch.is_grad_enabled():
             # A second derivative is wanted: one differentiable expression of the inputs themselves.
+            x, weight, one = views((x, weight, one))
             wanted = [t for t, need in zip((x, weight, one), (need_x, need_weight, need_one), strict=True) if need]
             found = iter(torch.autograd.grad(plain_projection(x, weight, index, one), wanted, grad, create_graph=True))
             dx, dweight = (next(found) if need else None for need in (need_x, need_weight))

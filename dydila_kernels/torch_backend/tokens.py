@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +49,14 @@ class Tokens(NamedTuple):
 
     maps: list[tuple[Tensor, Tensor | None]]
     lam: Tensor | None = None
+
+    def divided_by(self, scales: Sequence[Tensor]) -> Tokens:
+        """Each map, tokens and mass, divided by its scale."""
+        maps = [
+            (hat / scale, None if mass is None else mass / scale)
+            for (hat, mass), scale in zip(self.maps, scales, strict=True)
+        ]
+        return Tokens(maps, self.lam)
 
 
 def index_names(differential: str) -> tuple[str, ...]:

@@ -1,0 +1,70 @@
+"""Eqs. 1-2 of the torch backend and the module that owns the projectors, against the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from dydila_kernels import reference, torch_backend
+from dydila_kernels.projection import DynamicProjection
+from dydila_kernels.testing import assert_agree, output_and_gradients, relative_error
+
+blocks = pytest.mark.parametrize("elements", [2**19, 40, 8])
+
+
+@blocks
+@pytest.mark.parametrize("choices", [1, 3, 7])
+def test_equals_the_reference(elements: int, choices: int, block_of: Callable[[int], None]) -> None:
+    block_of(elements)
+    inputs = {
+        "x": torch.randn(2, 9, 8, dtype=torch.float64),
+        "weight": torch.randn(choices, 8, 8, dtype=torch.float64),
+        "router": torch.randn(8, choices, dtype=torch.float64),
+    }
+    index = reference.route(inputs["x"], inputs["router"])
+    logits = torch_backend.projection_logits(inputs["x"], inputs["router"])
+    assert relative_error(logits, inputs["x"] @ inputs["router"]) < 1e-14 and torch.equal(logits.argmax(-1), index)
+
+    found = output_and_gradients(lambda t: torch_backend.routed_projection(t["x"], t["weight"], index), inputs)
+    assert_agree(found, output_and_gradients(lambda t: reference.project(t["x"], t["weight"], index), inputs))
+
+    found = output_and_gradients(
+        lambda t: torch_backend.routed_projection(
+            t["x"], t["weight"], index, torch_backend.projection_logits(t["x"], t["router"])
+        ),
+        inputs,
+    )
+    expected = output_and_gradients(
+        lambda t: (
+            reference.project(t["x"], t["weight"], index) * reference.straight_through_one(t["x"] @ t["router"], index)
+        ),
+        inputs,
+    )
+    if choices == 1:  # a softmax of one has no gradient, so what is left is rounding
+        assert not found.pop("router").any() and expected.pop("router").abs().max() < 1e-12
+    assert_agree(found, expected)
+
+
+@blocks
+def test_module(elements: int, block_of: Callable[[int], None]) -> None:
+    block_of(elements)
+    x = torch.randn(2, 9, 8, dtype=torch.float64)
+    outs = []
+    for trainable in (False, True):
+        torch.manual_seed(1)
+        module = DynamicProjection(8, 3, trainable_routers=trainable, dtype=torch.float64)
+        outs.append(module(x))
+        module(x).sum().backward()
+        assert (module.router.grad is not None) == trainable
+    assert torch.equal(*outs)
+    assert relative_error(outs[0], reference.project(x, module.weight, reference.route(x, module.router))) < 1e-14
+
+
+def test_routers_decide_in_float32_whatever_the_tokens() -> None:
+    x, router = torch.randn(4, 64, 32).bfloat16(), torch.randn(32, 5)
+    assert relative_error(torch_backend.projection_logits(x, router), x.double() @ router.double()) < 1e-6
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = torch_backend.projection_logits(x.float(), router)
+    assert logits.dtype == torch.float32 and relative_error(logits, x.double() @ router.double()) < 1e-6

@@ -27,7 +27,7 @@ from dydila_kernels.testing import (
     with_distinct_factors,
 )
 
-SEEDS = range(8)
+SEEDS = range(24)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 BLOCKS = pytest.mark.parametrize("elements", [2**19, 2**9])
 

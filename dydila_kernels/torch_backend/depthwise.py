@@ -85,7 +85,7 @@ class Depthwise(torch.autograd.Function):
     def forward(ctx: Any, out: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, grids: Sequence[Grid]) -> Tensor:
         for grid in grids:
             for images, strip in strips(v, grid):
-                out[images, strip.tokens] += convolve_strip(v, weight, bias, images, strip, grid.columns)
+                out[images, strip.tokens].add_(convolve_strip(v, weight, bias, images, strip, grid.columns))
         ctx.mark_dirty(out)
         ctx.save_for_backward(v, weight, bias)
         ctx.grids = grids
@@ -168,4 +168,4 @@ def depthwise_block(
         strip = strip_of(grid, (first - grid.start) // grid.columns, -((grid.start - last) // grid.columns))
         image = convolve_strip(v, weight, bias, images, strip, grid.columns)
         begin = strip.tokens.start
-        out[:, first - rows.start : last - rows.start] += image[:, first - begin : last - begin]
+        out[:, first - rows.start : last - rows.start].add_(image[:, first - begin : last - begin])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -197,6 +197,25 @@ class DyDiLAttention(nn.Module):
             )
         call = self._checked(x, mask, needs_grid=False)
         return routing.balance_loss_of(self, call.x, call.mask)
+
+    def load_attention(self, state_dict: Mapping[str, Tensor]) -> list[str]:
+        """Loads ``qkv`` and ``proj`` of a timm or DiT attention, and names the parameters that stay new.
+
+        Strict: the state_dict must hold all of the weights and biases that ``qkv`` and ``proj`` of this layer have, in
+        their shapes, and nothing else.
+
+        Raises:
+            ValueError: it holds less or more; the message names what.
+            RuntimeError: a shape differs (from ``load_state_dict``).
+        """
+        wanted = {name for name in self.state_dict() if name.startswith(("qkv.", "proj."))}
+        missing, unexpected = sorted(wanted - state_dict.keys()), sorted(state_dict.keys() - wanted)
+        if missing or unexpected:
+            raise ValueError(
+                f"state_dict must hold exactly {', '.join(sorted(wanted))}; "
+                f"it lacks {', '.join(missing) or 'nothing'} and has beside them {', '.join(unexpected) or 'nothing'}"
+            )
+        return list(self.load_state_dict(state_dict, strict=False).missing_keys)
 
     def fuse(self) -> DyDiLAttention:
         """Turns the layer into its inference form, in place, and returns it: one 3x3 kernel, stacked routers.

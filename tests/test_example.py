@@ -20,7 +20,7 @@ import examples.dydi_lit
 from examples.dydi_lit import demo, sample, score, train
 from examples.dydi_lit.checkpoint import CheckpointError, load_ema_model, read_config, read_losses
 from examples.dydi_lit.data import digits, to_pixels
-from examples.dydi_lit.figures import save_grid, save_loss_curve
+from examples.dydi_lit.figures import as_text, save_grid, save_loss_curve
 from examples.dydi_lit.model import SIZES, DyDiLiT, config_of_size, position_embedding
 
 SMALL = replace(SIZES["tiny"], dim=32, depth=2, ffn_ratio=1.0, patch_size=2)
@@ -192,6 +192,12 @@ def test_figures_are_written(tmp_path: Path) -> None:
     save_grid(torch.zeros(7, 1, 8, 8), tmp_path / "new" / "grid.png", columns=3)
     save_loss_curve([1.0 / step for step in range(1, 80)], tmp_path / "loss.png")
     assert (tmp_path / "new" / "grid.png").stat().st_size > 0 and (tmp_path / "loss.png").stat().st_size > 0
+
+
+def test_digits_as_text() -> None:
+    black, white = -torch.ones(1, 1, 2, 3), torch.ones(1, 1, 2, 3)
+    row = "██" * 3 + " " * 3 + "  " * 3
+    assert as_text(torch.cat([white, black, white]), columns=2) == "\n".join([row, row, "██" * 3, "██" * 3])
 
 
 # --- commands

@@ -93,6 +93,20 @@ def test_loading_a_dit_attention_tells_what_is_new() -> None:
     assert all(name in str(error.value) for name in result.missing_keys)
 
 
+def test_load_attention_is_strict_and_names_what_is_new() -> None:
+    trained, attn = DiTAttention(D), DyDiLAttention(D, 2, qkv_bias=True, **FACTORS)
+    assert set(attn.load_attention(trained.state_dict())) == set(DEFAULT) - set(SHARED)
+    assert torch.equal(attn.qkv.weight, trained.qkv.weight) and torch.equal(attn.proj.bias, trained.proj.bias)
+    with pytest.raises(ValueError, match=r"lacks nothing and has beside them qkv\.bias"):
+        DyDiLAttention(D, **FACTORS).load_attention(trained.state_dict())
+    with pytest.raises(ValueError, match=r"lacks proj\.weight and has beside them q_norm\.weight"):
+        state = {**trained.state_dict(), "q_norm.weight": torch.ones(D)}
+        del state["proj.weight"]
+        attn.load_attention(state)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        attn.load_attention(DiTAttention(2 * D).state_dict())
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_copies_and_files(fused: bool, tmp_path: Path) -> None:
     """deepcopy, pickle, and torch.save of the state_dict, read with weights_only."""

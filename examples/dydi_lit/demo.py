@@ -7,6 +7,7 @@ from pathlib import Path
 import tyro
 
 from examples.dydi_lit.checkpoint import plain_errors, read_config
+from examples.dydi_lit.figures import as_text
 from examples.dydi_lit.sample import SampleConfig, draw_grid
 from examples.dydi_lit.score import ScoreConfig, print_scores, score
 from examples.dydi_lit.train import Interrupted, TrainConfig, from_json, train
@@ -37,7 +38,8 @@ def demo(config: DemoConfig) -> None:
     trained = time.perf_counter()
 
     grid = config.output / "samples.png"
-    draw_grid(SampleConfig(checkpoint, output=grid))
+    drawing = SampleConfig(checkpoint, output=grid)
+    print(as_text(draw_grid(drawing)[:: drawing.per_class]))
     print_scores(score(ScoreConfig(checkpoint)))
     print(f"{trained - started:.0f} s of training, {time.perf_counter() - trained:.0f} s of sampling and scoring")
     print(f"samples {grid}, loss curve {config.output / 'loss.png'}, checkpoint {checkpoint}")

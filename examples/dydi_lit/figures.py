@@ -1,4 +1,4 @@
-"""The two pictures of the example, written as PNG files; no screen is needed."""
+"""The pictures of the example: two PNG files, and digits as text for a terminal; no screen is needed."""
 
 from pathlib import Path
 
@@ -17,6 +17,16 @@ def save_grid(images: Tensor, path: Path, *, columns: int) -> None:
         axes.axis("off")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+
+
+def as_text(images: Tensor, *, columns: int = 5) -> str:
+    """Images (n, 1, height, width) in -1..1 as lines of shades, two characters a pixel, `columns` images to a row."""
+    shades = np.array(["  ", "░░", "▒▒", "▓▓", "██"])
+    levels = ((images[:, 0].clamp(-1, 1) + 1) / 2 * (len(shades) - 1)).round().long().cpu().numpy()
+    pixels = shades[levels]
+    rows = [pixels[first : first + columns] for first in range(0, len(pixels), columns)]
+    lines = ["   ".join("".join(line) for line in lines) for row in rows for lines in row.swapaxes(0, 1)]
+    return "\n".join(lines)
 
 
 def save_loss_curve(losses: list[float], path: Path, *, window: int = 50) -> None:

@@ -74,11 +74,12 @@ def labels_of(per_class: int) -> Tensor:
     return torch.arange(NUM_CLASSES).repeat_interleave(per_class)
 
 
-def draw_grid(config: SampleConfig) -> None:
-    """Writes `config.output`; CheckpointError where there is no checkpoint to draw from."""
+def draw_grid(config: SampleConfig) -> Tensor:
+    """Writes `config.output` and returns the images in it; CheckpointError where there is no checkpoint."""
     model, labels = load_ema_model(config.checkpoint), labels_of(config.per_class)
     images = sample(model, labels, guidance=config.guidance, steps=config.steps, seed=config.seed)
     save_grid(images, config.output, columns=config.per_class)
+    return images
 
 
 def main() -> None:

@@ -102,13 +102,14 @@ def test_resumed_run_equals_an_uninterrupted_one(
 ) -> None:
     straight = train.train(small_run)
 
+    handler = signal.getsignal(signal.SIGINT)
     halved = replace(small_run, output=tmp_path / "halved")
     with monkeypatch.context() as patch:
         interrupt_at(patch, 3)
         with pytest.raises(train.Interrupted) as stopped:
             train.train(halved)
     checkpoint = stopped.value.checkpoint
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     assert len(read_losses(checkpoint)) == read_config(checkpoint)["steps_done"] == 3
     torch.rand(5)  # the resumed process is in another random state
 

@@ -24,11 +24,13 @@ from dydila_kernels.torch_backend import (
     accumulation_dtype,
     autocast_dtype,
     depthwise_block,
+    project_block,
     takes_plain_path,
 )
 
 if TYPE_CHECKING:
     from dydila_kernels.attention import DyDiLAttention
+    from dydila_kernels.projection import DynamicProjection
 
 
 def applies(attn: DyDiLAttention, x: Tensor) -> bool:
@@ -85,11 +87,17 @@ def attend(
         linear_into(v, x[at], weights[2], biases[2])
         return v if mask is None else v.masked_fill_(~mask[at][..., None], 0)
 
+    def routed(projection: DynamicProjection, side: str, at: At) -> Tensor:
+        # A block of y is free until its output is known.  Keys and queries meet only where N < e, see Call.walk.
+        shared = side == "q" or x[at].shape[1] >= attn.dim // attn.num_heads
+        out = y[at] if shared else torch.empty_like(y[at])
+        project_block(out, x[at], projection.weight, projection.logits(x[at]).argmax(-1))
+        return out
+
     projected: list[Callable[[At], Tensor] | None] = [partial(linear, 0), partial(linear, 1), value, None, None]
     if attn.projection_q is not None and attn.projection_k is not None:
-        q_redundant, k_redundant = attn.projection_q, attn.projection_k
-        routed = [lambda at: q_redundant(x[at]), lambda at: k_redundant(x[at])]
-        projected = [*projected[:3], *routed] if attn.differential is not None else [*routed, value, None, None]
+        redundant = [partial(routed, attn.projection_q, "q"), partial(routed, attn.projection_k, "k")]
+        projected = [*projected[:3], *redundant] if attn.differential is not None else [*redundant, value, None, None]
 
     kernel: tuple[Tensor, Tensor | None] | None = None
     if attn.dwc is not None:

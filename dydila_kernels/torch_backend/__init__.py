@@ -12,7 +12,7 @@ equations of :mod:`dydila_kernels.reference` in one piece instead, in the same a
 from dydila_kernels.torch_backend.blocks import accumulation_dtype, autocast_dtype, no_autocast, takes_plain_path
 from dydila_kernels.torch_backend.core import At, Block, Call, dydila_attention, routing_indices
 from dydila_kernels.torch_backend.depthwise import Grid, depthwise, depthwise_block
-from dydila_kernels.torch_backend.projection import projection_logits, routed_projection
+from dydila_kernels.torch_backend.projection import project_block, projection_logits, routed_projection
 from dydila_kernels.torch_backend.tokens import Options
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "depthwise_block",
     "dydila_attention",
     "no_autocast",
+    "project_block",
     "projection_logits",
     "routed_projection",
     "routing_indices",

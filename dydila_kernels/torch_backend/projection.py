@@ -48,6 +48,13 @@ def groups(index: Tensor, choices: int) -> Iterator[tuple[int, Tensor]]:
             yield u, rows
 
 
+def project_block(out: Tensor, x: Tensor, weight: Tensor, index: Tensor) -> None:
+    """Writes Eq. 2 for a block of tokens x (b, n, d), routed by index (b, n), into the contiguous ``out`` (b, n, d)."""
+    rows, target = x.flatten(0, 1), out.view(-1, out.shape[-1])
+    for u, members in groups(index.flatten(), len(weight)):
+        target.index_copy_(0, members, rows.index_select(0, members) @ weight[u])
+
+
 class RoutedProjection(torch.autograd.Function):
     """Eq. 2 and its gradients.  ``one`` (B, N, 1), or None, is the straight-through factor: it is 1 in value."""
 
@@ -56,9 +63,7 @@ class RoutedProjection(torch.autograd.Function):
         out = x.new_empty((*x.shape[:2], weight.shape[-1]))
         for images, ranges in all_blocks(x):
             for rows in ranges:
-                block, target = x[images, rows].flatten(0, 1), out[images, rows].view(-1, weight.shape[-1])
-                for u, members in groups(index[images, rows].flatten(), len(weight)):
-                    target.index_copy_(0, members, block.index_select(0, members) @ weight[u])
+                project_block(out[images, rows], x[images, rows], weight, index[images, rows])
         ctx.save_for_backward(x, weight, index, one, None if one is None else out)
         return out
 

@@ -23,7 +23,6 @@ from dydila_kernels.torch_backend import routing_indices
 Tensors = dict[str, Tensor]
 
 TOKENS = ("q", "k", "v", "q_redundant", "k_redundant")
-TABLES = ("gamma", "lam", "kernel_routers", "differential_routers")
 
 
 def core_inputs(

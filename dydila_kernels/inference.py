@@ -25,6 +25,7 @@ from dydila_kernels.torch_backend import (
     autocast_dtype,
     depthwise_block,
     project_block,
+    states_pay,
     takes_plain_path,
 )
 
@@ -88,8 +89,9 @@ def attend(
         return v if mask is None else v.masked_fill_(~mask[at][..., None], 0)
 
     def routed(projection: DynamicProjection, side: str, at: At) -> Tensor:
-        # A block of y is free until its output is known.  Keys and queries meet only where N < e, see Call.walk.
-        shared = side == "q" or x[at].shape[1] >= attn.dim // attn.num_heads
+        # A block of y is free until its output is known.  Only where the states do not pay is a block of keys held
+        # together with its queries (Call.walk).
+        shared = side == "q" or states_pay(x[at].shape[1], attn.dim, attn.num_heads)
         out = y[at] if shared else torch.empty_like(y[at])
         project_block(out, x[at], projection.weight, projection.logits(x[at]).argmax(-1))
         return out

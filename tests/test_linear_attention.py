@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -12,7 +13,17 @@ from dydila_kernels import dydila_attention, reference
 from dydila_kernels.testing import Tensors, assert_agree, core_inputs, output_and_gradients, relative_error
 
 #: elements of a block of d = 12: all images, one image, several ranges of an image, single rows
-BLOCKS = [2**19, 12 * 7, 12 * 3, 12]
+EVERY_BLOCK = pytest.mark.parametrize("elements", [2**19, 12 * 7, 12 * 3, 12])
+EVERY_OPTION = pytest.mark.parametrize(
+    "options",
+    [
+        {"normalization": normalization, "differential": differential, "router_gradient": router_gradient}
+        for normalization, differential, router_gradient in product(
+            ("length", "none", "denominator"), ("token", "map", "off"), ("none", "straight_through")
+        )
+    ],
+    ids=lambda options: "-".join(options.values()),
+)
 
 
 def agree(inputs: Tensors, **options: Any) -> None:
@@ -26,66 +37,37 @@ def agree(inputs: Tensors, **options: Any) -> None:
         assert out.is_contiguous()
 
 
-@pytest.mark.parametrize("elements", BLOCKS)
+@EVERY_BLOCK
+@EVERY_OPTION
 @pytest.mark.parametrize("num_heads", [1, 3, 6])
-@pytest.mark.parametrize("normalization", ["length", "none", "denominator"])
-@pytest.mark.parametrize("differential", ["token", "map", "off"])
-@pytest.mark.parametrize("router_gradient", ["none", "straight_through"])
 def test_equals_the_reference(
-    elements: int,
-    num_heads: int,
-    normalization: str,
-    differential: str,
-    router_gradient: str,
-    block_of: Callable[[int], None],
+    elements: int, num_heads: int, options: dict[str, str], block_of: Callable[[int], None]
 ) -> None:
     block_of(elements)
-    agree(
-        core_inputs(3, 7, 12, differential=differential, num_differential_factors=4),
-        num_heads=num_heads,
-        normalization=normalization,
-        differential=differential,
-        router_gradient=router_gradient,
-    )
+    inputs = core_inputs(3, 7, 12, differential=options["differential"], num_differential_factors=4)
+    agree(inputs, num_heads=num_heads, **options)
 
 
-@pytest.mark.parametrize("elements", BLOCKS)
-@pytest.mark.parametrize("normalization", ["length", "none", "denominator"])
-@pytest.mark.parametrize("differential", ["token", "map", "off"])
-@pytest.mark.parametrize("router_gradient", ["none", "straight_through"])
+@EVERY_BLOCK
+@EVERY_OPTION
 def test_equals_the_reference_with_a_mask(
-    elements: int, normalization: str, differential: str, router_gradient: str, block_of: Callable[[int], None]
+    elements: int, options: dict[str, str], block_of: Callable[[int], None]
 ) -> None:
     """Images with gaps, without a gap, and without any token."""
     block_of(elements)
     mask = torch.tensor([[1, 0, 1, 1, 0, 0, 1], [1] * 7, [0] * 7, [0, 0, 0, 0, 0, 0, 1]]).bool()
-    agree(
-        core_inputs(4, 7, 12, differential=differential),
-        num_heads=3,
-        normalization=normalization,
-        differential=differential,
-        router_gradient=router_gradient,
-        mask=mask,
-    )
+    agree(core_inputs(4, 7, 12, differential=options["differential"]), num_heads=3, mask=mask, **options)
 
 
-@pytest.mark.parametrize("elements", BLOCKS)
-@pytest.mark.parametrize("normalization", ["length", "none", "denominator"])
-@pytest.mark.parametrize("differential", ["token", "map", "off"])
-@pytest.mark.parametrize("router_gradient", ["none", "straight_through"])
+@EVERY_BLOCK
+@EVERY_OPTION
 def test_equals_the_reference_with_packed_images(
-    elements: int, normalization: str, differential: str, router_gradient: str, block_of: Callable[[int], None]
+    elements: int, options: dict[str, str], block_of: Callable[[int], None]
 ) -> None:
     """Also an image of one token and one of none."""
     block_of(elements)
-    agree(
-        core_inputs(1, 17, 12, differential=differential),
-        num_heads=3,
-        normalization=normalization,
-        differential=differential,
-        router_gradient=router_gradient,
-        cu_seqlens=[0, 7, 8, 8, 17],
-    )
+    inputs = core_inputs(1, 17, 12, differential=options["differential"])
+    agree(inputs, num_heads=3, cu_seqlens=[0, 7, 8, 8, 17], **options)
 
 
 @pytest.mark.parametrize("wanted", [["q"], ["v"], ["k_redundant"], ["gamma"], ["lam"], ["q", "kernel_routers"]])

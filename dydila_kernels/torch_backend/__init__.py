@@ -12,6 +12,7 @@ equations of :mod:`dydila_kernels.reference` in one piece instead, in the same a
 from dydila_kernels.torch_backend.blocks import accumulation_dtype, autocast_dtype, no_autocast, takes_plain_path
 from dydila_kernels.torch_backend.core import At, Block, Call, dydila_attention, routing_indices
 from dydila_kernels.torch_backend.depthwise import Grid, depthwise, depthwise_block
+from dydila_kernels.torch_backend.linear_attention import states_pay
 from dydila_kernels.torch_backend.projection import project_block, projection_logits, routed_projection
 from dydila_kernels.torch_backend.tokens import Options
 
@@ -31,5 +32,6 @@ __all__ = [
     "projection_logits",
     "routed_projection",
     "routing_indices",
+    "states_pay",
     "takes_plain_path",
 ]

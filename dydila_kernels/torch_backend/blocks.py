@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ CPU_BLOCK = 2**20
 DEVICE_BLOCK = 2**25
 """The same on other devices, where launches are what costs: temporaries of 128 MiB each."""
 
-Block = tuple[slice, list[slice]]
+ImageRanges = tuple[slice, list[slice]]
 """Images to take together, and the row ranges to take them in."""
 
 
@@ -25,7 +24,7 @@ def block_rows(dim: int, device: torch.device) -> int:
     return max(1, (CPU_BLOCK if device.type == "cpu" else DEVICE_BLOCK) // max(dim, 1))
 
 
-def image_blocks(batch: int, start: int, stop: int, rows: int) -> Iterator[Block]:
+def image_blocks(batch: int, start: int, stop: int, rows: int) -> Iterator[ImageRanges]:
     """Rows start..stop of ``batch`` images: several whole images a block, or one image in about equal ranges."""
     tokens = stop - start
     if not tokens:
@@ -37,7 +36,7 @@ def image_blocks(batch: int, start: int, stop: int, rows: int) -> Iterator[Block
         yield slice(b, min(b + images, batch)), ranges
 
 
-def all_blocks(tokens: Tensor, cu_seqlens: Sequence[int] | None = None) -> Iterator[Block]:
+def all_blocks(tokens: Tensor, cu_seqlens: Sequence[int] | None = None) -> Iterator[ImageRanges]:
     """The blocks of a (B, N, d) tensor; with ``cu_seqlens`` those of each image packed in its one row."""
     batch, length, dim = tokens.shape
     rows = block_rows(dim, tokens.device)
@@ -67,9 +66,21 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return None
 
 
-def views(tensors: Sequence[Tensor | None]) -> list[Any]:
-    """Views of the tensors: with respect to them a derivative is partial, even where one depends on another."""
-    return [None if t is None else t.view_as(t) for t in tensors]
+def differentiable_gradients(
+    function: Callable[..., Tensor], tensors: Sequence[Tensor | None], needed: Sequence[bool], grad: Tensor
+) -> list[Tensor | None]:
+    """For a second derivative: the gradients of ``function(*tensors)``, None where not needed, as plain operations.
+
+    To be called in a backward pass, with the saved inputs themselves and ``grad`` that of the output.
+    """
+    # With respect to views a derivative is partial, even where one of the tensors depends on another.
+    tensors = [None if t is None else t.view_as(t) for t in tensors]
+    wanted = [t for t, need in zip(tensors, needed, strict=True) if t is not None and need]
+    out = function(*tensors)
+    if not wanted or not out.requires_grad:
+        return [None] * len(tensors)
+    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, materialize_grads=True))
+    return [next(found) if need else None for need in needed]
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager:

@@ -16,8 +16,14 @@ import torch
 from torch import Tensor
 
 from dydila_kernels import reference
-from dydila_kernels.torch_backend.blocks import accumulation_dtype, all_blocks, no_autocast, takes_plain_path, views
-from dydila_kernels.torch_backend.linear_attention import readout, states_of, whole_attention
+from dydila_kernels.torch_backend.blocks import (
+    accumulation_dtype,
+    all_blocks,
+    differentiable_gradients,
+    no_autocast,
+    takes_plain_path,
+)
+from dydila_kernels.torch_backend.linear_attention import readout, states_of, states_pay, whole_attention
 from dydila_kernels.torch_backend.tokens import (
     Indices,
     Options,
@@ -105,9 +111,9 @@ class Call:
         for images, ranges in all_blocks(self.like, self.cu_seqlens):
             scale = self.scale(images, slice(ranges[0].start, ranges[-1].stop))
             key_scales = self.key_scales(images, ranges)
-            tokens, head_dim = ranges[-1].stop - ranges[0].start, self.like.shape[-1] // self.options.num_heads
+            tokens, dim = ranges[-1].stop - ranges[0].start, self.like.shape[-1]
             # Made blocks are dear: where the states are no detour, keys and queries are not held at the same time.
-            if len(ranges) == 1 and not (self.disposable and tokens >= head_dim):
+            if len(ranges) == 1 and not (self.disposable and states_pay(tokens, dim, self.options.num_heads)):
                 yield [], [Block(self, "whole", (images, ranges[0]), scale, key_scales)]
             else:
                 yield (
@@ -223,12 +229,11 @@ class Attention(torch.autograd.Function):
         decisions = Decisions(names, [next(rest) for _ in names])
         needed = ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():
-            # A second derivative is wanted: one differentiable expression of the inputs themselves.
-            tensors = views(tensors)
-            out = plain_attention(ctx.options, ctx.cu_seqlens, mask, tensors, decisions.tensors)
-            wanted = [t for t, need in zip(tensors, needed, strict=True) if need]
-            found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, materialize_grads=True))
-            return None, None, None, *(next(found) if need else None for need in needed)
+
+            def plain(*tensors: Tensor | None) -> Tensor:
+                return plain_attention(ctx.options, ctx.cu_seqlens, mask, tensors, decisions.tensors)
+
+            return None, None, None, *differentiable_gradients(plain, tensors, needed, grad)
 
         # Detached: a block is differentiated on its own, with respect to leaves cut from these.
         inputs = [None if t is None else t.detach() for t in tensors[:5]]

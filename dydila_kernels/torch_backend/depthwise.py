@@ -16,7 +16,13 @@ from torch import Tensor
 from torch.nn import grad as grad_of
 
 from dydila_kernels import reference
-from dydila_kernels.torch_backend.blocks import accumulation_dtype, block_rows, no_autocast, takes_plain_path, views
+from dydila_kernels.torch_backend.blocks import (
+    accumulation_dtype,
+    block_rows,
+    differentiable_gradients,
+    no_autocast,
+    takes_plain_path,
+)
 
 
 class Grid(NamedTuple):
@@ -96,12 +102,11 @@ class Depthwise(torch.autograd.Function):
         v, weight, bias = ctx.saved_tensors
         needed = need_v, need_weight, need_bias = ctx.needs_input_grad[1:4]
         if torch.is_grad_enabled():
-            # A second derivative is wanted: one differentiable expression of the inputs themselves.
-            v, weight, bias = views((v, weight, bias))
-            wanted = [t for t, need in zip((v, weight, bias), needed, strict=True) if need]
-            out = plain_depthwise(torch.zeros_like(v), v, weight, bias, ctx.grids)
-            found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True) if wanted else ())
-            return grad, *(next(found) if need else None for need in needed), None
+
+            def plain(v: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+                return plain_depthwise(torch.zeros_like(v), v, weight, bias, ctx.grids)
+
+            return grad, *differentiable_gradients(plain, (v, weight, bias), needed, grad), None
 
         dv = torch.zeros_like(v, memory_format=torch.contiguous_format) if need_v else None
         dweight = torch.zeros_like(weight) if need_weight else None

@@ -17,6 +17,11 @@ def heads(tokens: Tensor, num_heads: int) -> Tensor:
     return tokens.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
+def states_pay(tokens: int, dim: int, num_heads: int) -> bool:
+    """Whether Q (K^T V) costs no more than (Q K^T) V for images of so many tokens: N >= e."""
+    return tokens >= dim // num_heads
+
+
 def key_masses(keys: Tokens, options: Options) -> list[Tensor]:
     if options.normalization != "denominator":
         return []
@@ -40,7 +45,7 @@ def readout(queries: Tokens, states: list[Tensor], options: Options) -> Tensor:
 
 def whole_attention(queries: Tokens, keys: Tokens, v: Tensor, scale: Tensor | float, options: Options) -> Tensor:
     """Attention of images that lie in the block as a whole, in the cheaper order of the two products."""
-    if v.shape[1] >= v.shape[2] // options.num_heads:
+    if states_pay(v.shape[1], v.shape[2], options.num_heads):
         return readout(queries, states_of(keys, v, scale, options), options)
     values = heads(v, options.num_heads)
     products = [

@@ -16,10 +16,10 @@ from dydila_kernels import reference
 from dydila_kernels.torch_backend.blocks import (
     accumulation_dtype,
     all_blocks,
+    differentiable_gradients,
     no_autocast,
     router_logits,
     takes_plain_path,
-    views,
 )
 
 
@@ -72,12 +72,13 @@ class RoutedProjection(torch.autograd.Function):
         x, weight, index, one, out = ctx.saved_tensors
         need_x, need_weight, _, need_one = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            # A second derivative is wanted: one differentiable expression of the inputs themselves.
-            x, weight, one = views((x, weight, one))
-            wanted = [t for t, need in zip((x, weight, one), (need_x, need_weight, need_one), strict=True) if need]
-            found = iter(torch.autograd.grad(plain_projection(x, weight, index, one), wanted, grad, create_graph=True))
-            dx, dweight = (next(found) if need else None for need in (need_x, need_weight))
-            return dx, dweight, None, next(found) if need_one else None
+
+            def plain(x: Tensor, weight: Tensor, one: Tensor | None) -> Tensor:
+                return plain_projection(x, weight, index, one)
+
+            needed = (need_x, need_weight, need_one)
+            dx, dweight, done = differentiable_gradients(plain, (x, weight, one), needed, grad)
+            return dx, dweight, None, done
 
         dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if need_x else None
         total = torch.zeros_like(weight, dtype=accumulation_dtype(weight.dtype)) if need_weight else None

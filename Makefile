@@ -6,15 +6,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test lint format bench clean
+# The oldest Triton that the kernels are for, and the newest; `make test` takes the one that requirements-dev.txt pins.
+TRITONS := 3.6.0 3.9.0
+VERSIONS := $(TRITONS:%=test-triton-%)
+
+.PHONY: help install demo test versions offline lint format bench clean $(VERSIONS)
 
 help:
-	@echo "make demo    train and sample a small model on digits"
-	@echo "make test    run the tests (WORKERS=$(WORKERS) processes of one thread)"
-	@echo "make lint    ruff and mypy"
-	@echo "make format  let ruff rewrite the files"
-	@echo "make bench   time the layer against softmax attention on the CPU"
-	@echo "make clean   remove .venv, caches and build output"
+	@echo "make demo      train and sample a small model on digits"
+	@echo "make test      run the tests (WORKERS=$(WORKERS) processes of one thread)"
+	@echo "make versions  run the short tests of the kernels with Triton $(TRITONS)"
+	@echo "make offline   compile the kernels for GPUs that need not be there; writes benchmarks/results/offline.csv"
+	@echo "make lint      ruff and mypy"
+	@echo "make format    let ruff rewrite the files"
+	@echo "make bench     time the layer against softmax attention on the CPU"
+	@echo "make clean     remove .venv, caches and build output"
 
 install: $(INSTALLED)
 
@@ -24,6 +30,20 @@ demo: $(INSTALLED)
 # One thread in each worker: two pools of threads on the same cores slow each other down.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+versions: $(VERSIONS)
+
+# In front of the Triton of the environment, which stays as it is.
+$(VERSIONS): test-triton-%: build/triton-%/.installed
+	PYTHONPATH=$(abspath $(<D)) $(BIN)/python -c 'import triton; assert triton.__version__ == "$*", triton.__file__'
+	PYTHONPATH=$(abspath $(<D)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'not slow' tests/ops
+
+build/triton-%/.installed: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) triton==$*
+	@touch $@
+
+offline: $(INSTALLED)
+	$(BIN)/python -m benchmarks.offline
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dydila_kernels import checks, inference, routing, torch_backend
 from dydila_kernels.depthwise import DepthwiseConv
 from dydila_kernels.differential import TokenDifferential
-from dydila_kernels.functional import choose_backend, dydila_attention
+from dydila_kernels.functional import attend, choose_backend, triton_attention, validated
 from dydila_kernels.measure import DynamicMeasureKernel
 from dydila_kernels.projection import DynamicProjection
 from dydila_kernels.routing import Routing
@@ -160,13 +160,17 @@ class DyDiLAttention(nn.Module):
         call = self._checked(x, mask, HW, cu_seqlens)
         if inference.applies(self, call.x):
             return self._finished(inference.attend(self, call.x, call.mask, call.grids, call.cu_seqlens), call)
-        q, k, v, q_redundant, k_redundant = self._projected(call.x)
-        out = dydila_attention(
-            q, k, v, q_redundant, k_redundant, mask=call.mask, cu_seqlens=call.cu_seqlens, **self._core_arguments()
+        tensors, arguments = validated(
+            *self._projected(call.x), mask=call.mask, cu_seqlens=call.cu_seqlens, **self._core_arguments()
         )
-        if self.dwc is not None:
-            values = v if call.mask is None else v.masked_fill(~call.mask[..., None], 0)
-            out = self.dwc(out, values, call.grids)
+        dwc, v = self.dwc, tensors[2]
+        if dwc is not None and self._runs_triton(call.x) and not (dwc._forward_hooks or dwc._forward_pre_hooks):
+            out = triton_attention(*tensors, **arguments, convolution=dwc.fused_weight(), grids=call.grids)
+        else:
+            out = attend(self.backend, *tensors, **arguments)
+            if dwc is not None:
+                assert v is not None
+                out = dwc(out, v if call.mask is None else v.masked_fill(~call.mask[..., None], 0), call.grids)
         return self._finished(self.proj(out), call)
 
     def _finished(self, y: Tensor, call: _Call) -> Tensor:
@@ -262,7 +266,7 @@ class DyDiLAttention(nn.Module):
             raise TypeError(f"x must have the dtype of the weights, {weight.dtype}, outside autocast; got {x.dtype}")
         if self.fused and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             raise RuntimeError("a layer cannot train after fuse(), but some of its parameters require a gradient")
-        choose_backend(self.backend, x.device, x.dtype)
+        self._backend(x)
         if mask is not None:
             checks.mask(mask, x)
         bounds = None
@@ -275,12 +279,30 @@ class DyDiLAttention(nn.Module):
             grids = checks.grids(HW, x.shape[1], bounds, self.num_prefix_tokens)
         return _Call(x if mask is None else x.masked_fill(~mask[..., None], 0), mask, grids, bounds)
 
+    def _backend(self, x: Tensor) -> str:
+        """ "triton" or "torch"; raises RuntimeError where "triton" was asked for and cannot run."""
+        tables = [self.measure.num_factors]
+        if self.differential is not None:
+            tables.append(self.differential.num_factors)
+        if self.projection_q is not None:
+            tables.append(self.projection_q.num_projectors)
+        return choose_backend(self.backend, x.device, torch_backend.autocast_dtype(x.device) or x.dtype, max(tables))
+
+    def _runs_triton(self, x: Tensor) -> bool:
+        return self._backend(x) == "triton" and not torch_backend.is_transformed(x, *self.parameters())
+
     def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """The tokens to measure and the values: q, k, v, q', k' (Eqs. 1-2)."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         if self.projection_q is None or self.projection_k is None:
             return q, k, v, None, None
-        q_redundant, k_redundant = self.projection_q(x), self.projection_k(x)
+        if self._runs_triton(x):
+            from dydila_kernels.ops import library
+
+            indices = library.route(x, [self.projection_q.router, self.projection_k.router])
+            q_redundant, k_redundant = self.projection_q(x, indices[0]), self.projection_k(x, indices[1])
+        else:
+            q_redundant, k_redundant = self.projection_q(x), self.projection_k(x)
         return (
             (q, k, v, q_redundant, k_redundant)
             if self.differential is not None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -10,20 +12,56 @@ from torch import Tensor
 
 from dydila_kernels import checks, torch_backend
 
+OLDEST_TRITON = (3, 6)
+MOST_CHOICES = 128
+"""Entries of a table, or projectors, that the int8 indices of the kernels can tell apart."""
 
-def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the Triton backend cannot run on this device with this dtype, or None where it can."""
-    return "this version of dydila_kernels has no Triton kernels; backend='torch' runs everywhere"
+
+def triton_version() -> tuple[int, ...] | None:
+    """Of the installed Triton, or None, without importing it."""
+    for name in ("triton", "pytorch-triton", "triton-windows"):
+        try:
+            return tuple(int(part) for part in metadata.version(name).split("+")[0].split(".")[:2])
+        except metadata.PackageNotFoundError:
+            continue
+    return None
 
 
-def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """ "triton" or "torch".  Raises RuntimeError where "triton" was asked for and cannot run."""
+TRITON = triton_version()
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype, choices: int = 1) -> str | None:
+    """Why the Triton backend cannot run on this device with this dtype and tables of so many choices; None: it can."""
+    if TRITON is None:
+        return "Triton is not installed (pip install dydila-kernels[triton])"
+    if TRITON < OLDEST_TRITON:
+        needed, found = (".".join(map(str, v)) for v in (OLDEST_TRITON, TRITON))
+        return f"Triton {needed} or newer is needed; {found} is installed"
+    if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return "the kernels run on CUDA and ROCm devices"
+    if device.type == "cuda" and torch.version.hip is None and not torch.compiler.is_compiling():
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            return "compute capability 8.0 or newer is needed; this device has {}.{}".format(*capability)
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the kernels take float16, bfloat16 and float32, not {dtype}"
+    if choices > MOST_CHOICES:
+        return f"the kernels choose among {MOST_CHOICES} factors or projectors at most, not {choices}"
+    return None
+
+
+def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, choices: int = 1) -> str:
+    """ "triton" or "torch".  Raises RuntimeError where "triton" was asked for and cannot run.
+
+    "auto" takes Triton on a GPU that can run it.  Triton's interpreter (``TRITON_INTERPRET=1``), which runs the kernels
+    on a CPU for the sake of testing, must be asked for by name.
+    """
     checks.choice("backend", backend, checks.BACKENDS)
-    if backend == "torch":
+    if backend == "torch" or (backend == "auto" and device.type != "cuda"):
         return "torch"
-    reason = why_not_triton(device, dtype)
+    reason = why_not_triton(device, dtype, choices)
     if backend == "triton" and reason is not None:
-        raise RuntimeError(f"backend='triton' cannot run on {device} with {dtype}: {reason}")
+        raise RuntimeError(f"backend='triton' cannot run on {device} with {dtype}: {reason}; backend='torch' can")
     return "torch" if reason is not None else "triton"
 
 
@@ -96,7 +134,67 @@ def dydila_attention(
         cu_seqlens=cu_seqlens,
         backend=backend,
     )
-    return torch_backend.dydila_attention(*tensors, **options)
+    return attend(backend, *tensors, **options)
+
+
+def attend(
+    backend: str,
+    *tensors: Tensor | None,
+    options: torch_backend.Options,
+    mask: Tensor | None,
+    cu_seqlens: Sequence[int] | None,
+) -> Tensor:
+    """The core for what :func:`validated` returns."""
+    if runs_triton(backend, *tensors):
+        return triton_attention(*tensors, options=options, mask=mask, cu_seqlens=cu_seqlens)
+    return torch_backend.dydila_attention(*tensors, options=options, mask=mask, cu_seqlens=cu_seqlens)
+
+
+def runs_triton(backend: str, *tensors: Tensor | None) -> bool:
+    """Whether the kernels take this call; torch.func, forward-mode AD and the meta device are the torch backend's."""
+    q, gamma, lam = tensors[0], tensors[5], tensors[6]
+    assert q is not None and gamma is not None
+    choices = max(len(gamma), 0 if lam is None else len(lam))
+    if choose_backend(backend, q.device, q.dtype, choices) != "triton":
+        return False
+    return not torch_backend.is_transformed(*tensors)
+
+
+def triton_arguments(
+    *tensors: Tensor | None,
+    options: torch_backend.Options,
+    mask: Tensor | None,
+    cu_seqlens: Sequence[int] | None,
+    convolution: tuple[Tensor, Tensor | None] | None = None,
+    grids: Sequence[torch_backend.Grid] = (),
+) -> tuple[Any, Any]:
+    """What the operators of :mod:`dydila_kernels.ops.library` take; ``convolution`` is weight (d, 1, 3, 3) and bias."""
+    from dydila_kernels.ops.core import Inputs, Settings
+
+    weight, bias = (None, None) if convolution is None else convolution
+    weight = None if weight is None else weight.float().flatten(1).t().contiguous()
+    inputs = Inputs(*tensors, weight, None if bias is None else bias.float())  # type: ignore[arg-type,call-arg]
+    flat = [] if weight is None else [n for grid in grids for n in grid]
+    straight_through = options.router_gradient == "straight_through"
+    return inputs, Settings(
+        mask, cu_seqlens, flat, options.num_heads, options.normalization, options.differential, straight_through
+    )
+
+
+def triton_attention(*tensors: Tensor | None, **arguments: Any) -> Tensor:
+    """Eqs. 5-8 (or 10), and with ``convolution`` Eq. 9 except at masked tokens, which get zero."""
+    from dydila_kernels.ops import library
+
+    return library.dydila_attention(*triton_arguments(*tensors, **arguments))
+
+
+def decisions_of(backend: str, *tensors: Tensor | None, **arguments: Any) -> dict[str, Tensor]:
+    """The routing decisions that :func:`attend` takes for the same arguments, (B, N) integers each."""
+    if not runs_triton(backend, *tensors):
+        return torch_backend.routing_indices(*tensors, **arguments)
+    from dydila_kernels.ops import library
+
+    return library.routing_indices(*triton_arguments(*tensors, **arguments))
 
 
 def validated(
@@ -161,7 +259,8 @@ def validated(
         {"q": q, "k": k, "v": v, **redundant, "gamma": gamma, "lam": lam, "kernel_routers": kernel_routers,
          "differential_routers": differential_routers},
     )  # fmt: skip
-    choose_backend(backend, q.device, q.dtype)
+    assert tokens[0] is not None
+    choose_backend(backend, q.device, tokens[0].dtype, max(len(gamma), 0 if lam is None else len(lam)))
     return (*tokens, gamma, lam, kernel_routers, differential_routers), {
         "options": torch_backend.Options(num_heads, normalization, router_gradient, differential),
         "mask": mask,

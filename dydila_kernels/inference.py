@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dydila_kernels.functional import choose_backend
 from dydila_kernels.torch_backend import (
     At,
     Block,
@@ -38,12 +37,13 @@ def applies(attn: DyDiLAttention, x: Tensor) -> bool:
     """Whether nothing needs the tensors in between: no gradient, transform, autocast or replaced projection."""
     if torch.is_grad_enabled() or autocast_dtype(x.device) is not None or takes_plain_path(x, *attn.parameters()):
         return False
+    if attn._backend(x) == "triton":
+        return False
     if attn.normalization == "denominator":  # whose scale of the keys takes a pass of its own over all of them
         return False
     # Hooks, and layers other than a plain nn.Linear, expect one call with all of the tokens.
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in attn.modules() if m is not attn)
-    plain = is_plain(attn.qkv) and is_plain(attn.proj) and not hooked
-    return plain and choose_backend(attn.backend, x.device, x.dtype) == "torch"
+    return is_plain(attn.qkv) and is_plain(attn.proj) and not hooked
 
 
 def is_plain(layer: nn.Module) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dydila_kernels import reference, torch_backend
-from dydila_kernels.functional import validated
+from dydila_kernels.functional import decisions_of, validated
 
 if TYPE_CHECKING:
     from dydila_kernels.attention import DyDiLAttention
@@ -42,12 +42,19 @@ class Routing:
 def routing_of(attn: DyDiLAttention, x: Tensor, mask: Tensor | None) -> Routing:
     """The decisions of ``attn`` for tokens x (B, N, d), and their usage."""
     indices, choices = {}, {}
-    for name in ("projection_q", "projection_k"):
-        projection = getattr(attn, name)
-        if projection is not None:
-            indices[name], choices[name] = projection.logits(x).argmax(-1), projection.num_projectors
+    triton = attn._runs_triton(x)
+    projections = [name for name in ("projection_q", "projection_k") if getattr(attn, name) is not None]
+    routers = [getattr(attn, name).router for name in projections]
+    if triton and routers:
+        from dydila_kernels.ops import library
+
+        decided = list(library.route(x, routers))
+    else:
+        decided = [getattr(attn, name).logits(x).argmax(-1) for name in projections]
+    for name, index in zip(projections, decided, strict=True):
+        indices[name], choices[name] = index.long(), getattr(attn, name).num_projectors
     tensors, arguments = validated(*attn._projected(x), mask=mask, **attn._core_arguments())
-    for name, index in torch_backend.routing_indices(*tensors, **arguments).items():
+    for name, index in decisions_of(attn.backend, *tensors, **arguments).items():
         indices[name] = index.long()
         owner = attn.measure if name.startswith("measure") else attn.differential
         assert owner is not None

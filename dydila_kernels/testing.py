@@ -17,8 +17,7 @@ from torch import Tensor
 
 from dydila_kernels import reference
 from dydila_kernels.attention import DyDiLAttention
-from dydila_kernels.functional import validated
-from dydila_kernels.torch_backend import routing_indices
+from dydila_kernels.functional import decisions_of, validated
 
 Tensors = dict[str, Tensor]
 
@@ -61,10 +60,11 @@ def away_from_kinks(inputs: Mapping[str, Tensor], margin: float = 0.2) -> Tensor
 
 
 def decisions(inputs: Mapping[str, Tensor], **options: Any) -> Tensors:
-    """The routing decisions that the torch backend takes for these arguments of the core, (B, N) int64 each."""
+    """The routing decisions that the backend takes for these arguments of the core, (B, N) int64 each."""
     arguments: dict[str, Any] = {**inputs, **options}
     tensors, checked = validated(**arguments)
-    return {name: index.long() for name, index in routing_indices(*tensors, **checked).items()}
+    backend = arguments.get("backend", "auto")
+    return {name: index.long() for name, index in decisions_of(backend, *tensors, **checked).items()}
 
 
 def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensors:

@@ -140,6 +140,12 @@ CORE: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Triton interprets, its kernels run on a CPU too."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
 def assert_says(error: pytest.ExceptionInfo[Exception], parts: list[str]) -> None:
     for part in parts:
         assert re.search(rf"(?<!\w){re.escape(part)}(?!\w)", str(error.value)), f"{part!r} is not in {error.value}"

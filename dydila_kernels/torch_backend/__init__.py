@@ -9,7 +9,13 @@ outputs are in a lower dtype.
 equations of :mod:`dydila_kernels.reference` in one piece instead, in the same arithmetic.
 """
 
-from dydila_kernels.torch_backend.blocks import accumulation_dtype, autocast_dtype, no_autocast, takes_plain_path
+from dydila_kernels.torch_backend.blocks import (
+    accumulation_dtype,
+    autocast_dtype,
+    is_transformed,
+    no_autocast,
+    takes_plain_path,
+)
 from dydila_kernels.torch_backend.core import At, Block, Call, dydila_attention, routing_indices
 from dydila_kernels.torch_backend.depthwise import Grid, depthwise, depthwise_block
 from dydila_kernels.torch_backend.linear_attention import states_pay
@@ -27,6 +33,7 @@ __all__ = [
     "depthwise",
     "depthwise_block",
     "dydila_attention",
+    "is_transformed",
     "no_autocast",
     "project_block",
     "projection_logits",

@@ -52,7 +52,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def takes_plain_path(*tensors: Tensor | None) -> bool:
     """Whether plain operations are called for: by a tracer, torch.func, forward-mode AD or meta tensors."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    return torch.compiler.is_compiling() or is_transformed(*tensors)
+
+
+def is_transformed(*tensors: Tensor | None) -> bool:
+    """Whether torch.func, forward-mode AD or the meta device want more than numbers of an operation."""
+    if torch._C._are_functorch_transforms_active():
         return True
     return any(
         t is not None and (t.device.type == "meta" or forward_ad.unpack_dual(t).tangent is not None) for t in tensors

@@ -1,0 +1,104 @@
+"""Writes the table of compiled kernels, or checks the kernels against it.
+
+``python -m benchmarks.offline`` compiles every launch configuration for every target and updates the table;
+``--check`` compiles again and fails where a kernel breaks a rule or got worse than its row of the table.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import triton
+import tyro
+from tqdm import tqdm
+
+from benchmarks.harness import Row
+from benchmarks.offline.cases import Case, cases
+from benchmarks.offline.compiling import TARGETS, Job, figures, record
+from benchmarks.offline.table import PATH, key, problems, read_table, write_table
+
+
+@dataclass(frozen=True)
+class Config:
+    """Compile the kernels for every target, without a GPU."""
+
+    check: bool = False
+    """Compare with the table instead of updating it."""
+    subset: bool = False
+    """Only what is most likely to go wrong, in a few minutes."""
+    only: str = ""
+    """Only kernels whose stage or name contains this."""
+    workers: int = 2
+    """Processes."""
+    table: Path = PATH
+    """Where the table is."""
+
+
+def jobs(chosen: Iterable[Case]) -> list[Job]:
+    """All that the cases launch, each once."""
+    found: dict[str, Job] = {}
+    names: Counter[tuple[str, ...]] = Counter()
+    for case in chosen:
+        labels = {"stage": case.stage, "dtype": case.dtype, "d": case.d, "head": case.head}
+        for name, target in TARGETS.items():
+            for job in record(case.call, labels, name, target):
+                if found.setdefault(job.identity, job) is job:
+                    names[key(job.labels)] += 1
+                    if (count := names[key(job.labels)]) > 1:  # differs in the type or alignment of an argument only
+                        job.labels["options"] += f" #{count}"
+    return list(found.values())
+
+
+def in_subset(job: Job) -> bool:
+    """bf16 at the smallest width, no power of two, and heads of 72, in two parts; a target with little shared memory,
+    the one most used, and one of the other vendor."""
+    labels = job.labels
+    return (
+        labels["dtype"] == "bf16"
+        and (labels["d"] == 384 or labels["head"] == 72)
+        and labels["target"] in ("sm_86", "sm_90", "gfx942")
+    )
+
+
+def compile_all(todo: Sequence[Job], workers: int) -> list[Row]:
+    with ProcessPoolExecutor(workers, mp_context=get_context("forkserver")) as pool:
+        futures = [pool.submit(figures, job) for job in todo]
+        return [row_of(job, future) for job, future in zip(tqdm(todo, disable=None), futures, strict=True)]
+
+
+def row_of(job: Job, future: Future[Row]) -> Row:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        return {**job.labels, "error": "the compiler crashed on this kernel, or on one before it"}
+
+
+def main(config: Config) -> int:
+    everything = jobs(cases())
+    todo = [
+        job
+        for job in everything
+        if config.only in f"{job.labels['stage']}/{job.labels['kernel']}" and (in_subset(job) or not config.subset)
+    ]
+    if not todo:
+        print("nothing to compile")
+        return 1
+    table = read_table(config.table) if config.check or config.table.exists() else []
+    rows = compile_all(todo, config.workers)
+    found = problems(rows, table if config.check else None)
+    if not config.check:
+        update = {key(row): row for row in [*table, *rows]}
+        write_table(config.table, [update[key(job.labels)] for job in everything if key(job.labels) in update])
+    print(*found, f"{len(rows)} kernels compiled by Triton {triton.__version__}, {len(found)} problems", sep="\n")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Config)))

@@ -1,0 +1,123 @@
+"""What is compiled: calls of the launchers of each stage, on tensors without data.
+
+A case calls launchers of ``dydila_kernels.ops`` once; whatever they launch is compiled.  Images have 64 x 64 tokens:
+sizes and addresses divide by 16, as they mostly do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dydila_kernels.ops import core, depthwise, projection
+
+IMAGES, ROWS, COLUMNS = 4, 64, 64
+TOKENS = ROWS * COLUMNS
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PROJECTORS, FACTORS = 7, 21  # n_P and n_F = n_D of the paper's largest model: the most registers
+HEADS = {384: (384, 64, 16), 512: (512, 64, 128), 768: (768, 64, 32), 1152: (1152, 64, 72)}
+"""Widths d, and the sizes of heads to try with each: a configuration depends on the latter, never on both."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """``call`` runs launchers of a stage on tokens of ``dtype`` with d channels in heads of ``head`` (0: no heads)."""
+
+    stage: str
+    dtype: str
+    d: int
+    head: int
+    call: Callable[[], object]
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def cases() -> Iterator[Case]:
+    for name, dtype in DTYPES.items():
+        for d, heads in HEADS.items():
+            yield Case("projection", name, d, 0, partial(project, dtype, d))
+            yield Case("depthwise", name, d, 0, partial(convolve, dtype, d))
+            for head in heads:
+                yield Case("attention", name, d, head, partial(attend, dtype, d, head))
+    for head in (384, 64):
+        for variant in VARIANTS:
+            yield Case("attention", "bf16", 384, head, partial(attend, torch.bfloat16, 384, head, **variant))
+
+
+def project(dtype: torch.dtype, d: int) -> None:
+    x, weight, router = (
+        empty(IMAGES, TOKENS, d, dtype=dtype),
+        empty(PROJECTORS, d, d, dtype=dtype),
+        empty(d, PROJECTORS),
+    )
+    (index,) = projection.route(x, [router])
+    projection.route(x, [router, router])
+    plan = projection.plan(index, PROJECTORS)
+    projection.project(x, weight, plan)
+    projection.project_input_gradient(x, weight, plan)
+    projection.project_weight_gradient(x, x, plan)
+
+
+def convolve(dtype: torch.dtype, d: int) -> None:
+    v, weight, bias = empty(IMAGES, TOKENS, d, dtype=dtype), empty(d, 9), empty(d)
+    grid = depthwise.Geometry.of([(0, ROWS, COLUMNS)], "meta")
+    depthwise.depthwise(v, v, weight, bias, grid)
+    depthwise.depthwise_input_gradient(v, v, weight, grid)
+    depthwise.depthwise_weight_gradient(v, v, grid)
+    packed = depthwise.Geometry.of([(0, ROWS, COLUMNS), (TOKENS, COLUMNS, ROWS)], "meta")
+    mask = empty(1, 2 * TOKENS, dtype=torch.bool)
+    v = v.flatten(0, 1)[None, : 2 * TOKENS]
+    depthwise.depthwise(v, v, weight, None, packed, mask)
+    depthwise.depthwise_input_gradient(v, v, weight, packed, mask)
+    depthwise.depthwise_weight_gradient(v, v, packed, mask)
+
+
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {"normalization": "denominator"},
+    {"differential": "map"},
+    {"differential": "map", "normalization": "denominator"},
+    {"differential": "off"},
+    {"straight_through": True},
+    {"mask": empty(IMAGES, TOKENS, dtype=torch.bool)},
+    {"cu_seqlens": (0, TOKENS, IMAGES * TOKENS), "grids": (0, ROWS, COLUMNS, TOKENS, (IMAGES - 1) * ROWS, COLUMNS)},
+)
+"""Settings of the core beside the default."""
+
+
+def attend(dtype: torch.dtype, d: int, head: int, **variant: Any) -> None:
+    """The core of attention, forward and backward."""
+    shape = (1, IMAGES * TOKENS, d) if "cu_seqlens" in variant else (IMAGES, TOKENS, d)
+    q, k, v, q_redundant, k_redundant = (empty(*shape, dtype=dtype) for _ in range(5))
+    inputs = core.Inputs(
+        q=q,
+        k=k,
+        v=v,
+        q_redundant=q_redundant,
+        k_redundant=k_redundant,
+        gamma=empty(FACTORS),
+        lam=empty(FACTORS),
+        kernel_routers=empty(4, d, FACTORS),
+        differential_routers=empty(2, 2 * d, FACTORS),
+        weight=empty(9, d),
+        bias=empty(d),
+    )
+    if variant.get("differential") == "off":
+        inputs = inputs._replace(q_redundant=None, k_redundant=None, lam=None, differential_routers=None)
+    settings = core.Settings(
+        mask=None,
+        cu_seqlens=None,
+        grids=(0, ROWS, COLUMNS),
+        num_heads=d // head,
+        normalization="length",
+        differential="token",
+        straight_through=False,
+    )._replace(**variant)
+    out, kept = core.attend(inputs, settings)
+    core.pull_back(out, inputs, settings, kept)

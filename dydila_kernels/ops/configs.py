@@ -1,0 +1,137 @@
+"""How each kernel is launched: a small frozen table, each entry with its reason.
+
+Nothing is tuned behind the user's back.  A configuration depends on the stage, the precision of the tokens and one
+width (of a head or a product), never on B or N.  ``dydila_kernels.ops.tune`` measures alternatives for those who ask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Config:
+    """One launch configuration.
+
+    Attributes:
+        rows: tokens of a tile.
+        columns: channels that a program works on at a time.
+        warps, stages: ``num_warps`` and ``num_stages`` of the launch.
+        depth: length of a step along the summed dimension of a matrix product, where that is neither of the above.
+        reason: why these values.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int = 1
+    depth: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The configuration for widths up to ``width``."""
+
+    width: int
+    config: Config
+
+
+ANY = 2**31
+
+TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {}
+"""(stage, precision) -> entries by ascending width; precision is "half" (16 bits) or "single" (float32)."""
+
+# tokens.py, linear_attention.py, gradients.py; the width is that of a head, for "tokens" d
+WALK = "16 elements a thread and tile: what a pass over a row keeps in registers beside its sums"
+TABLE |= {
+    ("tokens", "half"): (Entry(ANY, Config(64, 32, 4, reason=WALK)),),
+    ("tokens", "single"): (Entry(ANY, Config(32, 32, 4, reason="float32 operands take twice the registers")),),
+    ("state", "half"): (Entry(ANY, Config(64, 32, 4, 2, reason="the next tile is on its way; half a head of 64")),),
+    ("state", "single"): (Entry(ANY, Config(32, 16, 4, reason="FMA bound: registers decide")),),
+    ("readout", "half"): (
+        Entry(64, Config(64, 32, 4, reason=WALK)),
+        Entry(ANY, Config(32, 32, 4, reason="an accumulator of 128 columns leaves room for half the rows")),
+    ),
+    ("readout", "single"): (
+        Entry(64, Config(32, 16, 4, reason="FMA bound: registers decide")),
+        Entry(ANY, Config(16, 16, 4, reason="FMA bound: registers decide")),
+    ),
+    ("gradients", "half"): (Entry(ANY, Config(32, 32, 4, reason="dy, two powers and their slopes at a time")),),
+    ("gradients", "single"): (Entry(ANY, Config(16, 16, 4, reason="FMA bound: registers decide")),),
+    ("given_gradients", "half"): (Entry(ANY, Config(32, 32, 4, reason="two powers and their slopes at a time")),),
+    ("given_gradients", "single"): (Entry(ANY, Config(32, 32, 4, reason=WALK)),),
+}
+
+# projection.py; the width is n_P for "route", the channels of the result for "projection"
+TABLE |= {
+    ("route", "half"): (
+        Entry(16, Config(rows=64, columns=64, warps=4, stages=2, reason="rows of 128 bytes; 48 registers on sm_90")),
+        Entry(ANY, Config(rows=32, columns=16, warps=4, stages=2, reason="two tiles of 128 logits fit in registers")),
+    ),
+    ("route", "single"): (
+        Entry(16, Config(rows=64, columns=32, warps=4, stages=2, reason="rows of 128 bytes; tf32x3 triples operands")),
+        Entry(ANY, Config(rows=32, columns=16, warps=4, stages=2, reason="two tiles of 128 logits fit in registers")),
+    ),
+    ("plan", "half"): (Entry(ANY, Config(rows=1024, columns=1, warps=4, reason="few blocks, so a short running sum")),),
+    ("projection", "half"): (
+        Entry(
+            ANY,
+            Config(
+                rows=128,
+                columns=128,
+                warps=8,
+                stages=2,
+                depth=64,
+                reason="64 KiB and 119 registers on sm_90: two programs on a multiprocessor; divides 384, 768, 1152",
+            ),
+        ),
+    ),
+    ("projection", "single"): (
+        Entry(ANY, Config(rows=64, columns=64, warps=4, stages=3, depth=32, reason="FMA bound: registers decide")),
+    ),
+    ("projection_weight", "half"): (
+        Entry(
+            ANY,
+            Config(
+                rows=32,
+                columns=128,
+                warps=8,
+                stages=5,
+                reason="stages for list, then tokens: with 5 two steps of tokens are in flight; 102 registers on sm_90",
+            ),
+        ),
+    ),
+    ("projection_weight", "single"): (
+        Entry(ANY, Config(rows=32, columns=64, warps=4, stages=5, reason="FMA bound; stages as for half")),
+    ),
+    ("projection_sum", "single"): (Entry(ANY, Config(rows=1, columns=1024, warps=4, reason="8 elements a thread")),),
+}
+
+TUNED: dict[tuple[str, str, int], Config] = {}
+"""What :func:`dydila_kernels.ops.tune` found in this process, by stage, precision and exact width."""
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    return "single" if dtype == torch.float32 else "half"
+
+
+def pick(stage: str, dtype: torch.dtype, width: int = 0) -> Config:
+    """The configuration of a stage for tokens of ``dtype`` and a head (or product) of ``width`` channels."""
+    precision = precision_of(dtype)
+    tuned = TUNED.get((stage, precision, width))
+    if tuned is not None:
+        return tuned
+    return next(entry.config for entry in TABLE[stage, precision] if width <= entry.width)
+
+
+# Depth-wise convolution (depthwise.py) --------------------------------------------------------------------------------
+
+CONVOLVE = "lines of 128 bytes; 16 results a thread at most: fewer load the weights too often, more leave too few warps"
+SUMS = "ten running sums for each element of a tile: one 16-byte vector a thread is what the registers hold"
+TABLE["depthwise", "half"] = (Entry(ANY, Config(32, 64, 4, reason=CONVOLVE)),)
+TABLE["depthwise", "single"] = (Entry(ANY, Config(32, 32, 4, reason=CONVOLVE)),)
+TABLE["depthwise_weight", "half"] = (Entry(ANY, Config(32, 32, 4, reason=SUMS)),)
+TABLE["depthwise_weight", "single"] = (Entry(ANY, Config(16, 32, 4, reason=SUMS)),)

@@ -1,0 +1,156 @@
+"""What the kernels share: the launch, row addresses, the power of Eq. 5, products that stay exact.
+
+Tiles are (rows, columns): tokens by channels.  Every row address is int64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+from dydila_kernels.ops.configs import Config
+
+INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+"""Whether ``TRITON_INTERPRET=1`` was set when Triton was imported: kernels then run on CPU tensors, in numpy."""
+
+TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+
+Grid = tuple[int, ...]
+Launcher = Callable[[Any, Grid, Config, dict[str, Any]], None]
+
+
+def run(kernel: Any, grid: Grid, config: Config, arguments: dict[str, Any]) -> None:
+    kernel[grid](**arguments, num_warps=config.warps, num_stages=config.stages)
+
+
+launcher: Launcher = run
+"""Replaced by the offline compilation, which records what would be launched."""
+target: str = "hip" if torch.version.hip else "cuda"
+
+
+def launch(kernel: Any, grid: Grid, config: Config, **arguments: Any) -> None:
+    """Runs ``kernel`` on a grid of programs; an empty grid is no launch."""
+    if min(grid) > 0:
+        launcher(kernel, grid, config, arguments)
+
+
+def numerics(dtype: torch.dtype) -> dict[str, Any]:
+    """Constants of kernels for tokens of ``dtype``.
+
+    FAST: log2 by the one instruction of the GPU, whose error of 2^-22 is far below the rounding of 16-bit tokens.
+    PRECISION: of products of float32 operands; for float32 tokens it follows torch's own setting.
+    ROUTER: of the products that decide, which are exact to about float32 always.
+    """
+    tf32 = target == "cuda" and (dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32)
+    return {
+        "FAST": dtype != torch.float32 and target == "cuda" and not INTERPRETED,
+        "PRECISION": "tf32" if tf32 else "ieee",
+        "ROUTER": "tf32x3" if target == "cuda" else "ieee",
+    }
+
+
+def power_of_two(n: int, least: int = 16) -> int:
+    """The smallest power of two >= n and >= ``least``; a tile dimension of ``tl.dot`` must be 16 at least."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+@triton.constexpr_function
+def padded(choices):
+    """The width of a tile of ``choices`` columns: :func:`power_of_two` for kernels."""
+    return max(16, 1 << (choices - 1).bit_length())
+
+
+@triton.jit
+def log2(x, FAST: tl.constexpr):
+    if FAST:
+        return libdevice.fast_log2f(x)
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def pin(x):
+    """x (R, C).  A layout barrier: keeps Triton from evaluating what is above it anew for each warp of a product."""
+    return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1], 1)), axis=2)
+
+
+@triton.jit
+def fold_sum(x):
+    """(R, C) -> (R, C / 8), sums of eight neighbours, which one thread holds."""
+    return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 8, 8)), axis=2)
+
+
+@triton.jit
+def fold_max(x):
+    """(R, C) -> (R, C / 8), maxima of eight neighbours."""
+    return tl.max(tl.reshape(x, (x.shape[0], x.shape[1] // 8, 8)), axis=2)
+
+
+@triton.jit
+def router_dot(z, router, acc, ROUTER: tl.constexpr):
+    """acc + z router, exact to float32: z (R, C) tokens as loaded, router (C, n) float32 or the dtype of the tokens.
+
+    bf16 tokens are exact as they are, so a float32 router is split into three bf16 parts of 8 bits each.
+    """
+    if z.dtype == tl.bfloat16:
+        if router.dtype == tl.bfloat16:
+            acc = tl.dot(z, router, acc)
+        else:
+            high = router.to(tl.bfloat16)
+            rest = router - high.to(tl.float32)
+            middle = rest.to(tl.bfloat16)
+            low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+            acc = tl.dot(z, low, acc)
+            acc = tl.dot(z, middle, acc)
+            acc = tl.dot(z, high, acc)
+    else:
+        acc = tl.dot(z.to(tl.float32), router.to(tl.float32), acc, input_precision=ROUTER)
+    return acc
+
+
+@triton.jit
+def first_largest(logits, CHOICES: tl.constexpr):
+    """(R, n) -> (R,) int32, the lowest index of the largest of the first CHOICES columns."""
+    columns = tl.arange(0, logits.shape[1])
+    index = tl.argmax(tl.where(columns[None, :] < CHOICES, logits, float("-inf")), axis=1, tie_break_left=True)
+    # Among NaN the largest may be a column that is none: such a token, too, must choose something.
+    return tl.minimum(index, CHOICES - 1)
+
+
+@triton.jit
+def rows_of_program(TILES, N, ROWS: tl.constexpr):
+    """Which tokens a program of a one-dimensional grid works on.
+
+    TILES: None, where all images have N tokens and a tile lies within one of them; or (tiles, 3) int32 with the
+    segment, the first token and the end of the segment of each tile of a packed row.
+
+    Returns the image (row of the batch), the segment (image of its own state), the tokens (R,) int64 within the row of
+    the batch, and which of them are inside.
+    """
+    if TILES is None:
+        tiles = tl.cdiv(N, ROWS)
+        image = (tl.program_id(0) // tiles).to(tl.int64)
+        segment = image
+        n = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
+        inside = n < N
+    else:
+        image = tl.full((), 0, tl.int64)
+        tile = TILES + tl.program_id(0) * 3
+        segment = tl.load(tile).to(tl.int64)
+        n = tl.load(tile + 1) + tl.arange(0, ROWS)
+        inside = n < tl.load(tile + 2)
+    return image, segment, n.to(tl.int64), inside
+
+
+@triton.jit
+def within(rows, columns, END: tl.constexpr, WIDTH: tl.constexpr):
+    """The mask of a tile: the rows given, and those columns that exist of END channels taken WIDTH at a time."""
+    if END % WIDTH == 0:
+        return rows[:, None]
+    else:
+        return rows[:, None] & (columns < END)[None, :]

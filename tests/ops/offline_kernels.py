@@ -1,0 +1,90 @@
+"""Small kernels, some with faults, for ``test_offline.py``, which compiles them in another process."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from benchmarks.offline.compiling import TARGETS, Target, figures, record
+from benchmarks.offline.table import faults
+from dydila_kernels.ops.configs import Config
+from dydila_kernels.ops.tiles import launch
+
+TARGETS["sm_75"] = Target(75, 64 * 1024, 64 * 1024, 32, 16)  # has tensor cores, but none for bf16
+
+
+@triton.jit
+def centre_kernel(X, BIAS, Y, n, stride, scale, shift, START: tl.constexpr, BLOCK: tl.constexpr):
+    """The whole row stays in registers while its mean is taken."""
+    i = tl.arange(0, BLOCK)
+    x = tl.load(X + i * stride, mask=i < n, other=0.0).to(tl.float32)
+    if BIAS is not None:
+        x += tl.load(BIAS + i)
+    tl.store(Y + START + i, (x - tl.sum(x) / n) * scale + shift)
+
+
+@triton.jit
+def product_kernel(X, Y, steps, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tile = i[:, None] * BLOCK + i[None, :]
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for _ in range(steps):
+        x = tl.load(X + tile)
+        acc = tl.dot(x, x, acc, input_precision=PRECISION)
+        X += BLOCK * BLOCK
+    tl.store(Y + tile, acc)
+
+
+def centre(block: int = 256, stride: int = 1, n: int = 2**40) -> None:
+    x = torch.empty(block, dtype=torch.float16, device="meta")
+    config = Config(rows=1, columns=block, warps=1)
+    launch(
+        centre_kernel, (1,), config,
+        X=x, BIAS=None, Y=x, n=n, stride=stride, scale=0.5, shift=True, START=0, BLOCK=block,
+    )  # fmt: skip
+
+
+def product(block: int = 32, dtype: torch.dtype = torch.bfloat16, precision: str = "ieee", stages: int = 3) -> None:
+    x, y = torch.empty(block**2, dtype=dtype, device="meta"), torch.empty(block**2, device="meta")
+    config = Config(rows=block, columns=block, warps=4, stages=stages)
+    launch(product_kernel, (1,), config, X=x, Y=y, steps=48, BLOCK=block, PRECISION=precision)
+
+
+def derive() -> dict[str, object]:
+    """What Triton would specialise for."""
+    (job,) = record(lambda: centre(stride=2), {}, "sm_90", TARGETS["sm_90"])
+    (one,) = record(centre, {}, "sm_90", TARGETS["sm_90"])
+    (wide,) = record(lambda: centre(n=48), {}, "gfx942", TARGETS["gfx942"])
+    names = tuple(job.signature)
+    return {
+        "signature": job.signature,
+        "options": job.labels["options"],
+        "aligned": [names[i] for (i,), value in job.attributes.items() if ["tt.divisibility", 16] in value],
+        "stride of one": [one.signature["stride"], one.constants[(4,)]],
+        "small": wide.signature["n"],
+        "same": one.identity == record(centre, {"d": 1}, "sm_90", TARGETS["sm_90"])[0].identity,
+        "different": one.identity == job.identity,
+    }
+
+
+def judge() -> dict[str, list[str]]:
+    """The faults found in each of these."""
+    calls = {
+        "good": (centre, "sm_90"),
+        "good product": (product, "sm_80"),
+        "good product of float32": (lambda: product(dtype=torch.float32), "sm_80"),
+        "good product of tf32": (lambda: product(dtype=torch.float32, precision="tf32"), "sm_90"),
+        "good on gfx942": (product, "gfx942"),
+        "good on sm_120": (product, "sm_120"),
+        "spills": (lambda: centre(block=16384), "sm_80"),
+        "spills on gfx942": (lambda: centre(block=32768), "gfx942"),
+        "shared memory": (lambda: product(block=128, stages=6), "sm_86"),
+        "no tensor core": (product, "sm_75"),
+    }
+    labels = {"stage": "test", "dtype": "", "d": 0, "head": 0}
+    return {
+        name: faults(figures(job))
+        for name, (call, at) in calls.items()
+        for job in record(call, labels, at, TARGETS[at])
+    }

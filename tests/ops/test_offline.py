@@ -1,0 +1,135 @@
+"""The offline compilation derives what Triton would compile, and finds the faults that it is there to find."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+
+from benchmarks.harness import REPOSITORY, Row
+from benchmarks.offline.compiling import TARGETS, record, resident_warps
+from benchmarks.offline.table import FIGURES, LABELS, problems, read_table, write_table
+from dydila_kernels.ops.tiles import INTERPRETED
+
+
+def compiling(*command: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python in a process that compiles kernels, whatever this one does."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *command], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def result_of(function: str) -> Any:
+    script = f"import json; from tests.ops import offline_kernels; print(json.dumps(offline_kernels.{function}()))"
+    done = compiling("-c", script)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_specialisation_is_that_of_triton() -> None:
+    found = result_of("derive")
+    assert found["signature"] == {
+        "X": "*fp16",
+        "BIAS": "constexpr",
+        "Y": "*fp16",
+        "n": "i64",
+        "stride": "i32",
+        "scale": "fp32",
+        "shift": "u1",
+        "START": "constexpr",
+        "BLOCK": "constexpr",
+    }
+    assert found["options"] == "START=0 BLOCK=256 -BIAS"
+    assert found["aligned"] == ["X", "Y", "n"]
+    assert found["stride of one"] == ["constexpr", 1]
+    assert found["small"] == "i32"
+    assert found["same"] and not found["different"]
+
+
+@pytest.mark.slow
+def test_faults_are_found() -> None:
+    found = result_of("judge")
+    assert [name for name, faults in found.items() if not faults] == [name for name in found if "good" in name]
+    assert "stack" in found["spills"][0] and "stack" in found["spills on gfx942"][0]
+    assert "shared memory" in found["shared memory"][0]
+    assert "tensor-core" in found["no tensor core"][0]
+
+
+def a_row(**figures: Any) -> Row:
+    labels = {**dict.fromkeys(LABELS, "x"), "target": "sm_90", "triton": triton.__version__}
+    return {**labels, **dict.fromkeys(FIGURES, 100), "stack": 0, **figures}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"registers": 111}, "registers 100 -> 111"),
+        ({"stack": 8}, "stack 0 -> 8"),
+        ({"shared": 101}, "shared 100 -> 101"),
+        ({"instructions": 111}, "instructions 100 -> 111"),
+        ({"mufu": 101}, "mufu 100 -> 101"),
+        ({"resident_warps": 99}, "resident warps 100 -> 99"),
+        ({"dtype": "y"}, "not in the table"),
+        ({"error": "CompilationError: why"}, "CompilationError: why"),
+    ],
+)
+def test_losses_against_the_table(change: Row, message: str) -> None:
+    assert problems([a_row()], [a_row()]) == []
+    (problem,) = problems([a_row(**change)], [a_row()])
+    assert f"sm_90: {message}" in problem
+
+
+def test_other_versions_of_triton_are_not_compared() -> None:
+    assert problems([a_row(registers=200)], [a_row(triton="0.1")]) == []
+    assert problems([a_row(stack=72)], [a_row(triton="0.1")]) != []
+
+
+def test_table_survives_its_file(tmp_path: Path) -> None:
+    rows = [a_row(options="A=1 B=None"), a_row(stage="y"), a_row(stage="z", error="no figures")]
+    write_table(tmp_path / "table.csv", rows)
+    assert read_table(tmp_path / "table.csv") == rows[:2]
+
+
+def test_resident_warps() -> None:
+    assert resident_warps(TARGETS["sm_90"], 32, 0, 4) == 64
+    assert resident_warps(TARGETS["sm_90"], 168, 0, 4) == 12
+    assert resident_warps(TARGETS["sm_86"], 32, 49 * 1024, 4) == 8
+    assert resident_warps(TARGETS["sm_80"], 255, 0, 8) == 8
+    assert resident_warps(TARGETS["gfx942"], 128, 0, 4) == 16
+    assert resident_warps(TARGETS["gfx942"], 64, 33 * 1024, 4) == 4
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="only the interpreter cannot compile")
+def test_interpreted_kernels_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
+        record(lambda: None, {}, "sm_90", TARGETS["sm_90"])
+
+
+@pytest.mark.slow
+def test_check_against_a_table(tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+
+    def offline(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return compiling("-m", "benchmarks.offline", "--subset", "--table", str(table), *arguments)
+
+    for kernel in ("depthwise/add", "projection/count"):  # the second adds to what the first wrote
+        written = offline("--only", kernel)
+        assert written.returncode == 0, written.stdout + written.stderr
+    rows = read_table(table)
+    assert {row["kernel"] for row in rows} == {"add_convolution", "count_kernel"}
+    checked = offline("--only", "depthwise/add", "--check")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+    row = next(row for row in rows if row["kernel"] == "add_convolution")
+    before, row["instructions"] = row["instructions"], row["instructions"] // 2
+    write_table(table, rows)
+    checked = offline("--only", "depthwise/add", "--check")
+    assert checked.returncode == 1
+    assert f"{row['target']}: instructions {row['instructions']} -> {before} ({row['options']}" in checked.stdout

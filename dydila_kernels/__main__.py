@@ -1,7 +1,8 @@
-"""``python -m dydila_kernels``: versions, device, the backend that would run and why, and a self-check."""
+"""``python -m dydila_kernels``: versions, device, the backend that would run and why, how sizes run; a self-check."""
 
 from __future__ import annotations
 
+import argparse
 import platform
 import sys
 from importlib import metadata
@@ -9,7 +10,7 @@ from importlib import metadata
 import torch
 
 from dydila_kernels import DyDiLAttention, __version__
-from dydila_kernels.functional import choose_backend, why_not_triton
+from dydila_kernels.functional import TRITON, choose_backend, why_not_triton
 from dydila_kernels.testing import layer_error_ratio
 
 
@@ -26,8 +27,21 @@ def version_of(package: str) -> str:
         return "not installed"
 
 
+def sizes(arguments: argparse.Namespace) -> list[tuple[int, int]]:
+    """d and H asked for, or some that are common."""
+    if arguments.dim is None:
+        return [(384, 1), (384, 6), (1152, 16)]
+    if arguments.dim < 1 or arguments.heads < 1 or arguments.dim % arguments.heads:
+        sys.exit(f"--heads must divide --dim; got --dim {arguments.dim} --heads {arguments.heads}")
+    return [(arguments.dim, arguments.heads)]
+
+
 def main() -> int:
     """Prints the report; returns the exit status, 1 where the self-check fails."""
+    parser = argparse.ArgumentParser("python -m dydila_kernels", description="Versions, backend, sizes, self-check.")
+    parser.add_argument("--dim", type=int, help="d, to say how the kernels run it")
+    parser.add_argument("--heads", type=int, default=1, help="H, with --dim (default 1)")
+    asked = sizes(parser.parse_args())
     device = default_device()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     print(f"dydila_kernels  {__version__}")
@@ -41,6 +55,12 @@ def main() -> int:
     reason = why_not_triton(device, dtype)
     if reason is not None:
         print(f"{'':14}  not triton: {reason}")
+
+    if TRITON is not None:
+        from dydila_kernels.ops.core import describe
+
+        for dim, heads in asked:
+            print(f"{'kernels':14}  d = {dim}, H = {heads}: {describe(dim, heads, torch.bfloat16)}")
 
     print(f"{'self-check':14}  {DyDiLAttention(64, 2).extra_repr()}")
     ratios = {d: layer_error_ratio(DyDiLAttention(64, 2, device=device, dtype=d)) for d in (dtype, torch.bfloat16)}

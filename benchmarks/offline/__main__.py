@@ -57,8 +57,8 @@ def jobs(chosen: Iterable[Case]) -> list[Job]:
 
 
 def in_subset(job: Job) -> bool:
-    """bf16 at the smallest width, no power of two, and heads of 72, in two parts; a target with little shared memory,
-    the one most used, and one of the other vendor."""
+    """bf16 at the smallest width and for heads of 72, neither a power of two; a target of little shared memory, the one
+    most used, and one of the other vendor."""
     labels = job.labels
     return (
         labels["dtype"] == "bf16"

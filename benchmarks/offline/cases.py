@@ -20,8 +20,8 @@ IMAGES, ROWS, COLUMNS = 4, 64, 64
 TOKENS = ROWS * COLUMNS
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PROJECTORS, FACTORS = 7, 21  # n_P and n_F = n_D of the paper's largest model: the most registers
-HEADS = {384: (384, 64, 16), 512: (512, 64, 128), 768: (768, 64, 32), 1152: (1152, 64, 72)}
-"""Widths d, and the sizes of heads to try with each: a configuration depends on the latter, never on both."""
+HEADS = {384: (384, 64, 16), 512: (128,), 768: (32,), 1152: (1152, 72)}
+"""Widths d, and the sizes of heads to try with each: a configuration depends on one of the two, never on both."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,18 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def cases() -> Iterator[Case]:
     for name, dtype in DTYPES.items():
         for d, heads in HEADS.items():
-            yield Case("projection", name, d, 0, partial(project, dtype, d))
-            yield Case("depthwise", name, d, 0, partial(convolve, dtype, d))
+            if d in (384, 1152):
+                yield Case("projection", name, d, 0, partial(project, dtype, d))
+                yield Case("depthwise", name, d, 0, partial(convolve, dtype, d))
+            if name == "fp16" and d != 384:  # the configurations are those of bf16
+                continue
             for head in heads:
                 yield Case("attention", name, d, head, partial(attend, dtype, d, head))
     for head in (384, 64):
         for variant in VARIANTS:
             yield Case("attention", "bf16", 384, head, partial(attend, torch.bfloat16, 384, head, **variant))
+    for name, d, head in (("bf16", 1152, 72), ("bf16", 512, 128), ("fp32", 384, 64), ("fp32", 512, 128)):
+        yield Case("attention", name, d, head, partial(attend, DTYPES[name], d, head, straight_through=True))
 
 
 def project(dtype: torch.dtype, d: int) -> None:

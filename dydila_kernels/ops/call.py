@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dydila_kernels.ops.depthwise import Geometry
-from dydila_kernels.ops.tiles import INTERPRETED
+from dydila_kernels.ops.tiles import INTERPRETED, upload
 
 PROGRAMS = 264
 """Programs to split a sum over where the device does not say how many fit: two for each processor of an H200."""
@@ -184,13 +184,13 @@ def tiles_of(bounds: tuple[int, ...], rows: int) -> tuple[tuple[int, int, int], 
 @lru_cache(maxsize=256)
 def table(values: tuple[Any, ...], device: torch.device) -> Tensor:
     """int32 on the device."""
-    return torch.tensor(values, dtype=torch.int32).to(device)
+    return upload(values, torch.int32, device)
 
 
 @lru_cache(maxsize=256)
 def factors_of(bounds: tuple[int, ...], longest: int, device: torch.device) -> Tensor:
     counts = [max(1, stop - start) for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
-    return torch.tensor([longest / count for count in counts], dtype=torch.float32).to(device)
+    return upload([longest / count for count in counts], torch.float32, device)
 
 
 @lru_cache(maxsize=256)

@@ -1,7 +1,7 @@
 """How each kernel is launched: a small frozen table, each entry with its reason.
 
 Nothing is tuned behind the user's back.  A configuration depends on the stage, the precision of the tokens and one
-width (of a head or a product), never on B or N.  ``dydila_kernels.ops.tune`` measures alternatives for those who ask.
+width (of a head or a product), never on B or N.  :mod:`dydila_kernels.tuning` measures others for those who ask.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class Entry:
 
 
 ANY = 2**31
+LARGEST_HEAD = 128
+"""Channels of a head whose state, (e, e) float32, programs can hold; wider heads take GEMMs."""
 
 TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {}
 """(stage, precision) -> entries by ascending width; precision is "half" (16 bits) or "single" (float32)."""
@@ -53,14 +55,25 @@ TABLE |= {
     ("state", "single"): (Entry(ANY, Config(32, 16, 4, reason="FMA bound: registers decide")),),
     ("readout", "half"): (
         Entry(64, Config(64, 32, 4, reason=WALK)),
-        Entry(ANY, Config(32, 32, 4, reason="an accumulator of 128 columns leaves room for half the rows")),
+        Entry(80, Config(32, 16, 4, reason="72 and 80 are 5 x 16; columns of 128 leave room for half the rows")),
+        Entry(ANY, Config(32, 32, 4, reason="columns of 128 leave room for half the rows")),
     ),
     ("readout", "single"): (
         Entry(64, Config(32, 16, 4, reason="FMA bound: registers decide")),
         Entry(ANY, Config(16, 16, 4, reason="FMA bound: registers decide")),
     ),
-    ("gradients", "half"): (Entry(ANY, Config(32, 32, 4, reason="dy, two powers and their slopes at a time")),),
+    ("gradients", "half"): (
+        Entry(64, Config(32, 32, 4, reason="dy, two powers and their slopes at a time")),
+        Entry(80, Config(32, 16, 4, reason="72 and 80 are 5 x 16")),
+        Entry(ANY, Config(32, 32, 4, reason="dy, two powers and their slopes at a time")),
+    ),
     ("gradients", "single"): (Entry(ANY, Config(16, 16, 4, reason="FMA bound: registers decide")),),
+    ("routed_gradients", "half"): (
+        Entry(96, Config(16, 32, 4, reason="logits of two routers on top: few rows")),
+        Entry(LARGEST_HEAD, Config(16, 32, 8, reason="and an operand of 128 columns: twice the threads to hold it")),
+        Entry(ANY, Config(32, 16, 4, reason="dy is read: no operand to hold")),
+    ),
+    ("routed_gradients", "single"): (Entry(ANY, Config(16, 16, 4, reason="FMA bound: registers decide")),),
     ("given_gradients", "half"): (Entry(ANY, Config(32, 32, 4, reason="two powers and their slopes at a time")),),
     ("given_gradients", "single"): (Entry(ANY, Config(32, 32, 4, reason=WALK)),),
 }
@@ -110,23 +123,6 @@ TABLE |= {
     ("projection_sum", "single"): (Entry(ANY, Config(rows=1, columns=1024, warps=4, reason="8 elements a thread")),),
 }
 
-TUNED: dict[tuple[str, str, int], Config] = {}
-"""What :func:`dydila_kernels.ops.tune` found in this process, by stage, precision and exact width."""
-
-
-def precision_of(dtype: torch.dtype) -> str:
-    return "single" if dtype == torch.float32 else "half"
-
-
-def pick(stage: str, dtype: torch.dtype, width: int = 0) -> Config:
-    """The configuration of a stage for tokens of ``dtype`` and a head (or product) of ``width`` channels."""
-    precision = precision_of(dtype)
-    tuned = TUNED.get((stage, precision, width))
-    if tuned is not None:
-        return tuned
-    return next(entry.config for entry in TABLE[stage, precision] if width <= entry.width)
-
-
 # Depth-wise convolution (depthwise.py) --------------------------------------------------------------------------------
 
 CONVOLVE = "lines of 128 bytes; 16 results a thread at most: fewer load the weights too often, more leave too few warps"
@@ -135,3 +131,30 @@ TABLE["depthwise", "half"] = (Entry(ANY, Config(32, 64, 4, reason=CONVOLVE)),)
 TABLE["depthwise", "single"] = (Entry(ANY, Config(32, 32, 4, reason=CONVOLVE)),)
 TABLE["depthwise_weight", "half"] = (Entry(ANY, Config(32, 32, 4, reason=SUMS)),)
 TABLE["depthwise_weight", "single"] = (Entry(ANY, Config(16, 32, 4, reason=SUMS)),)
+
+Key = tuple[str, str, int]
+"""Stage, precision and exact width."""
+
+TUNED: dict[Key, Config] = {}
+"""What :func:`dydila_kernels.tuning.tune` found in this process."""
+
+asked: dict[Key, None] | None = None
+"""What is looked up, while :func:`dydila_kernels.tuning.tune` wants to know."""
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    return "single" if dtype == torch.float32 else "half"
+
+
+def lookup(key: Key) -> Config:
+    stage, precision, width = key
+    tuned = TUNED.get(key)
+    return next(e.config for e in TABLE[stage, precision] if width <= e.width) if tuned is None else tuned
+
+
+def pick(stage: str, dtype: torch.dtype, width: int = 0) -> Config:
+    """The configuration of a stage for tokens of ``dtype`` and a head (or product) of ``width`` channels."""
+    key = stage, precision_of(dtype), width
+    if asked is not None:
+        asked[key] = None
+    return lookup(key)

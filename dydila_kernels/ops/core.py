@@ -24,12 +24,11 @@ from torch import Tensor
 
 from dydila_kernels.ops import depthwise, gemm
 from dydila_kernels.ops.call import Call, Side
+from dydila_kernels.ops.configs import LARGEST_HEAD, pick
 from dydila_kernels.ops.gradients import Incoming, TableGradients, gradients, mass_gradient
-from dydila_kernels.ops.linear_attention import LARGEST_HEAD, correlation, readout, state
+from dydila_kernels.ops.linear_attention import correlation, readout, state
+from dydila_kernels.ops.tiles import power_of_two
 from dydila_kernels.ops.tokens import tokens
-
-MOST_CHOICES = 128
-"""Entries of a table that an int8 index can tell apart."""
 
 
 class Inputs(NamedTuple):
@@ -64,9 +63,9 @@ class Kept(NamedTuple):
     """What the forward pass keeps, for both sides (first index) and maps; empty where there is no such thing.
 
     indices (2, maps + 1, T) int8, without the last where nothing is subtracted; statistics (2, maps, 3, T); slopes
-    (2, maps, T, n_F), differential_slopes (2, T, n_D); states (products, segments, H, e, e) in the dtype of the tokens,
-    without segments where scores pay; means (products, segments, d) and inverse_mass (products, T, H) under
-    "denominator".  All float32 but where said.  Products: two for Eq. 10, else one.
+    (2, maps, T, n_F), differential_slopes (2, T, n_D); states, see :func:`states_of`, in the dtype of the tokens;
+    means (products, segments, d) and inverse_mass (products, T, H) under "denominator".  All float32 but where said.
+    Products: two for Eq. 10, else one.
     """
 
     indices: Tensor
@@ -80,6 +79,22 @@ class Kept(NamedTuple):
 
 def is_fused(dim: int, num_heads: int) -> bool:
     return dim // num_heads <= LARGEST_HEAD
+
+
+def describe(dim: int, num_heads: int, dtype: torch.dtype) -> str:
+    """How tokens of d channels in H heads run, in words."""
+    e = dim // num_heads
+    if not is_fused(dim, num_heads):
+        how = f"heads of {e} > {LARGEST_HEAD}: tokens written once, then GEMMs, in the order (Q K^T) V below N = {e}"
+    else:
+        columns = pick("readout", dtype, e).columns
+        made = -(-e // columns) * columns
+        how = f"heads of {e}: fused kernels, {columns} channels at a time"
+        if made > e:
+            how += f" ({made - e} of {made} are padding), results of {power_of_two(e)}"
+    if dim * dtype.itemsize % 16:
+        how += f"; rows of {dim * dtype.itemsize} bytes are no multiple of 16, so loads are narrow and slow"
+    return how
 
 
 def call_of(inputs: Inputs, settings: Settings) -> Call:
@@ -98,7 +113,7 @@ def empty_kept(inputs: Inputs, settings: Settings) -> Kept:
     if bounds is not None:
         segments = len(bounds) - 1
         longest = max([stop - start for start, stop in zip(bounds[:-1], bounds[1:], strict=True)])
-    # A state for each segment, or none where there is no use for one.
+    # A state for each segment, or none where scores pay.
     states = segments if is_fused(dim, heads) else segments * torch.sym_min(1, longest // e)
     maps = 1 if inputs.q_redundant is None else 2
     products = 2 if settings.differential == "map" else 1
@@ -113,10 +128,22 @@ def empty_kept(inputs: Inputs, settings: Settings) -> Kept:
         new(2, maps, 3, rows),
         new(2, maps, rows, len(inputs.gamma), wanted=trained),
         new(2, rows, n_d, wanted=trained and n_d > 0),
-        new(products, states, heads, e, e, dtype=inputs.q.dtype),
+        new(products * states * heads * e * e + spare(dim, heads), dtype=inputs.q.dtype),
         new(products, segments, dim, wanted=relative),
         new(products, rows, heads, wanted=relative),
     )
+
+
+def spare(dim: int, num_heads: int) -> int:
+    """Numbers at the end of the states: torch compiles a size of 0 or 1 anew, as theirs would be when N is below e."""
+    return 0 if is_fused(dim, num_heads) else 2
+
+
+def states_of(call: Call, kept: Kept, settings: Settings) -> Tensor:
+    """(products, segments, H, e, e), a view; without segments where scores pay."""
+    products = 2 if settings.differential == "map" else 1
+    states = kept.states[: len(kept.states) - spare(call.dim, call.heads)]
+    return states.view(products, -1, call.heads, call.head_dim, call.head_dim)
 
 
 def sides_of(call: Call, inputs: Inputs, settings: Settings, kept: Kept) -> tuple[Side, Side]:
@@ -159,6 +186,9 @@ def attend(inputs: Inputs, settings: Settings) -> tuple[Tensor, Kept]:
     kept = empty_kept(inputs, settings)
     out = torch.empty(inputs.q.shape, dtype=call.dtype, device=call.device)
     q, k = sides_of(call, inputs, settings, kept)
+    shaped = kept._replace(states=states_of(call, kept, settings))
+    if spare(call.dim, call.heads):
+        kept.states[-spare(call.dim, call.heads) :].zero_()
     v, weight = beside(inputs.v), inputs.weight
     if settings.differential == "map":
         # The keys choose no lambda.
@@ -172,7 +202,7 @@ def attend(inputs: Inputs, settings: Settings) -> tuple[Tensor, Kept]:
     forward = attend_fused if is_fused(call.dim, call.heads) else attend_by_gemm
     for i, (queries, keys) in enumerate(pairs):
         last = i == len(pairs) - 1
-        forward(call, queries, keys, v, out, kept, i, decide, weight if last else None, inputs.bias)
+        forward(call, queries, keys, v, out, shaped, i, decide, weight if last else None, inputs.bias)
     return out, kept
 
 
@@ -205,7 +235,7 @@ def attend_by_gemm(
     if means is not None:
         kept.means[i] = means
     if not gemm.pays_scores(call):
-        kept.states[i] = gemm.state(call, k_hat, values)
+        gemm.state(call, k_hat, values, kept.states[i])
     means, inverse_mass = masses_of(kept, i, relative)
     tokens(call, q, decide=decide, out=q_hat, means=means, inverse_mass=inverse_mass)
     if gemm.pays_scores(call):
@@ -247,7 +277,8 @@ def pull_back(grad: Tensor, inputs: Inputs, settings: Settings, kept: Kept) -> G
     )
     assert dq is not None and dk is not None and dv is not None
     backward = pull_back_fused if is_fused(call.dim, call.heads) else pull_back_by_gemm
-    whole, weight = (call, v, grad, kept), inputs.weight
+    shaped = kept._replace(states=states_of(call, kept, settings))
+    whole, weight = (call, v, grad, shaped), inputs.weight
     if settings.differential == "map":
         assert dq_redundant is not None and dk_redundant is not None
         (q1, q2), (k1, k2) = q.maps(), k.maps()
@@ -266,7 +297,7 @@ def pull_back(grad: Tensor, inputs: Inputs, settings: Settings, kept: Kept) -> G
     dweight = dbias = None
     if weight is not None:
         dweight, dbias = depthwise.depthwise_weight_gradient(v, grad, call.geometry, call.mask)
-        dweight = dweight.t().contiguous()
+        dweight, dbias = dweight.t().contiguous(), dbias.clone()  # neither a view, as an operator must return them
     return Gradients(
         dq, dk, dv, dq_redundant, dk_redundant, dgamma.to(inputs.gamma.dtype), dlam, routers[0], routers[1], dweight,
         None if inputs.bias is None else dbias,
@@ -315,7 +346,8 @@ def pull_back_by_gemm(
         gemm.scores_gradient(call, dq[0], dk[0], values, incoming, dq_hat, dk_hat, dv, natural, add)
     else:
         dq_hat, dk_hat = dq[0], dk[0]
-        dstate = gemm.state(call, dq_hat, incoming)
+        dstate = torch.empty_like(kept.states[i])
+        gemm.state(call, dq_hat, incoming, dstate)
         gemm.readout(call, dq_hat, incoming, kept.states[i], transposed=True, scale=natural)
         gemm.readout(call, dv, dk_hat, dstate, scale=call.rescale, add=add)
         gemm.readout(call, dk_hat, values, dstate, transposed=True, scale=natural)

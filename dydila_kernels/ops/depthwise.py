@@ -221,9 +221,8 @@ class Geometry(NamedTuple):
 
 
 def table_of(rows: Sequence[tuple[int, int, int]], device: torch.device | str) -> Tensor:
-    """(n, 3) int32 on the device; from pinned memory, so that the copy waits for nothing."""
-    pinned = torch.device(device).type == "cuda"
-    return torch.tensor(rows, dtype=torch.int32, pin_memory=pinned).reshape(-1, 3).to(device, non_blocking=True)
+    """(n, 3) int32 on the device."""
+    return tiles.upload(rows, torch.int32, device).reshape(-1, 3)
 
 
 def aligned(tokens: Tensor) -> Tensor:

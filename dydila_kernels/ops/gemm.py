@@ -41,12 +41,10 @@ def heads(call: Call, *tokens: Tensor) -> Iterator[tuple[Span, int, list[Tensor]
             yield span, h, [t[span.images, span.rows, columns] for t in tokens]
 
 
-def state(call: Call, hat: Tensor, values: Tensor) -> Tensor:
-    """scale hat^T values, (segments, H, e, e) in the dtype of the tokens."""
-    out = hat.new_empty((call.segments, call.heads, call.head_dim, call.head_dim))
+def state(call: Call, hat: Tensor, values: Tensor, out: Tensor) -> None:
+    """out = scale hat^T values, (segments, H, e, e) in the dtype of the tokens."""
     for span, h, (z, v) in heads(call, hat, values):
         product(out[span.segments, h], z.mT, v, call.scale)
-    return out
 
 
 def readout(call: Call, out: Tensor, hat: Tensor, matrix: Tensor, *, transposed: bool = False, scale: float,

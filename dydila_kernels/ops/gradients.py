@@ -187,7 +187,7 @@ def mass_gradient_kernel(Z1, Z2, X, MATRIX, GIVEN, INDEX, CHOICE, STATS, GAMMA, 
     """
     E: tl.constexpr = D // H
     image, segment, n, inside = rows_of_program(TILES, N, ROWS)
-    r = image * N + n
+    r, T = image * N + n, tl.cast(T, tl.int64)
     rows = row_pointers(Z1, Z2, image, n, batch1, row1, batch2, row2)
     measured = load_measured(rows, INDEX, STATS, GAMMA, r, inside, T)
     maps, alive, _ = weighted(rows, measured, load_factor(CHOICE, LAM, r, inside), None, segment, 1.0, True)
@@ -198,9 +198,9 @@ def mass_gradient_kernel(Z1, Z2, X, MATRIX, GIVEN, INDEX, CHOICE, STATS, GAMMA, 
         total = tl.zeros(r.shape, tl.float32)
         for c in range(0, E, COLUMNS):
             columns = c + tl.arange(0, COLUMNS)
-            dy, _ = incoming(
+            dy = incoming(
                 x, matrix, GIVEN, INVERSE_MASS, None, None, h, columns, r, live, rescale, E, H, COLUMNS, PRECISION
-            )
+            )[0]
             powers = powers_of(maps, h * E + columns, within(live, columns, E, COLUMNS), FAST)
             total += tl.sum(difference_of(powers, maps) * dy, axis=1)
         tl.store(OUT + r * H + h, -total * load_per_head(INVERSE_MASS, h, r, live, H), mask=inside)
@@ -227,7 +227,7 @@ def gradients_kernel(Z1, Z2, X, MATRIX, GIVEN, DZ1, DZ2, DX, MASK, ROUTER1, ROUT
     E: tl.constexpr = D // H
     PAIR: tl.constexpr = Z2 is not None
     image, segment, n, inside = rows_of_program(TILES, N, ROWS)
-    r = image * N + n
+    r, T = image * N + n, tl.cast(T, tl.int64)
     rows = row_pointers(Z1, Z2, image, n, batch1, row1, batch2, row2)
     measured = load_measured(rows, INDEX, STATS, GAMMA, r, inside, T)
     factor = load_factor(CHOICE, LAM, r, inside)
@@ -361,13 +361,16 @@ class TableGradients(NamedTuple):
     differential_logits: Tensor | None
 
 
-def stage_of(source: Incoming) -> str:
+def stage_of(source: Incoming, side: Side) -> str:
+    """The name of the launch configuration."""
+    if side.slopes is not None:
+        return "routed_gradients"
     return "gradients" if source.given is None else "given_gradients"
 
 
 def mass_gradient(call: Call, side: Side, source: Incoming) -> Tensor:
     """(T, H) float32, see :func:`mass_gradient_kernel`."""
-    config, constants = configs.pick(stage_of(source), call.dtype, call.head_dim), numerics(call.dtype)
+    config, constants = configs.pick(stage_of(source, side), call.dtype, call.head_dim), numerics(call.dtype)
     out = torch.empty(call.rows, call.heads, device=call.device, dtype=torch.float32)
     launch(
         mass_gradient_kernel, (call.programs(config.rows),), config, **call.arguments(side), **source.arguments(call),
@@ -395,7 +398,7 @@ def gradients(
     ``dx``, ``grad`` and ``weight`` (9, d) are DX, GRAD and WEIGHT of :func:`gradients_kernel`, ``add`` its ADD;
     ``differential_logits`` (T, n_D) those of the lambda router where another call of this function has found them.
     """
-    config, constants = configs.pick(stage_of(source), call.dtype, call.head_dim), numerics(call.dtype)
+    config, constants = configs.pick(stage_of(source, side), call.dtype, call.head_dim), numerics(call.dtype)
     programs, convolution = call.programs(config.rows), call.convolution(grad, weight)
     sizes = call.choices()
 

@@ -37,9 +37,6 @@ from dydila_kernels.ops.tokens import (
     weighted,
 )
 
-LARGEST_HEAD = 128
-"""Channels of a head whose state a program can hold."""
-
 
 @triton.jit
 def state_kernel(Z1, Z2, VALUES, INDEX, CHOICE, STATS, GAMMA, LAM, FACTORS, BOUNDS, INVERSE_MASS, MASS_WEIGHTS,
@@ -62,6 +59,7 @@ def state_kernel(Z1, Z2, VALUES, INDEX, CHOICE, STATS, GAMMA, LAM, FACTORS, BOUN
     columns = (tl.program_id(0) % chunks) * COLUMNS + tl.arange(0, COLUMNS)
     h = (tl.program_id(0) // chunks) % H
     split = (tl.program_id(0) // (chunks * H)) % SPLITS
+    T = tl.cast(T, tl.int64)
     segment = (tl.program_id(0) // (chunks * H * SPLITS)).to(tl.int64)
     image, first, end = segment, 0, N
     if BOUNDS is not None:
@@ -199,7 +197,7 @@ def readout_kernel(Z1, Z2, MASK, ROUTER1, ROUTER2, ROUTER_D, GAMMA, LAM, INDEX, 
     BIAS (d,) float32, or None; GRIDS (segments, 3) int32 or None; the other arguments as in :func:`tokens_kernel`.
     """
     image, segment, n, inside = rows_of_program(TILES, N, ROWS)
-    r = image * N + n
+    r, T = image * N + n, tl.cast(T, tl.int64)
     rows = row_pointers(Z1, Z2, image, n, batch1, row1, batch2, row2)
     if DECIDE:
         measured, factor = decide_rows(rows, MASK, ROUTER1, ROUTER2, ROUTER_D, GAMMA, LAM, INDEX, CHOICE, STATS,
@@ -242,7 +240,7 @@ def correlation(call: Call, side: Side, values: Tensor, raw: bool) -> Tensor:
 
     ``side`` is one map without lambda.  The heads here are only parts of the d channels.
     """
-    width, e = values.shape[1], largest_divisor(call.dim, LARGEST_HEAD)
+    width, e = values.shape[1], largest_divisor(call.dim, configs.LARGEST_HEAD)
     splits = call.splits(configs.pick("state", torch.float32, e).rows)
     values = values.view(call.batch, call.length, width)
     partial = _states(

@@ -54,6 +54,12 @@ def numerics(dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def upload(values: Any, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    """A small table for the device; from pinned memory, so that the copy waits for nothing."""
+    pinned = torch.device(device).type == "cuda"
+    return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(device, non_blocking=True)
+
+
 def power_of_two(n: int, least: int = 16) -> int:
     """The smallest power of two >= n and >= ``least``; a tile dimension of ``tl.dot`` must be 16 at least."""
     return max(least, 1 << (n - 1).bit_length())

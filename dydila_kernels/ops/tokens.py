@@ -236,6 +236,7 @@ def measure_rows(rows, ROUTER_F, ROUTER_D, GAMMA, INDEX, STATS, SLOPES, r, insid
             router = load_router(ROUTER_D, c + columns, choices, D, N_D)
             differential = differential_dot(p, router, differential, z.dtype != tl.bfloat16, ROUTER)
     power = tl.sum(powers, axis=1)
+    alive |= power != power  # a maximum passes over NaN; the row shall not
     scale = tl.where(alive, m * tl.sqrt(tl.sum(squares, axis=1) / tl.where(alive, power, 1.0)), 0.0)
 
     tl.store(INDEX + r, index.to(tl.int8), mask=inside)
@@ -325,7 +326,7 @@ def tokens_kernel(Z1, Z2, MASK, ROUTER1, ROUTER2, ROUTER_D, GAMMA, LAM, INDEX, C
     :func:`rows_of_program`.
     """
     image, segment, n, inside = rows_of_program(TILES, N, ROWS)
-    r = image * N + n
+    r, T = image * N + n, tl.cast(T, tl.int64)
     rows = row_pointers(Z1, Z2, image, n, batch1, row1, batch2, row2)
     if DECIDE:
         measured, factor = decide_rows(rows, MASK, ROUTER1, ROUTER2, ROUTER_D, GAMMA, LAM, INDEX, CHOICE, STATS,

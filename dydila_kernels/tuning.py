@@ -1,0 +1,152 @@
+"""Measures launch configurations for the sizes and the device at hand, for those who ask.
+
+Nothing is tuned unasked: without a call of :func:`tune` the kernels run with the table of
+:mod:`dydila_kernels.ops.configs`, the same on every machine.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dydila_kernels import checks
+from dydila_kernels.attention import DyDiLAttention
+from dydila_kernels.functional import choose_backend
+
+if TYPE_CHECKING:
+    from dydila_kernels.ops.configs import Config
+
+GAIN = 0.99
+"""A configuration takes the place of another if it needs at most this share of the time: less is noise."""
+
+
+def tune(
+    shapes: Sequence[tuple[int, int, int, int]],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cuda",
+    training: bool = True,
+    repeats: int = 20,
+    **options: Any,
+) -> dict[tuple[str, str, int], Config]:
+    """Finds the fastest launch configuration of each stage of the layer, and uses them from now on in this process.
+
+    For each shape, one stage after the other, configurations that differ from the present one in one number are timed
+    on the whole layer.  Each has to be compiled first: expect a minute or two for a shape.
+
+    Args:
+        shapes: (B, N, d, H) each; N is taken as one row of N columns where it is no square.
+        dtype: of the tokens: float16, bfloat16 or float32.
+        device: a device that the kernels run on.
+        training: whether to time forward and backward, or the forward pass alone.
+        repeats: calls to take the median of.
+        options: other arguments of :class:`dydila_kernels.DyDiLAttention`.
+
+    Returns:
+        What was found better than the table, by (stage, precision, width), as in ``dydila_kernels.ops.configs.TUNED``,
+        which holds it: assign to that in another process to use it there.
+
+    Raises:
+        RuntimeError: the kernels cannot run on the device with the dtype; the message says why.
+        TypeError, ValueError: a shape, or an option of the layer, is not as described.
+    """
+    checks.integer("repeats", repeats, 1)
+    device = torch.device(device)
+    choose_backend("triton", device, dtype)
+    for shape in shapes:
+        if len(shape) != 4:
+            raise ValueError(f"shapes must hold (B, N, d, H); got {shape}")
+        for name, number in zip(("B", "N", "d", "H"), shape, strict=True):
+            checks.integer(name, number, 1)
+    from dydila_kernels.ops import configs
+
+    found: dict[tuple[str, str, int], Config] = {}
+    for batch, length, dim, num_heads in shapes:
+        attn = DyDiLAttention(dim, num_heads, device=device, dtype=dtype, backend="triton", **options)
+        x = torch.randn(batch, length, dim, device=device, dtype=dtype, requires_grad=training)
+        call = step_of(attn, x, training)
+        best = duration(call, device, repeats)
+        for key in asked_by(call):
+            for candidate in alternatives(configs.lookup(key)):
+                before = configs.TUNED.get(key)
+                configs.TUNED[key] = candidate
+                taken = duration_or_none(call, device, repeats)
+                if taken is not None and taken < GAIN * best:
+                    best, found[key] = taken, candidate
+                elif before is None:
+                    del configs.TUNED[key]
+                else:
+                    configs.TUNED[key] = before
+    return found
+
+
+def step_of(attn: DyDiLAttention, x: torch.Tensor, training: bool) -> Callable[[], object]:
+    """One call of the layer, with its gradients where ``training``."""
+    length = x.shape[1]
+    side = round(length**0.5)
+    grid = (side, side) if side * side == length else (1, length)
+    leaves = [x, *(p for p in attn.parameters() if p.requires_grad)]
+
+    def step() -> object:
+        with torch.set_grad_enabled(training):
+            out = attn(x, HW=grid)
+        return torch.autograd.grad(out, leaves, out) if training else out
+
+    return step
+
+
+def asked_by(call: Callable[[], object]) -> list[tuple[str, str, int]]:
+    """The configurations that a call looks up."""
+    from dydila_kernels.ops import configs
+
+    configs.asked = {}
+    try:
+        call()
+        return list(configs.asked)
+    finally:
+        configs.asked = None
+
+
+def alternatives(config: Config) -> Iterator[Config]:
+    """Configurations that differ from this one in one number, by a factor of two (stages: by one)."""
+    for name in ("rows", "columns", "depth"):
+        value = getattr(config, name)
+        if value >= 16:  # smaller ones are no dimension of a tile
+            yield from (replace(config, **{name: v}, reason="tuned") for v in (value // 2, 2 * value) if v >= 16)
+    yield from (replace(config, warps=w, reason="tuned") for w in (config.warps // 2, 2 * config.warps) if 1 <= w <= 16)
+    yield from (replace(config, stages=s, reason="tuned") for s in (config.stages - 1, config.stages + 1) if s >= 1)
+
+
+def duration_or_none(call: Callable[[], object], device: torch.device, repeats: int) -> float | None:
+    """None where a configuration asks for more than the device has."""
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    try:
+        return duration(call, device, repeats)
+    except (OutOfResources, PTXASError):
+        return None
+
+
+def duration(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """The median time of a call in seconds, after two calls that compile and warm up."""
+    for _ in range(2):
+        call()
+    times = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            call()
+            stop.record()
+            stop.synchronize()
+            times.append(start.elapsed_time(stop) / 1e3)
+        else:
+            began = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - began)
+    return statistics.median(times)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
@@ -28,6 +29,8 @@ def triton_version() -> tuple[int, ...] | None:
 
 
 TRITON = triton_version()
+_said: set[str] = set()
+"""Reasons for the torch backend that a warning has told."""
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype, choices: int = 1) -> str | None:
@@ -39,22 +42,22 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, choices: int = 1) -
         return f"Triton {needed} or newer is needed; {found} is installed"
     if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return "the kernels run on CUDA and ROCm devices"
-    if device.type == "cuda" and torch.version.hip is None and not torch.compiler.is_compiling():
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 0):
-            return "compute capability 8.0 or newer is needed; this device has {}.{}".format(*capability)
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"the kernels take float16, bfloat16 and float32, not {dtype}"
     if choices > MOST_CHOICES:
         return f"the kernels choose among {MOST_CHOICES} factors or projectors at most, not {choices}"
+    if device.type == "cuda" and torch.version.hip is None and not torch.compiler.is_compiling():
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            return "compute capability 8.0 or newer is needed; this device has {}.{}".format(*capability)
     return None
 
 
 def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, choices: int = 1) -> str:
     """ "triton" or "torch".  Raises RuntimeError where "triton" was asked for and cannot run.
 
-    "auto" takes Triton on a GPU that can run it.  Triton's interpreter (``TRITON_INTERPRET=1``), which runs the kernels
-    on a CPU for the sake of testing, must be asked for by name.
+    "auto" takes Triton on a GPU, and where that cannot run it warns once and takes torch.  Triton's interpreter
+    (``TRITON_INTERPRET=1``), which runs the kernels on a CPU for the sake of testing, must be asked for by name.
     """
     checks.choice("backend", backend, checks.BACKENDS)
     if backend == "torch" or (backend == "auto" and device.type != "cuda"):
@@ -62,6 +65,9 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, choic
     reason = why_not_triton(device, dtype, choices)
     if backend == "triton" and reason is not None:
         raise RuntimeError(f"backend='triton' cannot run on {device} with {dtype}: {reason}; backend='torch' can")
+    if reason is not None and reason not in _said and not torch.compiler.is_compiling():
+        _said.add(reason)
+        warnings.warn(f"backend='auto' takes the torch backend on {device}: {reason}", stacklevel=3)
     return "torch" if reason is not None else "triton"
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from dydila_kernels import DyDiLAttention, dydila_attention
+from dydila_kernels import DyDiLAttention, dydila_attention, functional
 from dydila_kernels.testing import core_inputs
 
 X = torch.zeros(2, 16, 8)
@@ -187,3 +188,24 @@ def test_statistics_check_as_the_call_does(method: str, arguments: dict[str, Any
     attn = DyDiLAttention(8, router_gradient="straight_through")
     with pytest.raises(TypeError, match=part):
         getattr(attn, method)(**arguments)
+
+
+def test_auto_says_once_why_it_takes_torch_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "_said", set())
+    gpu = torch.device("cuda", 0)
+    with pytest.warns(UserWarning, match="torch backend on cuda:0: the kernels .*float64"):
+        assert functional.choose_backend("auto", gpu, torch.float64) == "torch"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert functional.choose_backend("auto", gpu, torch.float64) == "torch"
+    with pytest.warns(UserWarning, match="128 factors"):
+        assert functional.choose_backend("auto", gpu, torch.float32, 129) == "torch"
+
+
+@pytest.mark.parametrize(("version", "words"), [(None, "not installed"), ((3, 5), "3.6 or newer is needed; 3.5")])
+def test_triton_missing_or_too_old(
+    version: tuple[int, int] | None, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(functional, "TRITON", version)
+    with pytest.raises(RuntimeError, match=words):
+        functional.choose_backend("triton", torch.device("cuda"), torch.bfloat16)

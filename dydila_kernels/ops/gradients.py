@@ -289,19 +289,11 @@ def gradients_kernel(Z1, Z2, X, MATRIX, GIVEN, DZ1, DZ2, DX, MASK, ROUTER1, ROUT
                     g = gradient_of_phi(dy, u, maps[1], dlogits, second, at, real, N_D, PRECISION)
                     sums2 = map_sums(sums2, rows[1], measured[1], g, at, mask, FAST)
         c1 = sums1[0]
-        dgamma = (
-            measured[0][2]
-            * LN2
-            * (sums1[1] - c1 * reciprocal(tl.load(STATS + 2 * T + r, mask=live, other=0.0)) * sums1[2])
-        )
+        dgamma = gamma_gradient(sums1, measured[0][2], STATS + 2 * T, r, live)
         routed1 = slopes_times(SLOPES, DLOGITS, dgamma, r, live, inside, N_F)
         if PAIR:
             c2 = sums2[0]
-            dgamma = (
-                measured[1][2]
-                * LN2
-                * (sums2[1] - c2 * reciprocal(tl.load(STATS + 5 * T + r, mask=live, other=0.0)) * sums2[2])
-            )
+            dgamma = gamma_gradient(sums2, measured[1][2], STATS + 5 * T, r, live)
             routed2 = slopes_times(SLOPES + T * N_F, DLOGITS + T * N_F, dgamma, r, live, inside, N_F)
 
     # Last walk: dZ, and the sums of dgamma.

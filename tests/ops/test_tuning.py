@@ -1,0 +1,106 @@
+"""Launch configurations: the table, how sizes run, and tuning for those who ask."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from dydila_kernels import tuning
+from dydila_kernels.ops import configs, core
+from tests.ops.helpers import DEVICE
+
+SHAPE = (1, 16, 32, 2)
+
+
+@pytest.fixture(autouse=True)
+def untuned() -> Iterator[None]:
+    yield
+    configs.TUNED.clear()
+
+
+def test_every_configuration_has_a_reason_and_tiles_that_triton_takes() -> None:
+    for entries in configs.TABLE.values():
+        assert [e.width for e in entries] == sorted(e.width for e in entries) and entries[-1].width == configs.ANY
+        for config in (e.config for e in entries):
+            assert config.reason
+            for n in (config.rows, config.columns, config.warps):
+                assert n & (n - 1) == 0
+
+
+def test_tuning_keeps_what_is_faster_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that likes state kernels of 16 rows, and is a little faster by chance for all others."""
+    key = ("state", "single", 16)
+
+    def duration(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+        call()
+        return 0.5 if configs.lookup(key).rows == 16 else 0.995 if configs.TUNED else 1.0
+
+    monkeypatch.setattr(tuning, "duration", duration)
+    found = tuning.tune([SHAPE], dtype=torch.float32, device=DEVICE, training=False, repeats=1)
+    assert list(found) == [key] and found[key].rows == 16 and found == configs.TUNED
+    assert configs.asked is None
+
+
+def test_tuning_passes_over_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    def duration(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+        if configs.TUNED:
+            raise OutOfResources(300000, 232448, "shared memory")
+        return 1.0
+
+    monkeypatch.setattr(tuning, "duration", duration)
+    assert tuning.tune([SHAPE], dtype=torch.float32, device=DEVICE, training=False) == {} == configs.TUNED
+
+
+@pytest.mark.slow
+def test_the_clock_measures() -> None:
+    call: Any = torch.zeros(8).exp
+    assert 0 < tuning.duration(call, torch.device("cpu"), 3) < 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"shapes": [(1, 16, 32)]}, r"\(B, N, d, H\); got \(1, 16, 32\)"),
+        ({"shapes": [(1, 0, 32, 2)]}, "N must be"),
+        ({"shapes": [(1, 16, 32, 5)]}, "divisible"),
+        ({"shapes": [SHAPE], "repeats": 0}, "repeats"),
+    ],
+)
+def test_bad_shapes(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        tuning.tune(**arguments, dtype=torch.float32, device=DEVICE)
+
+
+def test_tuning_says_where_the_kernels_cannot_run() -> None:
+    with pytest.raises(RuntimeError, match="float64"):
+        tuning.tune([SHAPE], dtype=torch.float64, device=DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("dim", "heads", "words"),
+    [
+        (384, 1, ["heads of 384 > 128", "GEMMs"]),
+        (384, 6, ["heads of 64: fused"]),
+        (1152, 16, ["heads of 72: fused", "8 of 80 are padding", "results of 128"]),
+        (130, 10, ["260 bytes", "narrow"]),
+    ],
+)
+def test_how_a_size_runs(dim: int, heads: int, words: list[str]) -> None:
+    said = core.describe(dim, heads, torch.bfloat16)
+    assert all(word in said for word in words), said
+    assert ("narrow" in said) == (dim % 8 != 0)
+
+
+def test_the_report_says_how_a_size_runs() -> None:
+    command = [sys.executable, "-m", "dydila_kernels", "--dim", "1152", "--heads"]
+    done = subprocess.run([*command, "16"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and core.describe(1152, 16, torch.bfloat16) in done.stdout, done
+    done = subprocess.run([*command, "7"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "--heads must divide --dim" in done.stderr

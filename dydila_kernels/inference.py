@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 def applies(attn: DyDiLAttention, x: Tensor) -> bool:
     """Whether nothing needs the tensors in between: no gradient, transform, autocast or replaced projection."""
-    if torch.is_grad_enabled() or autocast_dtype(x.device) is not None or takes_plain_path(x, *attn.parameters()):
+    if torch.is_grad_enabled() or autocast_dtype(x.device) is not None or takes_plain_path(x):
         return False
     if attn._backend(x) == "triton":
         return False

@@ -57,11 +57,10 @@ def takes_plain_path(*tensors: Tensor | None) -> bool:
 
 def is_transformed(*tensors: Tensor | None) -> bool:
     """Whether torch.func, forward-mode AD or the meta device want more than numbers of an operation."""
-    if torch._C._are_functorch_transforms_active():
+    # Within a dual_level any tensor may have a tangent, and asking each would take longer than a kernel.
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
-    return any(
-        t is not None and (t.device.type == "meta" or forward_ad.unpack_dual(t).tangent is not None) for t in tensors
-    )
+    return any(t is not None and t.device.type == "meta" for t in tensors)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

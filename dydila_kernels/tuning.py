@@ -113,7 +113,16 @@ def asked_by(call: Callable[[], object]) -> list[tuple[str, str, int]]:
 
 
 def alternatives(config: Config) -> Iterator[Config]:
-    """Configurations that differ from this one in one number, by a factor of two (stages: by one)."""
+    """Configurations that differ from this one in one number, by a factor of two (stages: by one).
+
+    A tile has an element for each thread at least: kernels that write where they read rely on it.
+    """
+    for other in neighbours(config):
+        if other.rows * other.columns >= 64 * other.warps:
+            yield other
+
+
+def neighbours(config: Config) -> Iterator[Config]:
     for name in ("rows", "columns", "depth"):
         value = getattr(config, name)
         if value >= 16:  # smaller ones are no dimension of a tile

@@ -7,15 +7,15 @@ row of B = 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from dydila_kernels.ops.depthwise import Geometry
-from dydila_kernels.ops.tiles import INTERPRETED, upload
+from dydila_kernels.ops.tiles import INTERPRETED, check_rows, upload
 
 PROGRAMS = 264
 """Programs to split a sum over where the device does not say how many fit: two for each processor of an H200."""
@@ -83,6 +83,7 @@ class Call:
     ) -> None:
         self.batch, self.length, self.dim = like.shape
         self.rows, self.heads, self.head_dim = self.batch * self.length, num_heads, self.dim // num_heads
+        check_rows(self.rows)
         self.dtype, self.device = like.dtype, like.device
         self.gamma, self.lam, self.normalization = gamma, lam, normalization
         self.mask = None if mask is None else mask.contiguous()
@@ -177,23 +178,37 @@ def tiles_of(bounds: tuple[int, ...], rows: int) -> tuple[tuple[int, int, int], 
     )
 
 
-# The tables below are kept: the same packing comes again in every layer and step, and a copy cannot be captured in a
-# CUDA graph.
+Made = TypeVar("Made")
+_captured: list[Any] = []
+"""Tables of which a CUDA graph has the addresses."""
 
 
-@lru_cache(maxsize=256)
+def kept(make: Callable[..., Made]) -> Callable[..., Made]:
+    """Makes a table once: the same packing comes again in every layer and step.  The device is the last argument."""
+    made = lru_cache(maxsize=256)(make)
+
+    def get(*arguments: Any) -> Made:
+        found = made(*arguments)
+        if arguments[-1].type == "cuda" and torch.cuda.is_current_stream_capturing():
+            _captured.append(found)
+        return found
+
+    return get
+
+
+@kept
 def table(values: tuple[Any, ...], device: torch.device) -> Tensor:
     """int32 on the device."""
     return upload(values, torch.int32, device)
 
 
-@lru_cache(maxsize=256)
+@kept
 def factors_of(bounds: tuple[int, ...], longest: int, device: torch.device) -> Tensor:
     counts = [max(1, stop - start) for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
     return upload([longest / count for count in counts], torch.float32, device)
 
 
-@lru_cache(maxsize=256)
+@kept
 def geometry_of(grids: tuple[int, ...], device: torch.device) -> Geometry:
     """From (start, rows, columns) of each grid in one flat tuple."""
     return Geometry.of([(grids[i], grids[i + 1], grids[i + 2]) for i in range(0, len(grids), 3)], device)

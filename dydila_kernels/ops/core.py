@@ -63,7 +63,7 @@ class Kept(NamedTuple):
     """What the forward pass keeps, for both sides (first index) and maps; empty where there is no such thing.
 
     indices (2, maps + 1, T) int8, without the last where nothing is subtracted; statistics (2, maps, 3, T); slopes
-    (2, maps, T, n_F), differential_slopes (2, T, n_D); states, see :func:`states_of`, in the dtype of the tokens;
+    (2, maps, T, n_F), differential_slopes (2, T, n_D); states, see :func:`states_of`, in the working dtype;
     means (products, segments, d) and inverse_mass (products, T, H) under "denominator".  All float32 but where said.
     Products: two for Eq. 10, else one.
     """
@@ -128,10 +128,23 @@ def empty_kept(inputs: Inputs, settings: Settings) -> Kept:
         new(2, maps, 3, rows),
         new(2, maps, rows, len(inputs.gamma), wanted=trained),
         new(2, rows, n_d, wanted=trained and n_d > 0),
-        new(products * states * heads * e * e + spare(dim, heads), dtype=inputs.q.dtype),
+        new(products * states * heads * e * e + spare(dim, heads), dtype=working_dtype(inputs, settings)),
         new(products, segments, dim, wanted=relative),
         new(products, rows, heads, wanted=relative),
     )
+
+
+def working_dtype(inputs: Inputs, settings: Settings) -> torch.dtype:
+    """That of the tokens; but float16 has not the range of 1/mass, by which "denominator" divides."""
+    wide = inputs.q.dtype == torch.float16 and settings.normalization == "denominator"
+    return torch.float32 if wide else inputs.q.dtype
+
+
+def widened(inputs: Inputs, settings: Settings) -> Inputs:
+    """The inputs with tokens in the working dtype."""
+    dtype = working_dtype(inputs, settings)
+    tokens = [None if t is None else t.to(dtype) for t in inputs[:5]]
+    return Inputs(*tokens, *inputs[5:])  # type: ignore[arg-type,call-arg]
 
 
 def spare(dim: int, num_heads: int) -> int:
@@ -182,6 +195,9 @@ def beside(tokens: Tensor) -> Tensor:
 
 def attend(inputs: Inputs, settings: Settings) -> tuple[Tensor, Kept]:
     """The output (B, N, d), contiguous, and what the backward pass needs."""
+    if working_dtype(inputs, settings) != inputs.q.dtype:
+        out, kept = attend(widened(inputs, settings), settings)
+        return out.to(inputs.q.dtype), kept
     call = call_of(inputs, settings)
     kept = empty_kept(inputs, settings)
     out = torch.empty(inputs.q.shape, dtype=call.dtype, device=call.device)
@@ -269,6 +285,10 @@ class Gradients(NamedTuple):
 
 def pull_back(grad: Tensor, inputs: Inputs, settings: Settings, kept: Kept) -> Gradients:
     """The gradients, from that of the output."""
+    if working_dtype(inputs, settings) != inputs.q.dtype:
+        found = pull_back(grad.to(working_dtype(inputs, settings)), widened(inputs, settings), settings, kept)
+        narrow = [None if t is None else t.to(inputs.q.dtype) for t in found[:5]]
+        return Gradients(*narrow, *found[5:])  # type: ignore[arg-type,call-arg]
     call = call_of(inputs, settings)
     q, k = sides_of(call, inputs, settings, kept)
     grad, v = beside(grad), beside(inputs.v)
@@ -370,9 +390,13 @@ def router_gradients(
     call: Call, sides: tuple[Side, Side], tables: list[Tables], inputs: Inputs
 ) -> tuple[Tensor, Tensor | None]:
     """Straight through: those of the kernel routers and of the differential routers, from those of their logits."""
-    dkernel, ddifferential = torch.zeros_like(inputs.kernel_routers), None
+    dkernel, ddifferential = (
+        torch.zeros(inputs.kernel_routers.shape, dtype=inputs.kernel_routers.dtype, device=call.device),
+        None,
+    )
     if inputs.differential_routers is not None:
-        ddifferential = torch.zeros_like(inputs.differential_routers)
+        routers = inputs.differential_routers
+        ddifferential = torch.zeros(routers.shape, dtype=routers.dtype, device=call.device)
     for i, side in enumerate(sides):
         singles = [side] if side.redundant is None else side.maps()
         logits = torch.cat([pair[i].logits for pair in tables])  # type: ignore[misc]

@@ -198,7 +198,7 @@ class Geometry(NamedTuple):
 
     @classmethod
     def of(cls, grids: Sequence[tuple[int, int, int]], device: torch.device | str) -> Geometry:
-        """From (start, rows, columns) of each grid; one stands for all images of a batch.  Does not synchronise."""
+        """From (start, rows, columns) of each grid; one stands for all images of a batch."""
         if len(grids) <= 1:
             return cls(*(grids[0] if grids else (0, 0, 0)))
         cuts = [

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dydila_kernels.ops.configs import pick
-from dydila_kernels.ops.tiles import first_largest, launch, numerics, padded, router_dot
+from dydila_kernels.ops.tiles import check_rows, first_largest, launch, numerics, padded, router_dot
 
 
 def token_rows(x: Tensor) -> Tensor:
@@ -70,6 +70,7 @@ def route_kernel(X, ROUTER1, ROUTER2, INDEX, length, X_ROW: tl.constexpr, D: tl.
 def route(x: Tensor, routers: Sequence[Tensor]) -> Tensor:
     """Eq. 1 for one or two routers (d, n_P) in one pass over x (B, N, d): (routers, B, N) int8."""
     rows, (d, choices) = token_rows(x), routers[0].shape
+    check_rows(len(rows))
     first, second = routers[0].contiguous(), routers[1].contiguous() if len(routers) == 2 else None
     index = x.new_empty((len(routers), *x.shape[:2]), dtype=torch.int8)
     config = pick("route", x.dtype, choices)

@@ -39,6 +39,12 @@ def launch(kernel: Any, grid: Grid, config: Config, **arguments: Any) -> None:
         launcher(kernel, grid, config, arguments)
 
 
+def allows_tf32() -> bool:
+    """Torch's own setting; what newer versions call fp32_precision is an error to read under the old name."""
+    matmul = torch.backends.cuda.matmul
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+
+
 def numerics(dtype: torch.dtype) -> dict[str, Any]:
     """Constants of kernels for tokens of ``dtype``.
 
@@ -46,7 +52,7 @@ def numerics(dtype: torch.dtype) -> dict[str, Any]:
     PRECISION: of products of float32 operands; for float32 tokens it follows torch's own setting.
     ROUTER: of the products that decide, which are exact to about float32 always.
     """
-    tf32 = target == "cuda" and (dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32)
+    tf32 = target == "cuda" and (dtype != torch.float32 or allows_tf32())
     return {
         "FAST": dtype != torch.float32 and target == "cuda" and not INTERPRETED,
         "PRECISION": "tf32" if tf32 else "ieee",
@@ -54,10 +60,23 @@ def numerics(dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+MOST_ROWS = 2**31 - 2**16
+"""Tokens of a call: their numbers, and those that pad the last tile, are int32."""
+
+
+def check_rows(rows: int) -> None:
+    if rows > MOST_ROWS:
+        raise ValueError(f"the kernels take {MOST_ROWS} tokens in a call at most (B N); got {rows}")
+
+
 def upload(values: Any, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
-    """A small table for the device; from pinned memory, so that the copy waits for nothing."""
-    pinned = torch.device(device).type == "cuda"
-    return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(device, non_blocking=True)
+    """A small table for the device.  Waits for the copy, so that any stream may read it.
+
+    Raises RuntimeError while a CUDA graph is captured, which would not hold the contents.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("call the layer once with this packing before it is captured in a CUDA graph")
+    return torch.tensor(values, dtype=dtype).to(device)
 
 
 def power_of_two(n: int, least: int = 16) -> int:

@@ -99,8 +99,8 @@ def mass_of(powers, maps):
 
 @triton.jit
 def reciprocal(mass):
-    """1/mass, and 0 where there is no mass."""
-    return tl.where(mass > 0, 1.0 / tl.where(mass > 0, mass, 1.0), 0.0)
+    """1/mass, and 0 where there is none to speak of: of less than the smallest normal number it would be infinite."""
+    return tl.where(mass >= TINY, 1.0 / tl.where(mass >= TINY, mass, 1.0), 0.0)
 
 
 @triton.jit
@@ -369,6 +369,6 @@ def tokens(
     if shares is None:
         return None
     if call.bounds is None:
-        return shares.view(call.batch, -1, call.dim).sum(1) * call.scale
+        return shares.view(call.batch, programs // max(1, call.batch), call.dim).sum(1) * call.scale
     counts = [-(-(stop - start) // config.rows) for start, stop in zip(call.bounds[:-1], call.bounds[1:], strict=True)]
     return torch.stack([part.sum(0) for part in shares.split(counts)]) * call.scale

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dydila_kernels import dydila_attention
 from dydila_kernels.functional import triton_arguments, validated
-from dydila_kernels.ops import core, gemm
+from dydila_kernels.ops import core, gemm, tiles
 from dydila_kernels.testing import TOKENS, Tensors, relative_error
 from tests.ops.helpers import (
     DEVICE,
@@ -23,6 +23,8 @@ from tests.ops.helpers import (
     combinations,
     compare_core,
     inputs_of,
+    oracle,
+    results,
     use_gemm,
     use_tiles,
 )
@@ -228,3 +230,46 @@ def test_what_cannot_run_says_why() -> None:
     with pytest.raises(RuntimeError, match="not 130"):
         attend(inputs_of(1, 5, 8, num_differential_factors=130))
     assert attend(inputs_of(1, 5, 8, num_kernel_factors=128)).isfinite().all()
+
+
+@pytest.mark.parametrize(("dim", "heads", "gamma"), [(48, 6, 16.0), (48, 6, 64.0), (144, 1, 32.0)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_inverse_mass_stays_in_range(dtype: torch.dtype, dim: int, heads: int, gamma: float) -> None:
+    """1/mass of a head of tiny powers passes the range of float16, and that of float32 where it counts as no mass."""
+    inputs = inputs_of(1, 12, dim, dtype, gamma=(gamma, gamma))
+    for name in ("q", "k", "q_redundant", "k_redundant"):  # one channel above all others: one head has the mass
+        inputs[name] = inputs[name].clamp(-1, 1) / 2
+        inputs[name][..., 0] = 1
+    options = {"num_heads": heads, "normalization": "denominator"}
+    found, truth = results(inputs, **options), oracle(inputs, **options)
+    assert all(t.isfinite().all() for t in found.values())
+    head = dim // heads
+    limit = 4 * torch.finfo(dtype).eps
+    assert relative_error(found["output"][..., :head], truth["output"][..., :head]) < limit
+
+
+@pytest.mark.parametrize("normalization", ["length", "denominator"])
+@pytest.mark.parametrize("length", [8, 200])
+def test_an_empty_batch_of_wide_heads(normalization: str, length: int) -> None:
+    inputs = inputs_of(0, length, 136)
+    assert all(t.numel() == 0 or not t.any() for t in results(inputs, normalization=normalization).values())
+
+
+def test_follows_the_new_name_of_the_tf32_setting() -> None:
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("this torch has the old name only")
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        assert tiles.numerics(torch.float32)["PRECISION"] == "tf32"
+        matmul.fp32_precision = "ieee"
+        assert tiles.numerics(torch.float32)["PRECISION"] == "ieee"
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_too_many_tokens_are_refused() -> None:
+    tiles.check_rows(2**31 - 2**16)
+    with pytest.raises(ValueError, match="2147418112 tokens"):
+        tiles.check_rows(2**31)

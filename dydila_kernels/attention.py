@@ -103,6 +103,9 @@ class DyDiLAttention(nn.Module):
         self.dim, self.num_heads, self.num_prefix_tokens = dim, num_heads, num_prefix_tokens
         self.normalization, self.router_gradient, self.differential_mode = normalization, router_gradient, differential
         self.backend, self.fused = backend, False
+        self.most_choices = max(
+            num_projectors, num_kernel_factors, num_differential_factors if differential != "off" else 1
+        )
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         routed: dict[str, Any] = {"trainable_routers": router_gradient == "straight_through", **factory}
@@ -281,12 +284,8 @@ class DyDiLAttention(nn.Module):
 
     def _backend(self, x: Tensor) -> str:
         """ "triton" or "torch"; raises RuntimeError where "triton" was asked for and cannot run."""
-        tables = [self.measure.num_factors]
-        if self.differential is not None:
-            tables.append(self.differential.num_factors)
-        if self.projection_q is not None:
-            tables.append(self.projection_q.num_projectors)
-        return choose_backend(self.backend, x.device, torch_backend.autocast_dtype(x.device) or x.dtype, max(tables))
+        dtype = torch_backend.autocast_dtype(x.device) or x.dtype
+        return choose_backend(self.backend, x.device, dtype, self.most_choices)
 
     def _runs_triton(self, x: Tensor) -> bool:
         return self._backend(x) == "triton" and not torch_backend.is_transformed(x)

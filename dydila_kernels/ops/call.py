@@ -105,10 +105,6 @@ class Call:
         elif normalization == "length" and self.bounds is not None:
             self.factors = factors_of(self.bounds, self.longest, self.device)
 
-    def per_head(self, tokens: Tensor) -> Tensor:
-        """(B, N, d) or (T, d) -> (B, N, H, e), a view."""
-        return tokens.view(self.batch, self.length, self.heads, self.head_dim)
-
     def programs(self, rows: int) -> int:
         """Programs of ``rows`` tokens, none of which straddles segments."""
         if self.bounds is None:

@@ -390,13 +390,12 @@ def router_gradients(
     call: Call, sides: tuple[Side, Side], tables: list[Tables], inputs: Inputs
 ) -> tuple[Tensor, Tensor | None]:
     """Straight through: those of the kernel routers and of the differential routers, from those of their logits."""
+    # Dense whatever the strides of the routers, as the operator's fake says.
     dkernel, ddifferential = (
-        torch.zeros(inputs.kernel_routers.shape, dtype=inputs.kernel_routers.dtype, device=call.device),
-        None,
+        None if t is None else torch.zeros_like(t, memory_format=torch.contiguous_format)
+        for t in (inputs.kernel_routers, inputs.differential_routers)
     )
-    if inputs.differential_routers is not None:
-        routers = inputs.differential_routers
-        ddifferential = torch.zeros(routers.shape, dtype=routers.dtype, device=call.device)
+    assert dkernel is not None
     for i, side in enumerate(sides):
         singles = [side] if side.redundant is None else side.maps()
         logits = torch.cat([pair[i].logits for pair in tables])  # type: ignore[misc]

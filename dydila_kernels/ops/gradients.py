@@ -30,10 +30,12 @@ from dydila_kernels.ops.tokens import (
     difference_of,
     load_factor,
     load_measured,
+    load_per_head,
     powers_of,
     reciprocal,
     row_pointers,
     store_choices,
+    unit_of,
     weighted,
 )
 
@@ -46,12 +48,6 @@ def load_operand(X, h, image, n, batch, row, live, E: tl.constexpr):
     across = tl.arange(0, padded(E))
     pointers = X + (image * batch + n * row)[:, None] + h * E + across[None, :]
     return tl.load(pointers, mask=within(live, across, E, padded(E)), other=0.0)
-
-
-@triton.jit
-def load_per_head(IN, h, r, live, H: tl.constexpr):
-    """IN[r, h] (R,) of IN (T, H)."""
-    return tl.load(IN + r * H + h, mask=live, other=0.0)
 
 
 @triton.jit
@@ -103,8 +99,7 @@ def gradient_of_phi(dy, u, a_map, dlogits, ROUTER, at, real, N_D: tl.constexpr, 
 def power_parts(rows, measured, at, mask, FAST: tl.constexpr):
     """s, log2 s and q = p/s = s^(gamma - 1) of a tile (R, C) of one map; q is zero where s is."""
     inverse, gamma, _ = measured
-    z = tl.load(rows + at[None, :], mask=mask, other=0.0).to(tl.float32)
-    s = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL) * inverse[:, None]
+    s = unit_of(tl.load(rows + at[None, :], mask=mask, other=0.0), inverse)
     log = log2(tl.maximum(s, TINY), FAST)
     return s, log, tl.where(s < TINY, 0.0, tl.exp2((gamma - 1.0)[:, None] * log))
 

@@ -26,11 +26,12 @@ from dydila_kernels.ops.call import Call, Side
 from dydila_kernels.ops.depthwise import convolve_tile
 from dydila_kernels.ops.tiles import launch, numerics, padded, pin, rows_of_program, within
 from dydila_kernels.ops.tokens import (
-    decide_rows,
     difference_of,
     load_factor,
     load_measured,
+    load_per_head,
     mass_of,
+    measured_rows,
     powers_of,
     reciprocal,
     row_pointers,
@@ -89,11 +90,11 @@ def state_kernel(Z1, Z2, VALUES, INDEX, CHOICE, STATS, GAMMA, LAM, FACTORS, BOUN
             powers = powers_of(maps, h * E + columns, mask, FAST)
             y = difference_of(powers, maps)
             if INVERSE_MASS is not None:
-                y *= tl.load(INVERSE_MASS + r * H + h, mask=inside, other=0.0)[:, None]
+                y *= load_per_head(INVERSE_MASS, h, r, inside, H)[:, None]
             if SUMS is not None:
                 mass = mass_of(powers, maps)
                 if MASS_WEIGHTS is not None:
-                    mass *= tl.load(MASS_WEIGHTS + r * H + h, mask=inside, other=0.0)[:, None]
+                    mass *= load_per_head(MASS_WEIGHTS, h, r, inside, H)[:, None]
                 total += tl.sum(mass, axis=0)
             y = pin(y)
         acc = tl.dot(tl.trans(y.to(x.dtype)), x, acc, input_precision=PRECISION)
@@ -199,16 +200,12 @@ def readout_kernel(Z1, Z2, MASK, ROUTER1, ROUTER2, ROUTER_D, GAMMA, LAM, INDEX, 
     image, segment, n, inside = rows_of_program(TILES, N, ROWS)
     r, T = image * N + n, tl.cast(T, tl.int64)
     rows = row_pointers(Z1, Z2, image, n, batch1, row1, batch2, row2)
-    if DECIDE:
-        measured, factor = decide_rows(rows, MASK, ROUTER1, ROUTER2, ROUTER_D, GAMMA, LAM, INDEX, CHOICE, STATS,
-                                       SLOPES, SLOPES_D, r, inside, T, D, N_F, N_D, COLUMNS, FAST, ROUTER)  # fmt: skip
-    else:
-        measured = load_measured(rows, INDEX, STATS, GAMMA, r, inside, T)
-        factor = load_factor(CHOICE, LAM, r, inside)
-    maps, alive, _ = weighted(rows, measured, factor, FACTORS, segment, unit, RELATIVE)
+    maps, live = measured_rows(rows, MASK, ROUTER1, ROUTER2, ROUTER_D, GAMMA, LAM, INDEX, CHOICE, STATS, SLOPES,
+                               SLOPES_D, FACTORS, segment, r, inside, T, unit, D, N_F, N_D, DECIDE, RELATIVE, COLUMNS,
+                               FAST, ROUTER)  # fmt: skip
     means = None if MEANS is None else MEANS + segment * D
     write_readout(OUT, maps, STATE + segment * (D * (D // H)), means, INVERSE_MASS, X, MASK, WEIGHT, BIAS, GRIDS, image,
-                  segment, n, r, inside, inside & alive, rescale, x_batch, x_row, grid_start, grid_rows, grid_columns,
+                  segment, n, r, inside, live, rescale, x_batch, x_row, grid_start, grid_rows, grid_columns,
                   N, D, H, ADD, False, COLUMNS, FAST, PRECISION)  # fmt: skip
 
 

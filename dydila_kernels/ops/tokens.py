@@ -42,9 +42,15 @@ from dydila_kernels.ops.tiles import (
 
 
 @triton.jit
+def unit_of(z, inverse):
+    """s = ReLU(z) / m of a tile (R, C); NaN stays NaN."""
+    return tl.maximum(z.to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL) * inverse[:, None]
+
+
+@triton.jit
 def unit_and_power(z, inverse, gamma, FAST: tl.constexpr):
     """s = ReLU(z) / m and p = s^gamma of a tile (R, C).  Entries below the smallest normal number count as zeros."""
-    s = tl.maximum(z.to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL) * inverse[:, None]
+    s = unit_of(z, inverse)
     p = tl.where(s < TINY, 0.0, tl.exp2(gamma[:, None] * log2(s, FAST)))
     return s, p
 
@@ -135,6 +141,12 @@ def load_map(INDEX, STATS, GAMMA, r, inside, T):
     inverse = tl.load(STATS + r, mask=inside, other=0.0)
     scale = tl.load(STATS + T + r, mask=inside, other=0.0)
     return inverse, gamma, scale
+
+
+@triton.jit
+def load_per_head(IN, h, r, live, H: tl.constexpr):
+    """IN[r, h] (R,) of IN (T, H)."""
+    return tl.load(IN + r * H + h, mask=live, other=0.0)
 
 
 @triton.jit
@@ -276,6 +288,22 @@ def decide_rows(rows, MASK, ROUTER1, ROUTER2, ROUTER_D, GAMMA, LAM, INDEX, CHOIC
 
 
 @triton.jit
+def measured_rows(rows, MASK, ROUTER1, ROUTER2, ROUTER_D, GAMMA, LAM, INDEX, CHOICE, STATS, SLOPES, SLOPES_D, FACTORS,
+                  segment, r, inside, T, unit, D: tl.constexpr, N_F: tl.constexpr, N_D: tl.constexpr,
+                  DECIDE: tl.constexpr, RELATIVE: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr,
+                  ROUTER: tl.constexpr):  # fmt: skip
+    """The maps of rows, and which are inside and not all zero: DECIDE, or load what was decided."""
+    if DECIDE:
+        measured, factor = decide_rows(rows, MASK, ROUTER1, ROUTER2, ROUTER_D, GAMMA, LAM, INDEX, CHOICE, STATS,
+                                       SLOPES, SLOPES_D, r, inside, T, D, N_F, N_D, COLUMNS, FAST, ROUTER)  # fmt: skip
+    else:
+        measured = load_measured(rows, INDEX, STATS, GAMMA, r, inside, T)
+        factor = load_factor(CHOICE, LAM, r, inside)
+    maps, alive, _ = weighted(rows, measured, factor, FACTORS, segment, unit, RELATIVE)
+    return maps, inside & alive
+
+
+@triton.jit
 def write_rows(OUT, SUMS, MASS_WEIGHTS, MEANS, INVERSE_MASS, maps, segment, r, inside, live, D: tl.constexpr,
                H: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
     """Writes Zh to OUT (T, d), or None.
@@ -306,7 +334,7 @@ def write_rows(OUT, SUMS, MASS_WEIGHTS, MEANS, INVERSE_MASS, maps, segment, r, i
             if SUMS is not None:
                 mass = mass_of(powers, maps)
                 if MASS_WEIGHTS is not None:
-                    mass *= tl.load(MASS_WEIGHTS + r * H + h, mask=inside, other=0.0)[:, None]
+                    mass *= load_per_head(MASS_WEIGHTS, h, r, inside, H)[:, None]
                 total = tl.sum(mass, axis=0)
                 tl.store(SUMS + tl.program_id(0).to(tl.int64) * D + at, total, mask=c + columns < E)
 
@@ -328,17 +356,11 @@ def tokens_kernel(Z1, Z2, MASK, ROUTER1, ROUTER2, ROUTER_D, GAMMA, LAM, INDEX, C
     image, segment, n, inside = rows_of_program(TILES, N, ROWS)
     r, T = image * N + n, tl.cast(T, tl.int64)
     rows = row_pointers(Z1, Z2, image, n, batch1, row1, batch2, row2)
-    if DECIDE:
-        measured, factor = decide_rows(rows, MASK, ROUTER1, ROUTER2, ROUTER_D, GAMMA, LAM, INDEX, CHOICE, STATS,
-                                       SLOPES, SLOPES_D, r, inside, T, D, N_F, N_D, COLUMNS, FAST, ROUTER)  # fmt: skip
-    else:
-        measured = load_measured(rows, INDEX, STATS, GAMMA, r, inside, T)
-        factor = load_factor(CHOICE, LAM, r, inside)
+    maps, live = measured_rows(rows, MASK, ROUTER1, ROUTER2, ROUTER_D, GAMMA, LAM, INDEX, CHOICE, STATS, SLOPES,
+                               SLOPES_D, FACTORS, segment, r, inside, T, unit, D, N_F, N_D, DECIDE, RELATIVE, COLUMNS,
+                               FAST, ROUTER)  # fmt: skip
     if OUT is not None or SUMS is not None:
-        maps, alive, _ = weighted(rows, measured, factor, FACTORS, segment, unit, RELATIVE)
-        write_rows(
-            OUT, SUMS, MASS_WEIGHTS, MEANS, INVERSE_MASS, maps, segment, r, inside, inside & alive, D, H, COLUMNS, FAST
-        )
+        write_rows(OUT, SUMS, MASS_WEIGHTS, MEANS, INVERSE_MASS, maps, segment, r, inside, live, D, H, COLUMNS, FAST)
 
 
 def tokens(

@@ -288,7 +288,7 @@ class DyDiLAttention(nn.Module):
         return choose_backend(self.backend, x.device, dtype, self.most_choices)
 
     def _runs_triton(self, x: Tensor) -> bool:
-        return self._backend(x) == "triton" and not torch_backend.is_transformed(x)
+        return self._backend(x) == "triton" and not torch_backend.is_transformed()
 
     def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """The tokens to measure and the values: q, k, v, q', k' (Eqs. 1-2)."""

@@ -40,7 +40,9 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, choices: int = 1) -
     if TRITON < OLDEST_TRITON:
         needed, found = (".".join(map(str, v)) for v in (OLDEST_TRITON, TRITON))
         return f"Triton {needed} or newer is needed; {found} is installed"
-    if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+    # On the meta device the operators are called for shapes alone, and no kernel runs.
+    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type not in ("cuda", "meta") and not interpreted:
         return "the kernels run on CUDA and ROCm devices"
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"the kernels take float16, bfloat16 and float32, not {dtype}"
@@ -57,7 +59,8 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, choic
     """ "triton" or "torch".  Raises RuntimeError where "triton" was asked for and cannot run.
 
     "auto" takes Triton on a GPU, and where that cannot run it warns once and takes torch.  Triton's interpreter
-    (``TRITON_INTERPRET=1``), which runs the kernels on a CPU for the sake of testing, must be asked for by name.
+    (``TRITON_INTERPRET=1``), which runs the kernels on a CPU for the sake of testing, must be asked for by name, and
+    so must the operators of the kernels on the meta device, where "auto" takes torch.
     """
     checks.choice("backend", backend, checks.BACKENDS)
     if backend == "torch" or (backend == "auto" and device.type != "cuda"):
@@ -157,13 +160,13 @@ def attend(
 
 
 def runs_triton(backend: str, *tensors: Tensor | None) -> bool:
-    """Whether the kernels take this call; torch.func, forward-mode AD and the meta device are the torch backend's."""
+    """Whether the kernels take this call; torch.func and forward-mode AD are the torch backend's."""
     q, gamma, lam = tensors[0], tensors[5], tensors[6]
     assert q is not None and gamma is not None
     choices = max(len(gamma), 0 if lam is None else len(lam))
     if choose_backend(backend, q.device, q.dtype, choices) != "triton":
         return False
-    return not torch_backend.is_transformed(*tensors)
+    return not torch_backend.is_transformed()
 
 
 def triton_arguments(

@@ -58,6 +58,8 @@ def tune(
     checks.integer("repeats", repeats, 1)
     device = torch.device(device)
     choose_backend("triton", device, dtype)
+    if device.type == "meta":
+        raise RuntimeError("device must be one that the kernels run on; got meta, which has nothing to time")
     for shape in shapes:
         if len(shape) != 4:
             raise ValueError(f"shapes must hold (B, N, d, H); got {shape}")

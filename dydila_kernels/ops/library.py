@@ -8,6 +8,9 @@
 
 ``torch.compile`` and ``torch.export`` see these.  An eager call goes around the dispatcher, which would cost more than
 a small kernel takes, to the same functions.  Second derivatives are not written: asking for one is an error.
+
+Meta tensors go through the operators too, for shapes.  ``torch.utils.flop_counter.FlopCounterMode`` counts by the
+formulas of :mod:`dydila_kernels.ops.flops`; a counter learns them when it is made, so import this module before.
 """
 
 from __future__ import annotations
@@ -18,8 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from dydila_kernels.ops import core, projection
+from dydila_kernels.ops import core, flops, projection
 from dydila_kernels.ops.core import Inputs, Kept, Settings
 
 INPUTS, KEPT = len(Inputs._fields), len(Kept._fields)
@@ -45,9 +49,12 @@ def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def around_dispatcher() -> bool:
-    """Whether nobody watches this call: no compiler, and no mode such as that of fake tensors or of a profiler."""
-    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+def around_dispatcher(t: Tensor) -> bool:
+    """Whether numbers are all that is wanted: by no compiler, and no mode such as that of fake tensors or of a counter.
+
+    Of meta tensors shapes are wanted.
+    """
+    return not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or t.is_meta)
 
 
 def refuse_second_derivative() -> None:
@@ -120,7 +127,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | Non
     nothing = (None,) * (1 + len(ctx.settings))
     if grad is None:
         return (None,) * INPUTS + nothing
-    function: Callable[..., tuple[Tensor | None, ...]] = pull_back if around_dispatcher() else attention_backward_op
+    function: Callable[..., tuple[Tensor | None, ...]] = pull_back if around_dispatcher(grad) else attention_backward_op
     found = function(grad, *inputs, mask, *ctx.settings, *kept)
     routers = (Inputs._fields.index("kernel_routers"), Inputs._fields.index("differential_routers"))
     trained = ctx.settings[-1]
@@ -144,14 +151,15 @@ class Attention(torch.autograd.Function):
 
 def dydila_attention(inputs: Inputs, settings: Settings) -> Tensor:
     """Eqs. 5-9 (or 10) for validated arguments: (B, N, d), contiguous."""
-    if around_dispatcher():
+    if around_dispatcher(inputs.q):
         return Attention.apply(*inputs, *settings)[0]
     return attention_op(*inputs, *settings)[0]
 
 
 def routing_indices(inputs: Inputs, settings: Settings) -> dict[str, Tensor]:
     """The decisions of :func:`dydila_attention`, (B, N) int8 each, named as in :class:`dydila_kernels.Routing`."""
-    kept = Kept(*attend(*inputs, *settings)[1:])
+    function: Callable[..., tuple[Tensor, ...]] = attend if around_dispatcher(inputs.q) else attention_op
+    kept = Kept(*function(*inputs, *settings)[1:])
     indices = kept.indices.unflatten(-1, inputs.q.shape[:2])
     names = (
         ["measure_{}"] if settings.differential == "off" else ["measure_{}", "measure_{}_redundant", "differential_{}"]
@@ -229,7 +237,7 @@ def _differentiate_projection(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[T
     refuse_second_derivative()
     if grad is None:
         return None, None, None
-    function = _pull_back_projection if around_dispatcher() else projection_backward_op
+    function = _pull_back_projection if around_dispatcher(grad) else projection_backward_op
     return *function(grad, *ctx.saved_tensors), None
 
 
@@ -246,9 +254,13 @@ class RoutedProjection(torch.autograd.Function):
 
 def route(x: Tensor, routers: Sequence[Tensor]) -> Tensor:
     """Eq. 1 for one or two routers (d, n_P): (routers, B, N) int8."""
-    return (_route if around_dispatcher() else route_op)(x, routers)
+    return (_route if around_dispatcher(x) else route_op)(x, routers)
 
 
 def routed_projection(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
     """Eq. 2: x (B, N, d), weight (n_P, d, e), index (B, N) int8 -> (B, N, e), contiguous."""
-    return (RoutedProjection.apply if around_dispatcher() else projection_op)(x, weight, index)[0]
+    return (RoutedProjection.apply if around_dispatcher(x) else projection_op)(x, weight, index)[0]
+
+
+for _name, _formula in flops.FORMULAS.items():
+    register_flop_formula(getattr(torch.ops.dydila_kernels, _name))(_formula)

@@ -52,15 +52,15 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def takes_plain_path(*tensors: Tensor | None) -> bool:
     """Whether plain operations are called for: by a tracer, torch.func, forward-mode AD or meta tensors."""
-    return torch.compiler.is_compiling() or is_transformed(*tensors)
-
-
-def is_transformed(*tensors: Tensor | None) -> bool:
-    """Whether torch.func, forward-mode AD or the meta device want more than numbers of an operation."""
-    # Within a dual_level any tensor may have a tangent, and asking each would take longer than a kernel.
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() or is_transformed():
         return True
     return any(t is not None and t.device.type == "meta" for t in tensors)
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode AD want more than numbers of an operation."""
+    # Within a dual_level any tensor may have a tangent, and asking each would take longer than a kernel.
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

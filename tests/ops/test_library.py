@@ -98,7 +98,7 @@ def by_operator(function: Any) -> Any:
 
     def call(*arguments: Any, **keywords: Any) -> Any:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(library, "around_dispatcher", lambda: False)
+            patch.setattr(library, "around_dispatcher", lambda _: False)
             return function(*arguments, **keywords)
 
     return call
@@ -226,7 +226,7 @@ def test_checkpoints_and_copies_give_the_same_bits() -> None:
 
 @pytest.mark.parametrize("around", [True, False])
 def test_a_second_derivative_is_a_clear_error(around: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "around_dispatcher", lambda: around)
+    monkeypatch.setattr(library, "around_dispatcher", lambda _: around)
     message = "no second derivatives .*; use backend='torch'"
     q = (inputs := inputs_of(1, 5, 8))["q"].requires_grad_()
     with pytest.raises(RuntimeError, match=message):

@@ -2,7 +2,20 @@
 
 from importlib.util import find_spec
 
-_EXTRA = ("accelerate", "diffusers", "matplotlib", "safetensors", "sklearn", "tqdm", "tyro")
+_EXTRA = (
+    "accelerate",
+    "diffusers",
+    "huggingface_hub",
+    "matplotlib",
+    "PIL",
+    "psutil",
+    "safetensors",
+    "sklearn",
+    "tensorboard",
+    "torchmetrics",
+    "tqdm",
+    "tyro",
+)
 
 if _missing := [name for name in _EXTRA if find_spec(name) is None]:
     raise ModuleNotFoundError(

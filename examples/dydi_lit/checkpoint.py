@@ -1,9 +1,11 @@
 """The layout of a checkpoint, which is a folder, written and read here only.
 
-- config.json: the model's and the training run's configuration, and the number of steps done
-- model.safetensors: the averaged (EMA) weights; with config.json, all that sampling needs
+- config.json, model.safetensors, README.md: the averaged (EMA) model as huggingface_hub writes it, all that sampling
+  needs; `DiffusionTransformer.from_pretrained(folder)` reads it
+- training.json: steps_done, the full configuration of the run (train) and of the network (model), what the data were
+  (data), and the versions of the libraries
 - losses.json: the loss of every step so far
-- state/: what resuming needs as well, raw weights and optimiser, saved by accelerate
+- state/: what resuming needs as well: the raw weights, AdamW's moments, and the counters of schedule and loss scale
 """
 
 import json
@@ -11,74 +13,125 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from accelerate import Accelerator, PartialState
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
-from torch import nn
+from safetensors.torch import load_file, load_model, save_file
+from torch import Tensor
 
-from examples.dydi_lit.model import DyDiLiT, DyDiLiTConfig
+from examples.dydi_lit.configs import from_json as config_from_json
+from examples.dydi_lit.data import DataError
+from examples.dydi_lit.model import DiffusionTransformer
+from examples.dydi_lit.model_card import card_kwargs
+from examples.dydi_lit.parallel import processes
 
 
 class CheckpointError(Exception):
-    """A checkpoint that is missing, incomplete, or of another model than the one asked for."""
+    """A checkpoint that is missing, incomplete, damaged, or of another run than the one asked for."""
+
+
+class State(NamedTuple):
+    """What resuming needs beside the averaged weights; tensors on the CPU, whole, whatever they were sharded over."""
+
+    weights: dict[str, Tensor]
+    """The network's state dict."""
+    moments: dict[str, Tensor]
+    """The optimiser's tensors, named <parameter>.<moment>."""
+    counters: dict[str, Any]
+    """The state dicts of schedule and loss scale, in JSON's types."""
 
 
 @contextmanager
-def plain_errors() -> Iterator[None]:
-    """Ends a command with one line, instead of a traceback, where its checkpoint is at fault."""
+def plain_errors(*others: type[Exception]) -> Iterator[None]:
+    """Ends a command with one line, instead of a traceback, where a checkpoint or the data are at fault.
+
+    `others` are further exceptions to treat so.
+    """
+    expected: tuple[type[Exception], ...] = (CheckpointError, DataError, *others)
     try:
         yield
-    except CheckpointError as error:
+    except expected as error:
         raise SystemExit(f"error: {error}") from None
 
 
 def save_checkpoint(
-    folder: Path, accelerator: Accelerator, ema: nn.Module, config: dict[str, Any], losses: list[float]
+    folder: Path, averaged: DiffusionTransformer, training: dict[str, Any], losses: list[float], state: State
 ) -> None:
     """Writes beside `folder` and swaps at the end: a crash while writing leaves the checkpoint from before.
 
-    `ema` is the averaged model; `config` has the keys model and train.
+    `training` is the content of training.json. One process calls this, that of rank 0.
     """
-    partial = folder.with_name(folder.name + ".partial")
-    accelerator.save_state(str(partial / "state"))
-    if accelerator.is_main_process:
-        save_model(ema, str(partial / "model.safetensors"))
-        (partial / "config.json").write_text(json.dumps({"steps_done": len(losses), **config}, indent=2) + "\n")
-        (partial / "losses.json").write_text(json.dumps(losses))
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    accelerator.wait_for_everyone()
+    partial, previous = _beside(folder, "partial"), _beside(folder, "previous")
+    shutil.rmtree(partial, ignore_errors=True)
+    averaged.save_pretrained(partial, model_card_kwargs=card_kwargs(training))
+    (partial / "training.json").write_text(json.dumps(training, indent=2) + "\n")
+    (partial / "losses.json").write_text(json.dumps(losses))
+    (partial / "state").mkdir()
+    save_file(state.weights, partial / "state" / "weights.safetensors")
+    save_file(state.moments, partial / "state" / "moments.safetensors")
+    (partial / "state" / "counters.json").write_text(json.dumps(state.counters))
+
+    if folder.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        folder.rename(previous)
+    partial.rename(folder)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as a dictionary with the keys steps_done, model, train; CheckpointError where it is not there."""
-    return _read_json(folder, "config.json")
+def read_training(folder: Path) -> dict[str, Any]:
+    """training.json: steps_done, train, model, data, versions; CheckpointError where it is not there or damaged."""
+    return _read_json(folder, "training.json")
 
 
 def read_losses(folder: Path) -> list[float]:
-    """The loss of every step up to the checkpoint; CheckpointError where it is not there."""
+    """The loss of every step up to the checkpoint; CheckpointError where it is not there or damaged."""
     return _read_json(folder, "losses.json")
 
 
-def load_ema_model(folder: Path) -> DyDiLiT:
-    """The averaged model, in inference form (`eval`, attention fused), on accelerate's default device."""
-    model = DyDiLiT(DyDiLiTConfig(**read_config(folder)["model"]))
-    load_ema_weights(folder, model)
-    return model.fuse().eval().to(PartialState().device)
+def read_state(folder: Path) -> State:
+    """What resuming needs beside the averaged weights; CheckpointError names the file that is missing or damaged."""
+    weights, moments = (_read_tensors(folder / "state" / f"{name}.safetensors") for name in ("weights", "moments"))
+    return State(weights, moments, _read_json(folder, "state/counters.json"))
 
 
-def load_ema_weights(folder: Path, model: nn.Module) -> None:
-    """Copies the averaged weights into `model`; CheckpointError where they are missing or do not fit."""
+def load_ema_model(folder: Path, *, fuse: bool = True) -> DiffusionTransformer:
+    """The averaged model, in `eval`, on accelerate's default device; `fuse` puts its attention in inference form."""
+    model = load_network(folder)
+    return (model.fuse() if fuse else model).to(processes().device)
+
+
+def load_network(folder: Path) -> DiffusionTransformer:
+    """The model of config.json and model.safetensors, in `eval`, on the CPU; CheckpointError where they do not fit."""
+    fields = _read_json(folder, "config.json")
     try:
-        load_model(model, str(folder / "model.safetensors"))
-    except (FileNotFoundError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"cannot load {folder / 'model.safetensors'}: {error}") from error
+        model = DiffusionTransformer(config_from_json(fields))
+        load_model(model, folder / "model.safetensors")
+    except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"cannot load {folder / 'model.safetensors'} with its config.json: {error}") from error
+    return model.eval()
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot resume: {file} cannot be loaded: {error}") from error
 
 
 def _read_json(folder: Path, name: str) -> Any:
     try:
         return json.loads((folder / name).read_text())
     except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(f"no checkpoint at {folder}: there is no {folder / name}") from None
+        raise CheckpointError(_not_there(folder, name)) from None
+    except ValueError as error:  # not JSON, or not even text
+        raise CheckpointError(f"{folder / name} is damaged: {error}") from None
+
+
+def _not_there(folder: Path, name: str) -> str:
+    message = f"no checkpoint at {folder}: there is no {folder / name}"
+    previous = _beside(folder, "previous")
+    return f"{message}; a run killed while saving left {previous}, which is whole" if previous.exists() else message
+
+
+def _beside(folder: Path, role: str) -> Path:
+    return folder.with_name(f"{folder.name}.{role}")

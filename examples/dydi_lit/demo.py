@@ -6,11 +6,13 @@ from pathlib import Path
 
 import tyro
 
-from examples.dydi_lit.checkpoint import plain_errors, read_config
-from examples.dydi_lit.figures import as_text
+from examples.dydi_lit.checkpoint import plain_errors, read_training
+from examples.dydi_lit.plots import as_text
+from examples.dydi_lit.recorder import Diverged
 from examples.dydi_lit.sample import SampleConfig, draw_grid
 from examples.dydi_lit.score import ScoreConfig, print_scores, score
-from examples.dydi_lit.train import Interrupted, TrainConfig, from_json, train
+from examples.dydi_lit.settings import SettingsError, from_json
+from examples.dydi_lit.train import Interrupted, TrainConfig, train
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ def demo(config: DemoConfig) -> None:
     train_config = TrainConfig(output=config.output, steps=config.steps, seed=config.seed)
     if config.resume:
         stopped = config.output / "checkpoint"
-        train_config = replace(from_json(read_config(stopped)["train"]), output=config.output, resume=stopped)
+        train_config = replace(from_json(read_training(stopped)["train"]), output=config.output, resume=stopped)
     checkpoint = train(train_config)
     trained = time.perf_counter()
 
@@ -47,7 +49,7 @@ def demo(config: DemoConfig) -> None:
 
 def main() -> None:
     config = tyro.cli(DemoConfig, prog="python -m examples.dydi_lit.demo")
-    with plain_errors():
+    with plain_errors(SettingsError, Diverged):
         try:
             demo(config)
         except Interrupted as stop:

@@ -1,73 +1,18 @@
-"""The DyDi-LiT network: DiT's adaLN-Zero blocks with DyDiLA as attention and GLUMBConv as feed-forward."""
+"""One frame for DyDi-LiT, DiT and Sana: DiT's adaLN-Zero blocks around any of the attention layers."""
 
-from dataclasses import dataclass
+from zlib import crc32
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_timestep_embedding
 from einops import rearrange
+from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dydila_kernels import DyDiLAttention
-
-
-@dataclass(frozen=True)
-class DyDiLiTConfig:
-    """What fixes the network; the image size does not, because the network follows the grid it is given.
-
-    `num_projectors`, `num_kernel_factors` and `num_differential_factors` are n_P, n_F and n_D of the paper.
-    """
-
-    dim: int
-    depth: int
-    num_projectors: int
-    num_kernel_factors: int
-    num_differential_factors: int
-    num_heads: int = 1
-    ffn_ratio: float = 4.0
-    patch_size: int = 2
-    in_channels: int = 4
-    num_classes: int = 1000
-
-
-SIZES = {
-    "tiny": DyDiLiTConfig(128, 4, 3, 9, 9, ffn_ratio=2.0),
-    "S": DyDiLiTConfig(384, 9, 3, 9, 9),
-    "B": DyDiLiTConfig(512, 9, 5, 15, 15),
-    "L": DyDiLiTConfig(768, 9, 7, 21, 21),
-}
-
-
-def config_of_size(size: str) -> DyDiLiTConfig:
-    """The configuration called `size`; ValueError where there is none."""
-    if size not in SIZES:
-        raise ValueError(f"unknown size {size!r}: choose one of {', '.join(SIZES)}")
-    return SIZES[size]
-
-
-def position_embedding(HW: tuple[int, int], dim: int, device: torch.device) -> Tensor:
-    """Sines and cosines of each token's row (first half of the channels) and column; (N, dim) float32, row-major."""
-    rows, columns = torch.meshgrid(*(torch.arange(side, device=device) for side in HW), indexing="ij")
-    return torch.cat([get_timestep_embedding(place.flatten(), dim // 2) for place in (rows, columns)], dim=1)
-
-
-class GLUMBConv(nn.Module):
-    """Sana's feed-forward: widen, mix neighbours with a depth-wise 3x3 convolution, gate, and narrow again.
-
-    With [a, b] = DW3x3(SiLU(x W_1)), y = (a * SiLU(b)) W_2. x and y are (B, N, dim), tokens of the grid HW in
-    row-major order; a and b are `hidden` channels wide each.
-    """
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.expand = nn.Linear(dim, 2 * hidden)
-        self.depthwise = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
-        self.reduce = nn.Linear(hidden, dim, bias=False)
-
-    def forward(self, x: Tensor, HW: tuple[int, int]) -> Tensor:
-        wide = nn.functional.silu(self.expand(x))
-        image = rearrange(wide, "b (rows columns) c -> b c rows columns", rows=HW[0])  # a view: channels last
-        value, gate = rearrange(self.depthwise(image), "b c rows columns -> b (rows columns) c").chunk(2, dim=-1)
-        return self.reduce(value * nn.functional.silu(gate))
+from examples.dydi_lit.configs import ModelConfig
+from examples.dydi_lit.layers import GLUMBConv, Mlp, ReLULinearAttention, SoftmaxAttention
+from examples.dydi_lit.model_card import TEMPLATE
 
 
 class Block(nn.Module):
@@ -77,20 +22,16 @@ class Block(nn.Module):
     block is the identity.
     """
 
-    def __init__(self, config: DyDiLiTConfig) -> None:
+    def __init__(self, config: ModelConfig, number: int, seed: int) -> None:
         super().__init__()
         dim = config.dim
         self.norm_attention = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.attention = DyDiLAttention(
-            dim,
-            config.num_heads,
-            num_projectors=config.num_projectors,
-            num_kernel_factors=config.num_kernel_factors,
-            num_differential_factors=config.num_differential_factors,
-        )
+        with torch.random.fork_rng(devices=[]):  # what one block draws does not move the next one's weights
+            torch.manual_seed(seed + number)
+            self.attention = attention_of(config, number)
         self.norm_ffn = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.ffn = GLUMBConv(dim, int(config.ffn_ratio * dim))
-        self.modulation = zero_linear(dim, 6 * dim)
+        self.ffn = {"mlp": Mlp, "glumbconv": GLUMBConv}[config.feed_forward](dim, int(config.ffn_ratio * dim))
+        self.modulation = nn.Linear(dim, 6 * dim)
 
     def forward(self, x: Tensor, condition: Tensor, HW: tuple[int, int]) -> Tensor:
         terms = self.modulation(condition).unsqueeze(1).chunk(6, dim=-1)
@@ -100,37 +41,79 @@ class Block(nn.Module):
         return x + gate_ffn * self.ffn(modulate(self.norm_ffn(x), shift_ffn, scale_ffn), HW)
 
 
-class DyDiLiT(nn.Module):
-    """Predicts the noise in an image, given the time step and the class.
+class DiffusionTransformer(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="dydila-kernels",
+    paper_url="https://arxiv.org/abs/2601.13683",
+    license="apache-2.0",
+    pipeline_tag="unconditional-image-generation",
+    tags=["diffusion", "linear-attention", "dydila"],
+    model_card_template=TEMPLATE,
+):
+    """Predicts the noise in an image, and with `learn_sigma` where its variance lies, given the time step and class.
 
     forward(image, timestep, label): image (B, in_channels, height, width) floating, timestep (B,) of any number
     dtype, label (B,) int64 in 0..num_classes, where `num_classes` is the null class that stands for "no class".
-    Returns the shape and dtype of the image. Height and width may be any multiples of the patch size; anything else
-    is a ValueError.
+    Returns (B, C, height, width) in the dtype of the image, with C = in_channels, or twice that with `learn_sigma`:
+    the noise, then the variance's place v in -1..1 between the two bounds of arXiv 2102.09672, Eq. 15. Height and
+    width may be any multiples of the patch size; anything else is a ValueError.
+
+    `save_pretrained`, `from_pretrained` and `push_to_hub` are those of huggingface_hub.
     """
 
-    def __init__(self, config: DyDiLiTConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        if config.dim % 4:
-            raise ValueError(f"dim must be a multiple of 4, for sines and cosines of two axes, not {config.dim}")
+        seed = int(torch.randint(2**62, (), device="cpu"))
         self.config = config
-        patch_channels = config.in_channels * config.patch_size**2
-        self.patch_embedding = nn.Linear(patch_channels, config.dim)
+        self.gradient_checkpointing = False
+        patch = config.patch_size**2
+        self.out_channels = config.in_channels * (2 if config.learn_sigma else 1)
+        self.patch_embedding = nn.Linear(config.in_channels * patch, config.dim)
         self.time_frequencies = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(256, config.dim)
         self.label_embedding = nn.Embedding(config.num_classes + 1, config.dim)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config, number, seed) for number in range(config.depth))
         self.norm = nn.LayerNorm(config.dim, eps=1e-6, elementwise_affine=False)
-        self.modulation = zero_linear(config.dim, 2 * config.dim)
-        self.output = zero_linear(config.dim, patch_channels)
+        self.modulation = nn.Linear(config.dim, 2 * config.dim)
+        self.output = nn.Linear(config.dim, self.out_channels * patch)
+        self.initialize(seed)
 
     @property
     def null_class(self) -> int:
         """The label that stands for "no class"."""
         return self.config.num_classes
 
-    def fuse(self) -> "DyDiLiT":
-        """Puts every attention layer in its inference form, which computes the same; returns the model itself."""
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.output.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.output.weight.dtype
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Draws the weights of linear layers, embeddings and convolutions; what else DyDiLA has stays as it drew it.
+
+        Each depends on `seed` and its name only, so that models of one seed start equal where they are alike.
+        """
+        for name, module in self.named_modules():
+            if not isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
+                continue
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed ^ crc32(name.encode()))
+                module.reset_parameters()
+                if self.config.initialization == "dit":
+                    initialize_as_dit(name, module)
+            if name == "output" or name.endswith("modulation"):  # blocks start as the identity, the output at zero
+                nn.init.zeros_(module.weight)
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+
+    def fuse(self) -> "DiffusionTransformer":
+        """Puts every DyDiLA layer in its inference form, which computes the same; returns the model itself."""
         for module in self.modules():
             if isinstance(module, DyDiLAttention):
                 module.fuse()
@@ -145,26 +128,60 @@ class DyDiLiT(nn.Module):
 
         patches = rearrange(image, "b c (rows p) (columns q) -> b (rows columns) (c p q)", p=patch, q=patch)
         x = self.patch_embedding(patches)
-        x = x + position_embedding(HW, self.config.dim, x.device).to(x.dtype)
+        # In the dtype of the weights, so that under autocast the blocks add to float32, as in DiT.
+        x = x + position_embedding(HW, self.config.dim, x.device).to(self.patch_embedding.weight.dtype)
 
-        frequencies = self.time_frequencies(timestep).to(x.dtype)
+        frequencies = self.time_frequencies(timestep).to(image.dtype)
         condition = nn.functional.silu(self.time_embedding(frequencies) + self.label_embedding(label))
         for block in self.blocks:
-            x = block(x, condition, HW)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, condition, HW, use_reentrant=False)
+            else:
+                x = block(x, condition, HW)
 
         shift, scale = self.modulation(condition).unsqueeze(1).chunk(2, dim=-1)
-        patches = self.output(modulate(self.norm(x), shift, scale))
+        patches = self.output(modulate(self.norm(x), shift, scale)).to(image.dtype)
         return rearrange(patches, "b (rows columns) (c p q) -> b c (rows p) (columns q)", rows=HW[0], p=patch, q=patch)
+
+
+def attention_of(config: ModelConfig, block: int) -> nn.Module:
+    """The attention layer of block number `block`, from 0."""
+    if config.attention == "softmax":
+        return SoftmaxAttention(config.dim, config.num_heads)
+    if config.attention == "relu":
+        return ReLULinearAttention(config.dim, config.num_heads)
+    layer = DyDiLAttention(
+        config.dim,
+        config.num_heads,
+        num_projectors=config.num_projectors,
+        num_kernel_factors=config.num_kernel_factors,
+        num_differential_factors=config.num_differential_factors,
+        lambda_init=config.lambda_of(block),
+        differential=config.differential,
+        normalization=config.normalization,
+        dwc_branches=config.dwc_branches,
+        router_gradient=config.router_gradient,
+    )
+    layer.measure.gamma.requires_grad_(config.learned_gamma)
+    return layer
+
+
+def initialize_as_dit(name: str, module: nn.Module) -> None:
+    """Draws a weight as DiT does; convolutions, which DiT has none of, stay as they are."""
+    if isinstance(module, nn.Embedding) or name.startswith("time_embedding."):
+        nn.init.normal_(module.weight, std=0.02)  # type: ignore[arg-type]
+    elif isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def position_embedding(HW: tuple[int, int], dim: int, device: torch.device) -> Tensor:
+    """Sines and cosines of each token's row (first half of the channels) and column; (N, dim) float32, row-major."""
+    rows, columns = torch.meshgrid(*(torch.arange(side, device=device) for side in HW), indexing="ij")
+    return torch.cat([get_timestep_embedding(place.flatten(), dim // 2) for place in (rows, columns)], dim=1)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (1 + scale) + shift, with one shift and one scale (B, 1, dim) for all tokens of an image."""
     return x * (1 + scale) + shift
-
-
-def zero_linear(inputs: int, outputs: int) -> nn.Linear:
-    """A linear layer that returns zero until it is trained."""
-    layer = nn.Linear(inputs, outputs)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer

@@ -1,4 +1,4 @@
-"""Scores a trained DyDi-LiT by reading what it draws: python -m examples.dydi_lit.score CHECKPOINT
+"""Scores a trained model by reading what it draws: python -m examples.dydi_lit.score CHECKPOINT
 
 The reader is a support vector machine trained on the real training digits, never on a generated one. Its share of
 held-out real digits read right stands beside every figure for generated ones. Reading says nothing about copying or
@@ -15,14 +15,15 @@ from sklearn.metrics import pairwise_distances
 from sklearn.svm import SVC
 from torch import Tensor
 
-from examples.dydi_lit.checkpoint import load_ema_model, plain_errors
-from examples.dydi_lit.data import digits, to_pixels
-from examples.dydi_lit.sample import SampleConfig, labels_of, sample
+from examples.dydi_lit.checkpoint import CheckpointError, load_ema_model, plain_errors, read_training
+from examples.dydi_lit.data import IMAGE_SIZE, digits, to_pixels
+from examples.dydi_lit.diffusion import sample, seeds_of
+from examples.dydi_lit.sample import SampleConfig, labels_of
 
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """Draw digits from a trained DyDi-LiT, with and without guidance, and have a classifier read them."""
+    """Draw digits from a trained model, with and without guidance, and have a classifier read them."""
 
     checkpoint: tyro.conf.Positional[Path]
     """Folder written by training."""
@@ -73,12 +74,27 @@ class Reader:
 def score(config: ScoreConfig) -> dict[str, Score]:
     """Scores of the held-out real digits, of digits drawn without guidance, and of digits drawn with it, by name.
 
-    Raises CheckpointError where there is no checkpoint to draw from.
+    Raises CheckpointError where there is no checkpoint to draw from, or one of another kind of data, and ValueError for
+    fewer than two digits of a class or what `sample` refuses.
     """
+    if config.per_class < 2:
+        raise ValueError(f"per_class must be at least 2, to compare digits of one class; got {config.per_class}")
+    if (kind := read_training(config.checkpoint)["data"]["kind"]) != "digits":
+        raise CheckpointError(f"only models of digits can be scored: {config.checkpoint} was trained on {kind}")
     model, reader, labels = load_ema_model(config.checkpoint), Reader(), labels_of(config.per_class)
+    seeds = seeds_of(config.seed, range(len(labels)))
     scores = {"real, held out": reader.score(*digits("held-out").tensors)}
     for guidance, name in ((1.0, "no guidance"), (config.guidance, f"guidance {config.guidance:g}")):
-        images = sample(model, labels, guidance=guidance, steps=config.steps, seed=config.seed)
+        images = sample(
+            model,
+            labels,
+            size=IMAGE_SIZE,
+            seeds=seeds,
+            sampler="ddim",
+            steps=config.steps,
+            guidance=guidance,
+            clip=True,
+        )
         scores[f"generated, {name}"] = reader.score(images, labels)
     return scores
 
@@ -96,8 +112,8 @@ def print_scores(scores: dict[str, Score]) -> None:
 
 
 def main() -> None:
-    config = tyro.cli(ScoreConfig, prog="python -m examples.dydi_lit.score")
-    with plain_errors():
+    with plain_errors(ValueError):
+        config = tyro.cli(ScoreConfig, prog="python -m examples.dydi_lit.score")
         print_scores(score(config))
 
 

@@ -1,77 +1,50 @@
-"""Trains a DyDi-LiT on the digits: python -m examples.dydi_lit.train --help
+"""Trains DyDi-LiT, DiT or Sana: python -m examples.dydi_lit.train --help
 
-Ctrl-C (or SIGTERM) ends the run after the current step with a checkpoint; a run resumed from it computes the same
-losses as one that was never stopped, because all randomness of a step follows from the seed and the step's number.
+On many GPUs the same command is launched by `accelerate launch -m` or `torchrun -m`. Ctrl-C (or SIGTERM) ends the run
+with a checkpoint. A run resumed from a checkpoint computes the same losses as one that was never stopped, because
+everything random follows from the seed and the step's number.
 """
 
+import math
+import platform
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
+import accelerate
+import diffusers
+import numpy
 import torch
 import tyro
-from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
-from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
+import dydila_kernels
+from examples.dydi_lit.batches import Batch, RandomisedData, Share, StepSampler, load_batches
 from examples.dydi_lit.checkpoint import (
     CheckpointError,
-    load_ema_weights,
+    State,
+    load_ema_model,
     plain_errors,
-    read_config,
     read_losses,
+    read_state,
+    read_training,
     save_checkpoint,
 )
-from examples.dydi_lit.data import NUM_CLASSES, digits
-from examples.dydi_lit.figures import save_loss_curve
-from examples.dydi_lit.model import DyDiLiT, config_of_size
-
-NOISE_SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 2e-2}
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Train a DyDi-LiT on the digits that ship with scikit-learn."""
-
-    size: Literal["tiny", "S", "B", "L"] = "tiny"
-    """The network; "tiny" is made for these digits and a CPU."""
-    output: Path = Path("runs/train")
-    """Folder that receives checkpoint/ and loss.png."""
-    steps: int = 1500
-    """Optimiser steps of the whole run, those before a resume included."""
-    batch_size: int = 64
-    """Images per step and process."""
-    learning_rate: float = 3e-3
-    """AdamW's learning rate after the warm-up."""
-    schedule: Literal["constant_with_warmup", "cosine"] = "cosine"
-    """What the learning rate does after the warm-up; "cosine" falls to zero at the last step."""
-    warmup_steps: int = 50
-    """Steps over which the learning rate rises from zero."""
-    weight_decay: float = 0.0
-    """AdamW's weight decay."""
-    gradient_clip: float = 1.0
-    """Largest norm of the gradient over all parameters."""
-    ema_decay: float = 0.995
-    """Decay per step of the averaged weights, which are the ones to sample from."""
-    label_dropout: float = 0.1
-    """Share of labels replaced by the null class, for classifier-free guidance."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Data type of the matrix products."""
-    seed: int = 0
-    """Seed of weights, data order, noise and label dropout."""
-    save_every: int = 500
-    """Steps between checkpoints; one is also written at the end and on Ctrl-C."""
-    resume: Path | None = None
-    """Checkpoint to continue; its configuration becomes the default of every other option."""
+from examples.dydi_lit.configs import ModelConfig, config_of
+from examples.dydi_lit.configs import to_json as model_to_json
+from examples.dydi_lit.data import ImageData, open_data
+from examples.dydi_lit.diffusion import GaussianDiffusion, Losses
+from examples.dydi_lit.model import DiffusionTransformer
+from examples.dydi_lit.parallel import gather_moments, gather_weights, parallelise, processes, restore_moments, whole
+from examples.dydi_lit.plots import save_loss_curve
+from examples.dydi_lit.recorder import Diverged, Recorder
+from examples.dydi_lit.settings import SettingsError, TrainConfig, check_settings, from_json, refuse_changes, to_json
 
 
 class Interrupted(KeyboardInterrupt):
@@ -85,103 +58,202 @@ class Interrupted(KeyboardInterrupt):
 def train(config: TrainConfig) -> Path:
     """Trains to `config.steps` and returns the checkpoint's folder.
 
-    Raises Interrupted, after saving, on SIGINT or SIGTERM, and CheckpointError where `config.resume` does not fit.
+    Raises SettingsError, DataError, or CheckpointError where `config.resume` does not fit, all before any work is
+    done; Interrupted, after saving, on SIGINT or SIGTERM; and Diverged where the loss is not finite.
     """
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
-        step_scheduler_with_optimizer=False,  # one step of the schedule per optimiser step, on any number of processes
+    check_settings(config)
+    accelerator = accelerator_of(config)
+    share = share_of(config, accelerator)
+    data = open_data(config.data, config.data_path, config.image_size, config.corrupt, config.classes)
+    if config.batch_size > len(data):
+        raise SettingsError(f"batch_size is {config.batch_size}, but there are {len(data)} images only")
+    if config.resume:
+        check_resume(config.resume, config, data)
+    run = Run(config, data, accelerator)
+    steps = range(len(run.losses), config.steps)
+
+    sampler = StepSampler(len(data), share, config.seed, steps.start, steps.stop)
+    batches = load_batches(
+        RandomisedData(data, config.label_dropout, config.flip), sampler, config.num_workers, accelerator.device
     )
-    set_seed(config.seed)
-    model_config = replace(config_of_size(config.size), in_channels=1, num_classes=NUM_CLASSES)
-    model = DyDiLiT(model_config)
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)).to(accelerator.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    rates = get_scheduler(
-        config.schedule, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.steps
+    diffusion = GaussianDiffusion(accelerator.device)
+    recorder = Recorder(
+        accelerator,
+        run.losses,
+        folder=config.output / "tensorboard",
+        steps=config.steps,
+        batch_size=config.batch_size,
+        progress=config.progress,
     )
-    loader = DataLoader(digits("train"), config.batch_size, shuffle=True)
-    model, optimizer, rates, loader = accelerator.prepare(model, optimizer, rates, loader)
+    with recorder, closing(batches), call_on_signal(accelerator.set_trigger):
+        for done in range(steps.start + 1, steps.stop + 1):
+            parts = []
+            for part in range(1, config.accumulate + 1):
+                with accelerator.no_sync(run.model) if part < config.accumulate else nullcontext():
+                    with accelerator.autocast():
+                        losses = batch_losses(run.model, diffusion, data, next(batches))
+                    accelerator.backward(losses.total / config.accumulate)
+                parts.append(torch.stack(losses).detach())
+            learning_rate = run.learning_rate
+            gradient_norm = run.update()
 
-    losses = restore(config.resume, config.size, accelerator, ema) if config.resume else []
-    checkpoint = config.output / "checkpoint"
-
-    def save() -> None:
-        recorded = {"model": asdict(model_config), "train": to_json(config)}
-        save_checkpoint(checkpoint, accelerator, ema.module, recorded, losses)
-
-    noise_schedule = DDPMScheduler(**NOISE_SCHEDULE)
-    model.train()
-    progress = tqdm(
-        total=config.steps, initial=len(losses), unit="step", desc="train", disable=not accelerator.is_main_process
-    )
-    with progress, call_on_signal(accelerator.set_trigger):
-        for images, labels in batches_from(len(losses), config.steps, loader, accelerator):
-            generator = generator_of_step(config.seed, len(losses), accelerator)
-            with accelerator.autocast():
-                loss = noise_loss(model, noise_schedule, images, labels, config.label_dropout, generator)
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), config.gradient_clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            rates.step()
-            ema.update_parameters(accelerator.unwrap_model(model))
-
-            losses.append(accelerator.reduce(loss.detach(), "mean").item())
-            progress.update()
-            progress.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}", refresh=False)
-            if accelerator.check_trigger():
-                save()
-                raise Interrupted(checkpoint, len(losses))
-            if len(losses) % config.save_every == 0 and len(losses) < config.steps:
-                save()
-    save()
+            recorder.add(Losses(*torch.stack(parts).mean(0)), gradient_norm)
+            save = done % config.save_every == 0 or done == config.steps
+            if save or done % config.log_every == 0:
+                recorder.flush(learning_rate)
+                interrupted = accelerator.check_trigger() and done < config.steps
+                if save or interrupted:
+                    run.save()
+                    recorder.restart_clock()
+                if interrupted:
+                    raise Interrupted(run.checkpoint, done)
     if accelerator.is_main_process:
-        save_loss_curve(losses, config.output / "loss.png")
-    return checkpoint
+        save_loss_curve(run.losses, config.output / "loss.png")
+    return run.checkpoint
 
 
-def noise_loss(
-    model: nn.Module,
-    noise_schedule: DDPMScheduler,
-    images: Tensor,
-    labels: Tensor,
-    label_dropout: float,
-    generator: torch.Generator,
-) -> Tensor:
-    """Mean squared error of the predicted noise, a scalar in float32.
-
-    Images (B, C, height, width) in -1..1, labels (B,) int64. Each image gets its own time step and noise, and loses its
-    label with probability `label_dropout`; all of it is drawn from `generator`, on the images' device.
-    """
-    draw: dict[str, Any] = {"generator": generator, "device": images.device}
-    noise = torch.randn(images.shape, **draw)
-    timesteps = torch.randint(noise_schedule.config["num_train_timesteps"], labels.shape, **draw)
-    dropped = torch.rand(labels.shape, **draw) < label_dropout
-    labels = labels.masked_fill(dropped, NUM_CLASSES)
-    noisy = noise_schedule.add_noise(images, noise, timesteps)  # type: ignore[arg-type]  # asks for int32
-    return nn.functional.mse_loss(model(noisy, timesteps, labels).float(), noise)
+def batch_losses(model: nn.Module, diffusion: GaussianDiffusion, data: ImageData, batch: Batch) -> Losses:
+    """The mean of each loss over the batch, scalars in float32."""
+    images = data.to_images(batch.stored, batch.flip, batch.posterior_noise)
+    noisy = diffusion.add_noise(images, batch.noise, batch.timesteps)
+    output = model(noisy, batch.timesteps, batch.labels)
+    return Losses(*(loss.mean() for loss in diffusion.losses(output, images, noisy, batch.noise, batch.timesteps)))
 
 
-def batches_from(
-    start: int, stop: int, loader: DataLoader, accelerator: Accelerator
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of steps start..stop-1, epoch after epoch; the order within an epoch follows from its number."""
-    step = start
-    while step < stop:
-        epoch, done = divmod(step, len(loader))
-        loader.set_epoch(epoch)  # type: ignore[attr-defined]  # accelerate's, which shuffles by seed and epoch
-        for images, labels in accelerator.skip_first_batches(loader, done):
-            yield images, labels
-            step += 1
-            if step == stop:
-                return
+class Run:
+    """All that changes from step to step, and that a checkpoint therefore holds."""
+
+    def __init__(self, config: TrainConfig, data: ImageData, accelerator: Accelerator) -> None:
+        self.config, self.data, self.accelerator = config, data, accelerator
+        self.model_config = model_config_of(config, data)
+        self.checkpoint = config.output / "checkpoint"
+        self.losses: list[float] = []
+
+        set_seed(config.seed)
+        self.network = DiffusionTransformer(self.model_config).to(accelerator.device)
+        self.network.gradient_checkpointing = config.gradient_checkpointing
+        self.average = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+        state = self._load(config.resume) if config.resume else None
+
+        self.model = parallelise(self.network, self.average.module, config.parallel, accelerator)  # type: ignore[arg-type]
+        self.parameters = [weight for weight in self.network.parameters() if weight.requires_grad]
+        optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        self.rates = get_scheduler(
+            config.schedule, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.steps
+        )
+        self.optimizer = accelerator.prepare_optimizer(optimizer)  # scales the loss for fp16
+        if state:
+            restore_moments(self.network, optimizer, state.moments)
+            self.rates.load_state_dict(state.counters["schedule"])
+            for group, rate in zip(optimizer.param_groups, self.rates.get_last_lr(), strict=True):
+                group["lr"] = rate
+            if accelerator.scaler and state.counters["loss_scale"]:
+                accelerator.scaler.load_state_dict(state.counters["loss_scale"])
+        self.network.train()
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the next step."""
+        return float(self.rates.get_last_lr()[0])
+
+    def update(self) -> Tensor:
+        """One step of optimiser, schedule and average, from the gradients; returns their norm before clipping."""
+        limit = math.inf if self.config.gradient_clip is None else self.config.gradient_clip
+        norm = whole(self.accelerator.clip_grad_norm_(self.parameters, limit))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.rates.step()
+        self.average.update_parameters(self.network)
+        return norm
+
+    def save(self) -> None:
+        """Writes the checkpoint and, where it is due, a copy to keep; for all processes at once."""
+        optimizer, scaler = self.optimizer.optimizer, self.accelerator.scaler
+        averaged = gather_weights(self.average.module)
+        counters = {"schedule": self.rates.state_dict(), "loss_scale": scaler.state_dict() if scaler else None}
+        state = State(gather_weights(self.network), gather_moments(self.network, optimizer), counters)
+        if self.accelerator.is_main_process:
+            with torch.device("meta"):
+                model = DiffusionTransformer(self.model_config)
+            model.load_state_dict(averaged, assign=True)
+            training = {
+                "steps_done": len(self.losses),
+                "train": to_json(self.config),
+                "model": model_to_json(self.model_config),
+                "data": self.data.describe(),
+                "versions": versions(),
+            }
+            save_checkpoint(self.checkpoint, model, training, self.losses, state)
+            if self.config.archive_every and len(self.losses) % self.config.archive_every == 0:
+                archive = self.checkpoint.with_name(f"checkpoint-{len(self.losses):07d}")
+                save_checkpoint(archive, model, training, self.losses, state)
+        self.accelerator.wait_for_everyone()
+
+    def _load(self, folder: Path) -> State:
+        """Puts weights, averages and losses of a checkpoint in place; CheckpointError where they do not fit."""
+        state, averaged = read_state(folder), load_ema_model(folder, fuse=False)
+        try:
+            self.network.load_state_dict(state.weights)
+            self.average.module.load_state_dict(averaged.state_dict())
+        except RuntimeError as error:
+            raise CheckpointError(f"cannot resume: the weights in {folder} are of another network: {error}") from None
+        self.losses = read_losses(folder)
+        self.average.n_averaged.fill_(len(self.losses))
+        return state
 
 
-def generator_of_step(seed: int, step: int, accelerator: Accelerator) -> torch.Generator:
-    """A generator that depends on nothing but the seed, the step and the process: resuming has no state to restore."""
-    words = np.random.SeedSequence((seed, step, accelerator.process_index)).generate_state(1, np.uint64)
-    return torch.Generator(accelerator.device).manual_seed(int(words[0] >> np.uint64(1)))
+def accelerator_of(config: TrainConfig) -> Accelerator:
+    """What accelerate finds: the processes and their devices; SettingsError where they cannot compute as asked."""
+    try:
+        # Without being told, accelerate takes processes on CPUs for runs of their own.
+        accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.accelerator.is_available())
+    except ValueError as error:
+        raise SettingsError(f"mixed_precision = {config.mixed_precision}: {error}") from None
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would compute in float32
+        raise SettingsError("mixed_precision = fp16 needs a GPU: choose bf16 or no")
+    return accelerator
+
+
+def share_of(config: TrainConfig, accelerator: Accelerator) -> Share:
+    """This process's share of each step; SettingsError unless the batch divides evenly."""
+    processes = accelerator.num_processes
+    if config.batch_size % (processes * config.accumulate):
+        raise SettingsError(
+            f"batch_size must divide by the number of processes times accumulate, {processes} x {config.accumulate}; "
+            f"got {config.batch_size}"
+        )
+    return Share(config.batch_size, config.accumulate, processes, accelerator.process_index)
+
+
+def check_resume(folder: Path, config: TrainConfig, data: ImageData) -> None:
+    """CheckpointError unless the checkpoint in `folder` is of the same run, on the same data, and not beyond it."""
+    training = read_training(folder)
+    refuse_changes(folder, training["train"], config)
+    described = data.describe()
+    if differ := [name for name in described if training["data"].get(name) != described[name]]:
+        raise CheckpointError(f"{folder} was trained on other data: these differ in {', '.join(differ)}")
+    if training["steps_done"] > config.steps:
+        raise CheckpointError(f"{folder} is at step {training['steps_done']}, beyond steps = {config.steps}")
+
+
+def model_config_of(config: TrainConfig, data: ImageData) -> ModelConfig:
+    """The network for these data; SettingsError where its patches do not fit the images."""
+    model_config = config_of(
+        config.model,
+        config.size,
+        in_channels=data.channels,
+        num_classes=data.num_classes,
+        learn_sigma=config.learn_sigma,
+    )
+    if data.size % model_config.patch_size:
+        raise SettingsError(f"images of size {data.size} do not divide into patches of {model_config.patch_size}")
+    return model_config
+
+
+def versions() -> dict[str, str]:
+    """The versions that numbers may depend on."""
+    libraries = (dydila_kernels, torch, accelerate, diffusers, numpy)
+    return {"python": platform.python_version()} | {library.__name__: library.__version__ for library in libraries}
 
 
 @contextmanager
@@ -205,44 +277,19 @@ def call_on_signal(react: Callable[[], Any]) -> Iterator[None]:
         restore_handlers()
 
 
-def restore(folder: Path, size: str, accelerator: Accelerator, ema: AveragedModel) -> list[float]:
-    """Puts the weights, averages and optimiser of a checkpoint in place and returns the losses up to there."""
-    saved_size = read_config(folder)["train"]["size"]
-    if saved_size != size:
-        raise CheckpointError(f"{folder} holds a model of size {saved_size!r}, not {size!r}")
-    if not (folder / "state").is_dir():
-        raise CheckpointError(f"cannot resume from {folder}: there is no {folder / 'state'}")
-    losses = read_losses(folder)
-    load_ema_weights(folder, ema.module)
-    ema.n_averaged.fill_(len(losses))
-    accelerator.load_state(str(folder / "state"))
-    return losses
-
-
-def to_json(config: TrainConfig) -> dict[str, Any]:
-    """The configuration in JSON's types, without `resume`, which belongs to one start and not to the run."""
-    fields = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
-    del fields["resume"]
-    return fields
-
-
-def from_json(fields: dict[str, Any]) -> TrainConfig:
-    """The inverse of `to_json`."""
-    return TrainConfig(**{**fields, "output": Path(fields["output"])})
-
-
 def main() -> None:
     config = tyro.cli(TrainConfig, prog="python -m examples.dydi_lit.train")
-    with plain_errors():
+    with plain_errors(SettingsError, Diverged):
         if config.resume:  # parse again, now with the checkpoint's configuration in place of the defaults
-            defaults = from_json(read_config(config.resume)["train"])
+            defaults = from_json(read_training(config.resume)["train"])
             config = tyro.cli(TrainConfig, default=defaults, prog="python -m examples.dydi_lit.train")
         try:
             checkpoint = train(config)
         except Interrupted as stop:
-            command = f"python -m examples.dydi_lit.train --resume {stop.checkpoint}"
-            raise SystemExit(f"{stop}; resume with: {command}") from None
-    print(f"wrote {checkpoint} and {config.output / 'loss.png'}")
+            message = f"{stop}; resume with: python -m examples.dydi_lit.train --resume {stop.checkpoint}"
+            raise SystemExit(message if processes().is_main_process else 1) from None
+    if processes().is_main_process:
+        print(f"wrote {checkpoint} and {config.output / 'loss.png'}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,152 @@
+"""The models of the paper's tables by name: which attention, which feed-forward, and how large."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+Model = Literal[
+    "dit",
+    "sana",
+    "focused-kernel",
+    "dynamic-measure-kernel",
+    "dynamic-projection",
+    "token-differential",
+    "dydi-lit",
+    "map-differential",
+    "increasing-lambda",
+    "token-differential-denominator",
+]
+Size = Literal["toy", "tiny", "S", "B", "L"]
+
+LADDER: tuple[Model, ...] = (
+    "sana",
+    "focused-kernel",
+    "dynamic-measure-kernel",
+    "dynamic-projection",
+    "token-differential",
+    "dydi-lit",
+)
+"""The rows of Table 4, each with one component more than the one before."""
+
+TITLES: dict[Model, str] = {
+    "dit": "DiT",
+    "sana": "Sana",
+    "focused-kernel": "+ focused kernel",
+    "dynamic-measure-kernel": "+ dynamic measure kernel",
+    "dynamic-projection": "+ dynamic projection module",
+    "token-differential": "+ token differential operator",
+    "dydi-lit": "DyDi-LiT",
+    "map-differential": "attention map-wise paradigm",
+    "increasing-lambda": "increasing initialization",
+    "token-differential-denominator": "token differential operator, with a denominator",
+}
+"""What the paper's tables call them, and a control of ours; "dydi-lit" is Table 4's "+ reparameterization"."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What fixes a network; the image size does not, because the network follows the grid it is given."""
+
+    dim: int
+    """d, channels of a token."""
+    depth: int
+    """Blocks."""
+    num_heads: int = 1
+    attention: Literal["softmax", "relu", "dydila"] = "dydila"
+    """Softmax as in DiT, ReLU linear attention as in Sana (Eq. 4), or DyDiLA."""
+    feed_forward: Literal["mlp", "glumbconv"] = "glumbconv"
+    ffn_ratio: float = 4.0
+    """Hidden channels of the feed-forward over d."""
+
+    num_projectors: int = 3
+    """n_P of Eq. 2; 0 leaves the dynamic projection out."""
+    num_kernel_factors: int = 9
+    """n_F of Eq. 6."""
+    num_differential_factors: int = 9
+    """n_D of Eq. 7."""
+    learned_gamma: bool = True
+    """False keeps the kernel factor at its initial 3, as the focused kernel does."""
+    lambda_init: tuple[float, float] = (0.01, 0.01)
+    """Initial differential factor of the first and the last block; linear in between."""
+    differential: Literal["token", "map", "off"] = "token"
+    normalization: Literal["none", "length", "denominator"] = "length"
+    dwc_branches: tuple[str, ...] = ("3x3", "1x3", "3x1")
+    router_gradient: Literal["none", "straight_through"] = "none"
+
+    patch_size: int = 2
+    in_channels: int = 4
+    """Channels of the image or latent."""
+    num_classes: int = 1000
+    initialization: Literal["dit", "pytorch"] = "dit"
+    """Weights of linear layers and embeddings: DiT's, or PyTorch's own, with which short runs learn faster."""
+    learn_sigma: bool = True
+    """Whether the network predicts a variance beside the noise, as in DiT; it then returns 2 in_channels."""
+
+    def __post_init__(self) -> None:
+        for name in ("lambda_init", "dwc_branches"):  # JSON has lists only
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.dim % 4:
+            raise ValueError(f"dim must be a multiple of 4, for sines and cosines of two axes; got {self.dim}")
+        for name in ("depth", "patch_size", "in_channels", "num_classes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if len(self.lambda_init) != 2:
+            raise ValueError(f"lambda_init must be two numbers, for the first and last block; got {self.lambda_init}")
+
+    def lambda_of(self, block: int) -> float:
+        """The initial differential factor of block number `block`, from 0."""
+        first, last = self.lambda_init
+        return first + (last - first) * (block / max(self.depth - 1, 1))
+
+
+_SIZES: dict[Size, dict[str, Any]] = {  # "toy" and "tiny" are ours, for digits on a CPU
+    "toy": {"dim": 64, "depth": 3, "ffn_ratio": 1.5, "patch_size": 1, "initialization": "pytorch"},
+    "tiny": {"dim": 128, "depth": 4, "ffn_ratio": 2.0, "initialization": "pytorch"},
+    "S": {"dim": 384, "depth": 9},
+    "B": {"dim": 512, "depth": 9, "num_projectors": 5, "num_kernel_factors": 15, "num_differential_factors": 15},
+    "L": {"dim": 768, "depth": 9, "num_projectors": 7, "num_kernel_factors": 21, "num_differential_factors": 21},
+}
+_DIT_DEPTH = {"toy": 4, "tiny": 5, "S": 12, "B": 12, "L": 12}  # DiT's blocks cost less; the paper evens FLOPs
+
+# Eq. 4 has a denominator and Eq. 8 has none: the rows before the token differential are Sana with another kernel.
+_WITHOUT_DIFFERENCE = {"differential": "off", "normalization": "denominator", "dwc_branches": ()}
+_VARIANTS: dict[Model, dict[str, Any]] = {
+    "sana": {"attention": "relu"},
+    "focused-kernel": {
+        **_WITHOUT_DIFFERENCE, "num_projectors": 0, "num_kernel_factors": 1, "learned_gamma": False,
+    },
+    "dynamic-measure-kernel": {**_WITHOUT_DIFFERENCE, "num_projectors": 0},
+    "dynamic-projection": _WITHOUT_DIFFERENCE,
+    "token-differential": {"dwc_branches": ()},
+    "dydi-lit": {},
+    "map-differential": {"differential": "map", "dwc_branches": ()},
+    "increasing-lambda": {"lambda_init": (0.2, 0.8), "dwc_branches": ()},
+    "token-differential-denominator": {"normalization": "denominator", "dwc_branches": ()},
+}  # fmt: skip
+
+
+def config_of(model: Model = "dydi-lit", size: Size = "S", **changes: Any) -> ModelConfig:
+    """The configuration called `model` at `size`, with `changes` to its fields; ValueError where there is none."""
+    if size not in _SIZES:
+        raise ValueError(f"unknown size {size!r}: choose one of {', '.join(_SIZES)}")
+    fields = dict(_SIZES[size])
+    if model == "dit":
+        fields |= {"depth": _DIT_DEPTH[size], "attention": "softmax", "feed_forward": "mlp", "ffn_ratio": 4.0}
+        fields["num_heads"] = max(fields["dim"] // 64, 1)
+    elif model in _VARIANTS:
+        fields |= _VARIANTS[model]
+    else:
+        raise ValueError(f"unknown model {model!r}: choose one of {', '.join(TITLES)}")
+    return replace(ModelConfig(**fields), **changes)
+
+
+def to_json(config: ModelConfig) -> dict[str, Any]:
+    """The fields in JSON's types."""
+    return asdict(config)
+
+
+def from_json(fields: dict[str, Any]) -> ModelConfig:
+    """The inverse of `to_json`; ValueError names what is missing or not a field."""
+    try:
+        return ModelConfig(**fields)
+    except TypeError as error:
+        raise ValueError(f"not the configuration of a model: {error}") from None

@@ -1,0 +1,344 @@
+"""FID and KID of generated images: python -m examples.dydi_lit.evaluate SAMPLES --reference REFERENCE --features NAME
+
+SAMPLES and REFERENCE are each an .npz as OpenAI's ADM evaluator reads it (`arr_0`, uint8, (n, height, width,
+channels)), a folder of images (folders below it included), or one of the words `digits` and `digits-held-out`.
+
+Both figures depend on the network whose features are compared, so that it is yours to choose: `--features
+package.module:name` names a function without arguments that returns a torch module, which takes uint8 images
+(n, 3, h, w) to features (n, d). With torch-fidelity installed, the usual Inception is, in a file inception.py of the
+current folder and as `--features inception:features`:
+
+    from torchmetrics.image.fid import NoTrainInceptionV3
+
+    def features():
+        return NoTrainInceptionV3("inception-v3-compat", ["2048"])
+
+The paper's figures come from OpenAI's evaluator, which has Inception weights and a resizing of its own; only that
+program gives figures to set beside them (github.com/openai/guided-diffusion, folder evaluations):
+
+    python evaluator.py REFERENCE.npz SAMPLES.npz
+"""
+
+import importlib
+import json
+import warnings
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Annotated
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+import torchmetrics
+import tyro
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+from tqdm import tqdm
+
+from examples.dydi_lit.checkpoint import plain_errors
+from examples.dydi_lit.data import DataError, digits, find_images, read_image, to_uint8
+from examples.dydi_lit.parallel import processes
+
+_DIGITS = {"digits": "train", "digits-held-out": "held-out"}
+_PIXELS = "pixels"
+_NEEDS_FEATURES = (
+    "--features is needed with this reference: pixels, or package.module:name of a function that returns a torch "
+    "module taking uint8 images (n, 3, h, w) to features (n, d), such as an Inception (an example is at the beginning "
+    "of examples/dydi_lit/evaluate.py). Figures comparable to the paper's need OpenAI's ADM evaluator instead: "
+    "python evaluator.py REFERENCE.npz SAMPLES.npz, from github.com/openai/guided-diffusion, folder evaluations"
+)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Compare generated images with real ones: FID and KID, computed by torchmetrics in float64."""
+
+    samples: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SAMPLES")]
+    """Generated images: an .npz with arr_0 (n, height, width, channels) uint8, or a folder of images."""
+    reference: str
+    """Real images, likewise; or "digits", the ones that the demo trains on, or "digits-held-out"."""
+    features: str | None = None
+    """package.module:name of a function that returns the network whose features are compared, a torch module that takes
+    uint8 images (n, 3, h, w) to (n, d); or "pixels", the default where the reference is digits."""
+    image_size: int | None = None
+    """Pixels that the images of folders are scaled and cropped to; left alone without it."""
+    subsets: int = 100
+    """Subsets that KID is the mean over."""
+    subset_size: int | None = None
+    """Images in each of them, drawn without replacement; by default 1000, or all where there are fewer."""
+    seed: int = 0
+    """Seed of the subsets."""
+    batch_size: int = 64
+    """Images that features are computed of at once."""
+    json: Path | None = None
+    """JSON file to write the figures to, beside printing them."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images of one size; `read(start, stop)` gives those numbers as (stop - start, *shape) uint8."""
+
+    name: str
+    count: int
+    shape: tuple[int, int, int]
+    """Channels (1 or 3), height, width."""
+    read: Callable[[int, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Two figures and all that they depend on."""
+
+    fid: float
+    kid: float
+    """Mean over the subsets, and their standard deviation (0 where every subset holds all images)."""
+    kid_std: float
+    evaluator: str
+    features: str
+    num_features: int
+    samples: str
+    num_samples: int
+    reference: str
+    num_reference: int
+    image_shape: tuple[int, int, int]
+    """Channels, height, width."""
+    subsets: int
+    subset_size: int
+    seed: int
+    notes: list[str]
+    """What the figures should not be trusted for."""
+
+
+def evaluate(config: EvaluateConfig) -> Evaluation:
+    """Computes the figures, with no work done before all arguments are seen to fit. Raises DataError."""
+    for name in ("image_size", "subsets", "batch_size"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise DataError(f"{name} must be at least 1; got {value}")
+    if config.features is None and config.reference not in _DIGITS:
+        raise DataError(_NEEDS_FEATURES)
+    name = _PIXELS if config.features is None else config.features
+    samples, reference = (open_images(source, config.image_size) for source in (config.samples, config.reference))
+    if samples.shape[0] != reference.shape[0]:
+        samples, reference = as_grey(samples), as_grey(reference)
+    if samples.shape != reference.shape:
+        raise DataError(
+            f"images differ in height and width: {samples.shape[1:]} in {samples.name}, {reference.shape[1:]} in "
+            f"{reference.name}; --image-size crops the images of folders"
+        )
+    fewest = min(samples.count, reference.count)
+    if fewest < 2:
+        raise DataError(f"at least 2 images are needed on each side; got {samples.count} and {reference.count}")
+    subset_size = min(1000, fewest) if config.subset_size is None else config.subset_size
+    if not 2 <= subset_size <= fewest:
+        raise DataError(f"subset_size must be between 2 and the smaller number of images, {fewest}; got {subset_size}")
+
+    network = load_features(name).to(processes().device)
+    generated, real = (features_of(images, network, config.batch_size) for images in (samples, reference))
+    kid, kid_std = kid_of(generated, real, config.subsets, subset_size, config.seed)
+    notes = []
+    if fewest <= (num_features := real.shape[1]):
+        notes.append(
+            f"{fewest} images cannot give a covariance of {num_features} features full rank: FID depends on the number "
+            "of images; compare it with figures of the same numbers only"
+        )
+    if subset_size == fewest:
+        notes.append(f"each of KID's subsets holds all {fewest} images of a side: its standard deviation says little")
+    return Evaluation(
+        fid=fid_of(generated, real),
+        kid=kid,
+        kid_std=kid_std,
+        evaluator=f"torchmetrics {torchmetrics.__version__}",
+        features=name,
+        num_features=num_features,
+        samples=samples.name,
+        num_samples=samples.count,
+        reference=reference.name,
+        num_reference=reference.count,
+        image_shape=samples.shape,
+        subsets=config.subsets,
+        subset_size=subset_size,
+        seed=config.seed,
+        notes=notes,
+    )
+
+
+# --- images
+
+
+def open_images(source: str, image_size: int | None = None) -> ImageSet:
+    """The images of an .npz, a folder, or `digits`; DataError where it is none, or they are not of one size."""
+    if source in _DIGITS:
+        return _of_array(source, to_uint8(digits(_DIGITS[source]).tensors[0]))  # type: ignore[arg-type]  # a literal
+    path = Path(source)
+    if path.is_dir():
+        return _of_folder(path, image_size)
+    try:
+        array = np.load(path)["arr_0"]
+    except FileNotFoundError:
+        raise DataError(f"no images at {source}: expected an .npz, a folder of images, or digits") from None
+    except (OSError, ValueError, KeyError, IndexError, EOFError, BadZipFile, zlib.error) as error:
+        raise DataError(f"cannot read {source} as an .npz with an arr_0: {error}") from None
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3) or 0 in array.shape[1:]:
+        raise DataError(
+            f"arr_0 of {source} is {array.dtype} {array.shape}; expected uint8 (n, height, width, channels), with 1 or "
+            "3 channels"
+        )
+    return _of_array(source, array)
+
+
+def _of_array(name: str, array: np.ndarray) -> ImageSet:
+    def read(start: int, stop: int) -> Tensor:
+        return torch.from_numpy(array[start:stop]).permute(0, 3, 1, 2).contiguous()
+
+    count, height, width, channels = array.shape
+    return ImageSet(name, count, (channels, height, width), read)
+
+
+def _of_folder(folder: Path, image_size: int | None) -> ImageSet:
+    files = [folder / name for name in find_images(folder)]
+    if not files:
+        raise DataError(f"no images in {folder}")
+    shape = read_image(files[0], image_size).shape
+
+    def read_one(file: Path) -> Tensor:
+        image = read_image(file, image_size)
+        if image.shape != shape:
+            raise DataError(
+                f"{file} has (channels, height, width) {tuple(image.shape)}, but {files[0]} has {tuple(shape)}; "
+                "--image-size brings them to one size"
+            )
+        return image
+
+    def read(start: int, stop: int) -> Tensor:
+        with ThreadPool() as pool:  # threads, because Pillow decodes without the interpreter's lock
+            return torch.stack(pool.map(read_one, files[start:stop]))
+
+    return ImageSet(str(folder), len(files), (shape[0], shape[1], shape[2]), read)
+
+
+def as_grey(images: ImageSet) -> ImageSet:
+    """Grey images stored with three equal channels, as with one; DataError on reading one that is coloured."""
+
+    def read(start: int, stop: int) -> Tensor:
+        batch = images.read(start, stop)
+        if not torch.equal(batch, batch[:, :1].expand_as(batch)):
+            raise DataError(f"{images.name} has coloured images, which cannot be compared with grey ones")
+        return batch[:, :1]
+
+    return replace(images, shape=(1, *images.shape[1:]), read=read)
+
+
+# --- features
+
+
+class Pixels(nn.Module):
+    """The pixels themselves as features: (n, c, h, w) uint8 -> (n, c h w) float32 in 0..1."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1).float() / 255
+
+
+def load_features(name: str) -> nn.Module:
+    """The module that the function `package.module:name` returns, to be evaluated; DataError where it returns none."""
+    if name == _PIXELS:
+        return Pixels()
+    module_name, colon, function = name.partition(":")
+    if not (module_name and colon and function):
+        raise DataError(f"features must be package.module:name or {_PIXELS}; got {name!r}")
+    try:  # python -m finds modules in the current folder too
+        make = getattr(importlib.import_module(module_name), function)
+    except (ImportError, AttributeError) as error:
+        raise DataError(f"cannot import the features {name!r}: {error}") from error
+    network = make() if callable(make) else make
+    if not isinstance(network, nn.Module):
+        raise DataError(f"the function {name!r} must return a torch module; it returned {type(network).__name__}")
+    return network.eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def features_of(images: ImageSet, network: nn.Module, batch_size: int) -> Tensor:
+    """Features (n, d) float64, on the CPU, of all images. A network is given grey images as three equal channels."""
+    device, parts = processes().device, []
+    starts = range(0, images.count, batch_size)
+    for start in tqdm(starts, unit="batch", desc=f"features of {images.name}"):
+        batch = images.read(start, min(start + batch_size, images.count)).to(device)
+        if images.shape[0] == 1 and not isinstance(network, Pixels):
+            batch = batch.expand(-1, 3, -1, -1)
+        features = network(batch)
+        if not isinstance(features, Tensor) or features.dim() != 2 or len(features) != len(batch):
+            found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise DataError(f"features must be a tensor (n, d), one row to an image; {len(batch)} images gave {found}")
+        parts.append(features.cpu().double())
+    features = torch.cat(parts)
+    if not features.isfinite().all():
+        raise DataError(f"the features of {images.name} are not all finite")
+    return features
+
+
+# --- figures
+
+
+class _Given(nn.Module):
+    """Stands for the network in torchmetrics, which is handed features instead of images: they are computed once."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def fid_of(generated: Tensor, real: Tensor) -> float:
+    """Frechet distance of the Gaussians fitted to two sets of features (n, d) float64, n at least 2."""
+    metric = FrechetInceptionDistance(_Given(real.shape[1])).set_dtype(torch.float64)
+    metric.update(real, real=True)
+    metric.update(generated, real=False)
+    return metric.compute().item()
+
+
+def kid_of(generated: Tensor, real: Tensor, subsets: int, subset_size: int, seed: int) -> tuple[float, float]:
+    """Mean and standard deviation over the subsets of the unbiased squared MMD, kernel (x y / d + 1)^3, in float64."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save all")
+        metric = KernelInceptionDistance(_Given(real.shape[1]), subsets, subset_size).set_dtype(torch.float64)
+    metric.update(real, real=True)
+    metric.update(generated, real=False)
+    with torch.random.fork_rng(devices=[]):  # torchmetrics draws the subsets from torch's own generator
+        torch.manual_seed(seed)
+        mean, deviation = metric.compute()
+    return mean.item(), deviation.item()
+
+
+def print_evaluation(result: Evaluation) -> None:
+    """Prints each figure with the evaluator and the features it comes from."""
+    by = f"{result.evaluator}, features {result.features} ({result.num_features}), float64"
+    over = f"{result.subsets} subsets of {result.subset_size}, seed {result.seed}"
+    print(f"FID {result.fid:.4f}  ({by})")
+    print(f"KID {result.kid:.6f} ± {result.kid_std:.6f}  ({by}; mean and standard deviation of {over})")
+    channels, height, width = result.image_shape
+    print(
+        f"of {result.num_samples} images in {result.samples} against {result.num_reference} in {result.reference}, "
+        f"{height}x{width} pixels, {channels} {'channel' if channels == 1 else 'channels'}"
+    )
+    for note in result.notes:
+        print(f"note: {note}")
+
+
+def main() -> None:
+    with plain_errors():
+        config = tyro.cli(EvaluateConfig, prog="python -m examples.dydi_lit.evaluate")
+        result = evaluate(config)
+    print_evaluation(result)
+    if config.json:
+        config.json.parent.mkdir(parents=True, exist_ok=True)
+        config.json.write_text(json.dumps(asdict(result), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 TRITONS := 3.6.0 3.9.0
 VERSIONS := $(TRITONS:%=test-triton-%)
 
-.PHONY: help install demo test versions offline lint format bench clean $(VERSIONS)
+.PHONY: help install demo test versions offline lint format bench gpu-smoke clean $(VERSIONS)
 
 help:
 	@echo "make demo      train and sample a small model on digits"
@@ -19,7 +19,8 @@ help:
 	@echo "make offline   compile the kernels for GPUs that need not be there; writes benchmarks/results/offline.csv"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    let ruff rewrite the files"
-	@echo "make bench     time the layer against softmax attention on the CPU"
+	@echo "make bench     time the layer against softmax attention and Sana's on the CPU"
+	@echo "make gpu-smoke tries on the CPU, in tiny sizes, the one command that measures a GPU"
 	@echo "make clean     remove .venv, caches and build output"
 
 install: $(INSTALLED)
@@ -56,6 +57,11 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.layer --device cpu
+	$(BIN)/python -m benchmarks.plot benchmarks/results/cpu/layer.jsonl
+	$(BIN)/python -m benchmarks.readme
+
+gpu-smoke: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu_run --device cpu --smoke --out build/gpu-smoke
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

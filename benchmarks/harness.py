@@ -5,14 +5,18 @@ A row is a flat dict, stored as one line of JSON.  Times are in milliseconds, me
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
+from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,7 +35,11 @@ class CheckFailed(RuntimeError):
     """The results are wrong, so their speed is not worth measuring."""
 
 
-def require_correct(error_ratio: float, limit: float = 2.0) -> None:
+LARGEST_RATIO = 2.0
+"""Of our error to that of plain PyTorch in the same dtype."""
+
+
+def require_correct(error_ratio: float, limit: float = LARGEST_RATIO) -> None:
     """Raise unless our error is at most ``limit`` times that of plain PyTorch.  To be called before any timing."""
     if not error_ratio <= limit:  # written so that NaN fails
         raise CheckFailed(
@@ -52,20 +60,79 @@ def interleave(
     is kept as the only sample.
     """
     seconds: dict[Name, list[float]] = {name: [] for name in calls}
+    clock = event_seconds if torch.device(device).type == "cuda" else wall_seconds
     for _ in range(repeats + 1):
         for name, call in calls.items():
             if sum(seconds[name]) <= budget_seconds:
-                start = time.perf_counter()
-                call()
-                synchronize(device)
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock(call))
     return {name: samples[1:] or samples for name, samples in seconds.items()}
 
 
-def synchronize(device: str) -> None:
-    """Wait until the device has done all it was given."""
+def wall_seconds(call: Callable[[], object]) -> float:
+    """Duration of a call by the CPU's clock."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def event_seconds(call: Callable[[], object]) -> float:
+    """Duration of a call by events on the current CUDA stream: from an idle device until it is idle again.
+
+    Where the host launches more slowly than the device computes, this is the time of the host.
+    """
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    call()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3
+
+
+def in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    """One call that makes these, one each time, over and over."""
+    turns = itertools.cycle(calls)
+    return lambda: next(turns)()
+
+
+def sets_for_cold_cache(bytes_per_set: int, device: str) -> int:
+    """How many sets of inputs to use in turn, so that each has left the last cache before it is used again: 1 to 8."""
+    return min(max(math.ceil(2 * cache_bytes(device) / max(bytes_per_set, 1)) + 1, 1), 8)
+
+
+def cache_bytes(device: str) -> int:
+    """Size of the device's last cache; 0 where it cannot be told."""
     if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+    return int(size.read_text().strip().removesuffix("K")) * 1024 if size.exists() else 0
+
+
+def side_stream() -> torch.cuda.Stream:
+    """A stream that begins where the current one has arrived."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    return stream
+
+
+def captured(call: Callable[[], object], stream: torch.cuda.Stream | None = None) -> Callable[[], object]:
+    """The call as a CUDA graph: replaying it takes the time of the device alone.
+
+    ``stream`` is where to capture: for a backward pass, which runs where its forward pass ran, that of the latter.
+    """
+    stream = stream or side_stream()
+    with torch.cuda.stream(stream):  # allocations and compilations of a first call cannot be captured
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        call()
+
+    def replay(_inputs: object = call) -> None:  # the graph knows their addresses only, so they must live as long
+        graph.replay()
+
+    return replay
 
 
 def summarize(seconds: Sequence[float]) -> Row:
@@ -77,11 +144,11 @@ def summarize(seconds: Sequence[float]) -> Row:
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
     """``function(*args)`` in a process of its own; both must pickle.
 
-    The process is forked from a server that has imported the package and computed nothing, so it starts in
-    milliseconds and with clean memory.  Threads and seeds are the function's to set.
+    The process is forked from a server that has imported what this process has of the project and computed nothing, so
+    it starts in milliseconds and with clean memory.  Threads and seeds are the function's to set.
     """
     context = get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.harness"])
+    context.set_forkserver_preload([name for name in sys.modules if name.startswith(("benchmarks.", "examples."))])
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         return pool.submit(function, *args).result()
 
@@ -122,7 +189,9 @@ def environment(device: str) -> Row:
         "dydila_kernels": dydila_kernels.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "triton": _version("triton"),
         "device": _device_name(device),
+        "clocks": _clocks(device),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # processes running, last minute
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -141,6 +210,25 @@ def _commit() -> str:
     return commit.strip() + ("+" if changes.strip() else "")
 
 
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _clocks(device: str) -> str | None:
+    """Clocks of a GPU as its driver tells them: of the multiprocessors, of the memory, and the power drawn."""
+    if torch.device(device).type != "cuda":
+        return None
+    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.draw", "--format=csv,noheader", "-i"]
+    number = torch.device(device).index or 0
+    try:
+        return subprocess.check_output([*query, str(number)], stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def _device_name(device: str) -> str:
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -152,9 +240,11 @@ def _device_name(device: str) -> str:
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Store the rows of a run, in place of those of the run before."""
+    """Store the rows of a run, in place of those of the run before; a kill while writing leaves those."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partial.replace(path)
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -1,57 +1,241 @@
-"""Speed-up of the layer over softmax attention against N, from stored rows: ``python -m benchmarks.plot``."""
+"""Pictures of stored rows, one for each suite and width: ``python -m benchmarks.plot benchmarks/results/cpu/*.jsonl``.
+
+A panel has one curve for each contender, over N.  What was not measured leaves a gap in its curve.
+"""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import tyro
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from benchmarks import harness
 from benchmarks.harness import Row
+from benchmarks.suite import MODES, label, milliseconds
+
+RESULTS = harness.REPOSITORY / "benchmarks" / "results"
+BASELINES = ("softmax", "dit")
+"""Whom speed-ups are over: the first of these that a suite has."""
+SMALLEST_SPAN = 6
+"""Of a logarithmic axis, top over bottom: a smaller one would blow noise up into a shape."""
+OURS = ("dydila", "dydi-lit")
+
+# Told apart in grey by marker and line; colours after Okabe and Ito, for every kind of eye.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C8C3A", "#5D5D5D")
+MARKERS = "sD^vPX<>p*hd"
+LINES = ("--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
+
+
+class Style(NamedTuple):
+    """How a contender is drawn, in every panel of a picture."""
+
+    color: str
+    marker: str
+    linestyle: str | tuple[int, tuple[int, ...]]
+    linewidth: float
+    fillstyle: str
+    zorder: float
+
+
+class Quantity(NamedTuple):
+    """What a panel shows of each row; None where the row does not tell."""
+
+    title: str
+    value: Callable[[Row], float | None]
+    logarithmic: bool
+    line: float | None = None
 
 
 @dataclass(frozen=True)
 class Config:
-    """Speed-up of the layer over softmax attention against N, from stored rows."""
+    """Time, speed-up, share of the ceiling and memory against N, from stored rows."""
 
-    rows: Path = harness.REPOSITORY / "benchmarks" / "results" / "cpu" / "layer.jsonl"
-    """Rows of benchmarks.layer."""
+    rows: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Files of rows; by default all of benchmarks/results/*/."""
     out: Path | None = None
-    """The picture; by default the name of the rows, ending in .png."""
+    """Folder for the pictures; by default that of the rows."""
 
 
-def speed_ups(rows: list[Row], mode: str, heads: int) -> dict[int, float]:
-    """Softmax time over that of our layer with these heads, by N, where both were measured."""
-    measured = [row for row in rows if row["mode"] == mode and not row["skipped"]]
-    softmax = {row["tokens"]: row["median_ms"] for row in measured if row["layer"] == "softmax"}
-    ours = {row["tokens"]: row["median_ms"] for row in measured if (row["layer"], row["heads"]) == ("dydila", heads)}
-    return {n: softmax[n] / ours[n] for n in sorted(softmax.keys() & ours.keys())}
+def main(config: Config) -> list[Path]:
+    """Draws every suite of the files and returns the paths of the pictures."""
+    pictures = []
+    for path in config.rows or sorted(RESULTS.glob("*/*.jsonl")):
+        pictures += draw_all(harness.read_rows(path), config.out or path.parent)
+    return pictures
 
 
-def main(config: Config) -> Path:
-    """Draw the picture and return its path."""
-    rows = harness.read_rows(config.rows)
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for mode in sorted({row["mode"] for row in rows}):
-        for heads in sorted({row["heads"] for row in rows if row["layer"] == "dydila"}):
-            points = speed_ups(rows, mode, heads)
-            axes.plot(list(points), list(points.values()), marker="o", label=f"{mode}, H = {heads}")
-    axes.axhline(1, color="grey", linewidth=1)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlabel("tokens N")
-    axes.set_ylabel("softmax time / our time")
-    first = rows[0]
-    axes.set_title(f"d = {first['dim']}, {first['dtype']}, {first['device']}, threads: {first['threads']}", fontsize=9)
+def draw_all(rows: Sequence[Row], folder: Path, *, widths: int | None = None) -> list[Path]:
+    """Pictures SUITE.png of the width with most points, and SUITE-dWIDTH.png of others (up to ``widths`` in all)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for suite in dict.fromkeys(row["suite"] for row in rows):
+        of_suite = [row for row in rows if row["suite"] == suite and "skipped" in row]  # those of a comparison
+        dims = Counter(row.get("dim") for row in of_suite if not row["skipped"])
+        for number, (dim, _) in enumerate(dims.most_common(widths)):
+            figure = draw([row for row in of_suite if row.get("dim") == dim])
+            pictures.append(folder / (f"{suite}-d{dim}.png" if number else f"{suite}.png"))
+            figure.savefig(pictures[-1], dpi=120)
+    return pictures
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """The picture of one suite and width: quantities downwards, modes (or stages) across."""
+    rows = with_batch(rows)
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    stages = list(dict.fromkeys(row["stage"] for row in rows if "stage" in row))
+    quantities = [q for q in quantities_of(rows) if any(q.value(row) is not None for row in rows)]
+    if stages:  # many: the sum of two modes that are shown goes without saying
+        modes = [mode for mode in modes if mode != MODES[-1]] or modes
+    grid: list[tuple[Quantity, list[tuple[str, str | None]]]]
+    if stages:
+        grid = [(q, [(mode, stage) for stage in stages]) for mode in modes for q in quantities]
+    else:
+        grid = [(q, [(mode, None) for mode in modes]) for q in quantities]
+
+    styles = styles_of(rows)
+    width, height = max(len(columns) for _, columns in grid), len(grid)
+    figure = Figure(figsize=(max(3.4 * width, 6.4), 2.4 * height + 1.3), layout="constrained")
+    axes = figure.subplots(height, width, squeeze=False, sharex=True)
+    for i, (quantity, columns) in enumerate(grid):
+        for j, (mode, stage) in enumerate(columns):
+            chosen = [row for row in rows if row["mode"] == mode and row.get("stage") == stage]
+            panel(axes[i, j], quantity, chosen, styles)
+            axes[0, j].set_title(stage or mode, fontsize=10)
+            if j == 0:
+                axes[i, j].set_ylabel(f"{mode}: {quantity.title}" if stage else quantity.title, fontsize=9)
+    ticks(axes[-1, 0], sorted({place(row) for row in rows}))
+    for column in axes.T:  # the lowest panel of each that shows something
+        lowest = [ax for ax in column if ax.axison][-1:]
+        for ax in lowest:
+            ax.set_xlabel("side of the image (pixels)" if "image" in rows[0] else "tokens N", fontsize=9)
+            ax.tick_params(axis="x", labelbottom=True)
+    handles = {text: handle for ax in axes.flat for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)}
+    shown = [name for name in styles if name in handles]
+    across = min(len(shown), int(figure.get_figwidth() / 2.2))
+    legend = [handles[name] for name in shown]
+    figure.legend(legend, shown, loc="outside lower center", ncols=across, fontsize=8, handlelength=4)
+    figure.suptitle(caption(rows), fontsize=10)
+    return figure
+
+
+def with_batch(rows: Sequence[Row]) -> Sequence[Row]:
+    """The rows, with the batch said beside the mode where one size was measured with several."""
+    batches: dict[tuple[object, ...], set[int]] = {}
+    for row in rows:
+        batches.setdefault((label(row), row["mode"], row.get("stage"), place(row)), set()).add(row.get("batch", 1))
+    if all(len(found) == 1 for found in batches.values()):
+        return rows
+    return [{**row, "mode": f"{row['mode']}, batch {row['batch']}"} for row in rows]
+
+
+def quantities_of(rows: Sequence[Row]) -> list[Quantity]:
+    """Time, speed-up over the baseline where the suite has one, percent of the ceiling, memory."""
+
+    def where(row: Row) -> tuple[object, ...]:
+        return tuple(row.get(key) for key in ("stage", "mode", "batch", "tokens", "image"))
+
+    baseline = next((name for name in BASELINES if any(row["name"] == name for row in rows)), None)
+    times: dict[tuple[object, ...], float] = {}
+    for row in rows:
+        if row["name"] == baseline and not row["skipped"]:
+            times[where(row)] = min(milliseconds(row), times.get(where(row), math.inf))  # of several heads
+
+    def speed_up(row: Row) -> float | None:
+        measured = not row["skipped"] and row["name"] != baseline and where(row) in times
+        return times[where(row)] / milliseconds(row) if measured else None
+
+    def memory(row: Row) -> float | None:
+        mib = row.get("peak_mib")
+        return mib if mib is not None and mib > 0 else None  # 0 has no logarithm
+
+    return [
+        Quantity("time (ms)", lambda row: None if row["skipped"] else milliseconds(row), True),
+        Quantity(f"times as fast as {baseline}", speed_up, True, 1),
+        Quantity("% of the ceiling", lambda row: row.get("percent_of_ceiling"), False),
+        Quantity("peak memory (MiB)", memory, True),
+    ]
+
+
+def panel(axes: Axes, quantity: Quantity, rows: Sequence[Row], styles: dict[str, Style]) -> None:
+    """One curve for each contender; NaN, which draws nothing, where it has no number."""
+    points = sorted({place(row) for row in rows})
+    drawn: list[float] = []
+    for name, style in styles.items():
+        values = dict.fromkeys(points, math.nan)
+        for row in rows:
+            value = quantity.value(row) if label(row) == name else None
+            if value is not None:
+                values[place(row)] = value
+        numbers = list(values.values())
+        if not all(map(math.isnan, numbers)):
+            axes.plot(points, numbers, label=name, markersize=5, **style._asdict())
+            drawn += [number for number in numbers if not math.isnan(number)]
+    if not drawn:
+        axes.set_axis_off()
+        return
+    if quantity.line is not None:
+        axes.axhline(quantity.line, color="grey", linewidth=1)
+        drawn.append(quantity.line)
     axes.grid(alpha=0.3)
-    axes.legend()
-    out = config.out or config.rows.with_suffix(".png")
-    figure.savefig(out, dpi=150)
-    return out
+    axes.tick_params(which="both", axis="y", labelsize=8)
+    if not quantity.logarithmic:
+        axes.set_ylim(0, 1.1 * max(drawn))
+        return
+    widen = max(1.25, math.sqrt(SMALLEST_SPAN * min(drawn) / max(drawn)))
+    span = max(drawn) / min(drawn) * widen**2
+    axes.set_yscale("log")
+    axes.set_ylim(min(drawn) / widen, max(drawn) * widen)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    few = FuncFormatter(lambda value, _: f"{value:,g}" if f"{value:e}"[0] in "25" else "")
+    axes.yaxis.set_minor_formatter(few if span < 30 else NullFormatter())  # one decade may have no label otherwise
+
+
+def ticks(axes: Axes, points: Sequence[int]) -> None:
+    """The sizes that were measured, on a logarithmic axis."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(points, [f"{point:,}" for point in points])
+    axes.xaxis.set_minor_locator(NullLocator())
+    for row in axes.figure.axes:
+        row.tick_params(axis="x", labelsize=8, rotation=30 if len(points) > 4 else 0)
+
+
+def styles_of(rows: Sequence[Row]) -> dict[str, Style]:
+    """By label: ours black and solid, the others by name; hollow markers for one head."""
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    rivals = [name for name in names if name not in OURS]
+    styles = {}
+    for row in sorted(rows, key=lambda row: row["name"] not in OURS):
+        fill = "none" if row.get("heads") == 1 else "full"
+        if row["name"] in OURS:
+            styles[label(row)] = Style("#000000", "o", "-", 2.2, fill, 3)
+        else:
+            number = rivals.index(row["name"])
+            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+            styles[label(row)] = Style(colour, marker, LINES[number % len(LINES)], 1.3, fill, 2)
+    return styles
+
+
+def place(row: Row) -> int:
+    """Where a row stands on the axis: the side of its image, or N."""
+    return row["image"] if "image" in row else row["tokens"]
+
+
+def caption(rows: Sequence[Row]) -> str:
+    """Suite, device, dtype, d, and when and from which commit."""
+    first = rows[0]
+    parts = [first["suite"], first["device"], first["dtype"]]
+    parts += [f"d = {first['dim']}"] if "dim" in first else []
+    parts += [f"{first['threads']} threads"] if first["device_type"] == "cpu" else []
+    return ", ".join(parts) + f"\n{first['date'][:10]}, commit {first['commit']}, torch {first['torch']}"
 
 
 if __name__ == "__main__":
-    print(main(tyro.cli(Config)))
+    print(*main(tyro.cli(Config)), sep="\n")

@@ -1,0 +1,236 @@
+"""The attention core, given its tokens, against softmax and linear attention: ``python -m benchmarks.core``.
+
+Ours takes q, k, v, q', k' (B, N, d); "dydila eager" and "dydila compiled" are the equations of
+:mod:`dydila_kernels.reference` in the dtype of the tokens, without and with ``torch.compile``.  The rivals take q, k
+and v.  Gradients are those of the tokens, and for ours of the tables gamma and lambda.  Heads of more than 256 channels
+are left to linear attention: fused softmax has none so wide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache, partial
+
+import torch
+import tyro
+from torch import Tensor
+
+from benchmarks import rivals, roofline, suite
+from benchmarks.harness import Row
+from benchmarks.roofline import Shape
+from benchmarks.suite import Call, Comparison, Contender, Mode
+from dydila_kernels import dydila_attention, reference
+from dydila_kernels.testing import (
+    TOKENS,
+    cast,
+    core_inputs,
+    decisions,
+    error_ratios,
+    output_and_gradients,
+    relative_error,
+)
+
+OURS = ("dydila", "dydila eager", "dydila compiled")
+FACTORS = 9
+"""Entries of gamma and of lambda, as in the layer by default."""
+CHECKED_TOKENS = 32**2
+"""Tokens of the image that the check is done on, unless all sizes are shorter: longer ones take the same path."""
+SOFTMAX = ("softmax", *rivals.BACKENDS)
+FORMULAS = {
+    **dict.fromkeys([*SOFTMAX, "flash-attn"], rivals.plain_softmax),
+    **dict.fromkeys(["sana", "flash_bla"], rivals.plain_linear),
+}
+"""What a rival is checked against: its own formula, operation by operation."""
+
+
+@dataclass(frozen=True)
+class Config(suite.Options):
+    """The attention core, given its tokens, against softmax and linear attention."""
+
+    dim: int = 384
+    """Channels d."""
+    heads: tuple[int, ...] = ()
+    """Heads to measure with; by default 1 and DIM/64."""
+    compiled: bool = torch.cuda.is_available()
+    """Measure under torch.compile too; by default where there is a GPU.  Each size is compiled anew, which takes long
+    and, on a CPU, a C++ compiler."""
+
+
+def main(config: Config) -> list[Row]:
+    """Check, measure, print tables and store the rows."""
+    return suite.run("core", config, list(comparisons(config)))
+
+
+def comparisons(config: Config) -> Iterator[Comparison]:
+    for tokens in config.lengths(cpu=(256, 1024, 4096, 16384), gpu=(256, 1024, 4096, 16384, 65536)):
+        batch = max(1, 65536 // tokens) if config.on_gpu and not config.smoke else 1
+        shape = Shape(batch, tokens, config.dim, 1, config.torch_dtype)
+        for mode in config.modes:
+            contenders = {
+                f"{name} H={heads}": contender(config, name, mode, replace(shape, heads=heads))
+                for heads in config.heads or tuple(dict.fromkeys((1, max(1, config.dim // 64))))
+                for name in names(config, config.dim // heads)
+            }
+            point = {"batch": batch, "tokens": tokens}
+            yield Comparison({"mode": mode, "dim": config.dim}, point, contenders, input_bytes=3 * shape.unit)
+
+
+def names(config: Config, head_dim: int) -> list[str]:
+    """Who is measured with heads of this width; 256 channels are the most that fused softmax takes."""
+    compiled = ["dydila compiled", "sana compiled"] if config.compiled else []
+    everyone = [*OURS[:2], *SOFTMAX, "sana", "focused", *compiled, *rivals.PACKAGES]
+    return [name for name in everyone if head_dim <= 256 or not (name in SOFTMAX or name in rivals.PACKAGES)]
+
+
+def contender(config: Config, name: str, mode: Mode, shape: Shape) -> Contender:
+    labels: Row = {"name": name, "heads": shape.heads}
+    if name in rivals.PACKAGES:
+        labels["computes"] = rivals.PACKAGES[name].computes
+    return Contender(
+        partial(prepare, name, mode, shape, config.device),
+        labels,
+        cost(name, mode, shape),
+        checked(config, name, shape),
+        missing(config, name, shape),
+        # In a fresh process all would be compiled again.
+        None if "compiled" in name and not config.on_gpu else partial(warm_up, name, mode, shape, config.device),
+        graph=True,
+    )
+
+
+def cost(name: str, mode: Mode, shape: Shape) -> roofline.Cost:
+    if name in OURS:
+        return roofline.core(shape, mode, num_kernel_factors=FACTORS, num_differential_factors=FACTORS)
+    declared = roofline.softmax_core if name in SOFTMAX or name == "flash-attn" else roofline.linear_core
+    return declared(shape, mode)
+
+
+def missing(config: Config, name: str, shape: Shape) -> str | None:
+    if name in rivals.PACKAGES:
+        return rivals.missing(name, config.device)
+    if name in rivals.BACKENDS:
+        return rivals.why_not_softmax(name, config.device, shape.dtype, shape.dim // shape.heads)
+    return None
+
+
+def prepare(name: str, mode: Mode, shape: Shape, device: str) -> Call:
+    """What is timed, on random inputs of its own."""
+    inputs = random_inputs(shape, device)
+    tokens = [inputs.pop(key) for key in TOKENS][: 5 if name in OURS else 3]
+    leaves, attend = tokens, function_of(name)
+    if "compiled" in name:
+        compile_anew(mode, shape.batch, shape.tokens, shape.dim)
+        attend = compiled(attend)
+    if name in OURS:
+        leaves = [*tokens, inputs["gamma"], inputs["lam"]]
+        attend = partial(attend, num_heads=shape.heads, **inputs)
+    else:
+        attend = partial(attend, heads=shape.heads)
+    for leaf in leaves:
+        leaf.requires_grad_(mode != "forward")
+    # The queries double as the gradient that comes in, which saves their memory.
+    call = suite.call_of(mode, lambda: attend(*tokens), leaves, tokens[0].detach())
+    if "compiled" in name:
+        call()  # compiles
+    return call
+
+
+def random_inputs(shape: Shape, device: str) -> dict[str, Tensor]:
+    """Arguments of the core by name, the same in every call, made on the device."""
+    torch.manual_seed(0)
+
+    def normal(*size: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(size, device=device, dtype=shape.dtype) * scale
+
+    tokens = {name: normal(shape.batch, shape.tokens, shape.dim) for name in TOKENS}
+    return tokens | {
+        "gamma": torch.linspace(1, 4, FACTORS, device=device).to(shape.dtype),
+        "lam": normal(FACTORS, scale=0.3),
+        "kernel_routers": normal(4, shape.dim, FACTORS, scale=shape.dim**-0.5),
+        "differential_routers": normal(2, 2 * shape.dim, FACTORS, scale=shape.dim**-0.5),
+    }
+
+
+def function_of(name: str) -> rivals.Attention:
+    """What is called: of ours with the keywords of the core, of others with q, k, v and ``heads``."""
+    if name in OURS:
+        return dydila_attention if name == "dydila" else reference.dydila_attention
+    if name in SOFTMAX:
+        return partial(rivals.softmax, backend=name)
+    if name in rivals.PACKAGES:
+        attend = rivals.PACKAGES[name].attend
+        assert attend is not None
+        return attend
+    return {"sana": rivals.sana, "focused": rivals.focused}[name.removesuffix(" compiled")]
+
+
+@cache
+def compiled(function: rivals.Attention) -> rivals.Attention:
+    """Once: torch would compile another object of the same function again."""
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+@lru_cache(maxsize=1)
+def compile_anew(*cell: object) -> None:
+    """Forgets what was compiled for another mode or size: torch gives up on a function after a few."""
+    torch.compiler.reset()
+
+
+def warm_up(name: str, mode: Mode, shape: Shape, device: str) -> None:
+    prepare(name, mode, replace(shape, batch=1, tokens=16), device)()
+
+
+def checked(config: Config, name: str, shape: Shape) -> partial[float] | None:
+    longest = max(config.lengths((), ()) or (CHECKED_TOKENS,))
+    what = (config.device, replace(shape, batch=1, tokens=min(longest, CHECKED_TOKENS)))
+    if name == "dydila":
+        return partial(error_ratio, *what)
+    return partial(rival_error_ratio, name, *what) if name in FORMULAS else None
+
+
+@cache
+def error_ratio(device: str, shape: Shape) -> float:
+    """Our error over that of the equations in plain PyTorch in the same dtype and with the same decisions.
+
+    The worse of two ratios: that of the output, and that of the gradients of tokens and tables together.
+    """
+    inputs = core_inputs(
+        shape.batch, shape.tokens, shape.dim, num_kernel_factors=FACTORS, num_differential_factors=FACTORS,
+        dtype=shape.dtype, device=device,
+    )  # fmt: skip
+    wanted = [name for name in inputs if "routers" not in name]
+    at = decisions(inputs, num_heads=shape.heads)
+    equations: rivals.Attention = partial(reference.dydila_attention, num_heads=shape.heads)
+    attend: rivals.Attention = partial(dydila_attention, num_heads=shape.heads)
+    on_cpu = {name: t.cpu() for name, t in inputs.items()}  # not every device has float64
+    truth = output_and_gradients(
+        lambda t: equations(**t, indices={name: index.cpu() for name, index in at.items()}),
+        cast(on_cpu, torch.float64),
+        wanted,
+    )
+    found = output_and_gradients(lambda t: attend(**t), inputs, wanted)
+    plain = output_and_gradients(lambda t: equations(**t, indices=at), inputs, wanted)
+    ratios = error_ratios(*([together(tensors, truth)] for tensors in (found, plain, truth)))
+    return max(ratios.values())
+
+
+def together(tensors: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The output, and all gradients in one vector, each in units of the norm of the true one."""
+    sizes = {name: t.norm().item() or 1.0 for name, t in truth.items()}
+    gradients = [t.cpu().double().flatten() / sizes[name] for name, t in tensors.items() if name != "output"]
+    return {"output": tensors["output"], "gradients": torch.cat(gradients)}
+
+
+@cache
+def rival_error_ratio(name: str, device: str, shape: Shape) -> float:
+    """The error of a rival's output over that of its own formula in the same dtype."""
+    tokens = list(random_inputs(shape, device).values())[:3]
+    formula = FORMULAS[name]
+    truth = formula(*(t.cpu().double() for t in tokens), heads=shape.heads)
+    found, plain = (relative_error(f(*tokens, heads=shape.heads), truth) for f in (function_of(name), formula))
+    return found / plain if plain else found
+
+
+if __name__ == "__main__":
+    raise SystemExit(suite.exit_code(main(tyro.cli(Config))))

@@ -1,0 +1,218 @@
+"""One step of DyDi-LiT, Sana and DiT for images of 256 to 4096 pixels a side: ``python -m benchmarks.model``.
+
+"forward" is a denoising step, "forward+backward" a training step without its optimizer: the gradients of all trainable
+parameters.  The models are those of ``examples/dydi_lit`` with random weights, at latents of an eighth of the image's
+side, in patches of 2 x 2: an image of P pixels a side has (P/16)^2 tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+from benchmarks import suite
+from benchmarks.harness import Row
+from benchmarks.roofline import Cost
+from benchmarks.suite import Call, Comparison, Contender, Mode
+from dydila_kernels.functional import why_not_triton
+from dydila_kernels.testing import layer_error_ratio
+
+PIXELS_PER_TOKEN = 16
+"""Along a side: 8 of a latent times 2 of a patch."""
+CHECKED_TOKENS = 48**2
+"""Tokens that the check is done on at most: longer images take the same path."""
+TOKENS_AT_ONCE = 32768
+"""Tokens in all images of a batch together, on a GPU."""
+IMAGES = (256, 512, 1024, 2048, 4096)
+
+Name = Literal["dydi-lit", "sana", "dit"]
+Images = Annotated[tuple[int, ...], tyro.conf.arg(name="images", aliases=("--sizes",))]
+
+
+@dataclass(frozen=True)
+class Config(suite.Options):
+    """Time and memory of a denoising step and a training step of DyDi-LiT, Sana and DiT."""
+
+    sizes: Images = ()
+    """Sides of the images in pixels, multiples of 16; by default 256 to 1024 on a CPU, to 4096 on a GPU."""
+    modes: tuple[Mode, ...] = ("forward", "forward+backward")
+    """A denoising step, and a training step."""
+    models: tuple[Name, ...] = ("dydi-lit", "sana", "dit")
+    """Which models of the example."""
+    size: Literal["tiny", "S", "B", "L"] = "S"
+    """How large they are; "tiny" is no size of the paper, and what --smoke takes."""
+    batch: int = 0
+    """Images at once; by default 1 on a CPU, and on a GPU as many as make 32,768 tokens, at least 1."""
+
+
+class Case(NamedTuple):
+    """A model and what it meets."""
+
+    name: str
+    size: str
+    mode: Mode
+    batch: int
+    image: int
+    device: str
+    dtype: torch.dtype
+    fused: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return (self.image // PIXELS_PER_TOKEN) ** 2
+
+
+def main(config: Config) -> list[Row]:
+    """Check, measure, print tables and store the rows.  ImportError without the extra "examples"."""
+    require_example()
+    return suite.run("model", config, comparisons(config))
+
+
+def require_example() -> None:
+    """ImportError, which says what to do, where the models cannot be imported."""
+    try:
+        import examples.dydi_lit.model  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"the models need the extra 'examples': pip install -e '.[examples]' ({error})") from error
+
+
+def comparisons(config: Config) -> list[Comparison]:
+    """By mode, each in rising order of size."""
+    images = checked_images(config.lengths(cpu=IMAGES[:3], gpu=IMAGES))
+    found = []
+    for mode in config.modes:
+        for image in images:
+            default = max(TOKENS_AT_ONCE // (image // PIXELS_PER_TOKEN) ** 2, 1) if config.on_gpu else 1
+            batch = config.batch or default
+            size = "tiny" if config.smoke else config.size
+            cases = [Case(n, size, mode, batch, image, config.device, config.torch_dtype) for n in config.models]
+            found.append(comparison({case.name: contender(case) for case in cases}, cases[0]))
+    return found
+
+
+def checked_images(images: tuple[int, ...]) -> list[int]:
+    """In rising order; ValueError where one does not divide into patches of latents."""
+    for image in images:
+        if image < PIXELS_PER_TOKEN or image % PIXELS_PER_TOKEN:
+            raise ValueError(f"images must be multiples of {PIXELS_PER_TOKEN} pixels a side; got {image}")
+    return sorted(images)
+
+
+def comparison(contenders: Mapping[str, Contender], case: Case) -> Comparison:
+    """Of contenders that meet what ``case`` meets."""
+    series = {"mode": case.mode, "size": case.size, "dim": config_of(case).dim}
+    point = {"image": case.image, "tokens": case.tokens, "batch": case.batch}
+    return Comparison(series, point, contenders, input_bytes=weight_bytes(case))
+
+
+def contender(case: Case) -> Contender:
+    ours = case.name == "dydi-lit"
+    return Contender(
+        prepare=partial(prepare, case),
+        labels={"heads": config_of(case).num_heads},
+        cost=cost(case),
+        error_ratio=partial(error_ratio, case) if ours else None,
+        warm_up=partial(call_once, case._replace(batch=1, image=2 * PIXELS_PER_TOKEN)),
+    )
+
+
+def error_ratio(case: Case) -> float:
+    """Of the attention layer of the first block, for its output and all gradients."""
+    model = network(case.name, case.size, True, False, case.device, case.dtype)
+    return layer_error_ratio(model.blocks[0].attention, length=min(case.tokens, CHECKED_TOKENS))
+
+
+def prepare(case: Case) -> Call:
+    """The step to time, on inputs of its own; the weights are the same for all steps, as they are in use."""
+    training = case.mode != "forward"
+    model = network(case.name, case.size, training, case.fused, case.device, case.dtype)
+    arguments = inputs(case)
+    with torch.no_grad():
+        incoming = torch.randn(case.batch, model.out_channels, *arguments[0].shape[2:]).to(arguments[0])
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return suite.call_of(case.mode, partial(model, *arguments), trainable, incoming)
+
+
+def call_once(case: Case) -> None:
+    prepare(case)()
+
+
+def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents (B, 4, side, side), steps (B,) and labels (B,), of which the last is the null class, as in guidance."""
+    side = case.image // 8
+    latent = torch.randn(case.batch, 4, side, side, device=case.device, dtype=case.dtype)
+    step = torch.full((case.batch,), 500, device=case.device)
+    label = torch.arange(case.batch, device=case.device) % 1000
+    label[-1] = 1000
+    return latent, step, label
+
+
+@functools.cache
+def network(name: str, size: str, training: bool, fused: bool, device: str, dtype: torch.dtype) -> Any:
+    """A DiffusionTransformer with random weights."""
+    from examples.dydi_lit.configs import config_of
+    from examples.dydi_lit.model import DiffusionTransformer
+
+    torch.manual_seed(0)
+    model = DiffusionTransformer(config_of(name, size))  # type: ignore[arg-type]
+    for parameter in model.parameters():
+        if not parameter.any():  # a GPU multiplies zeros faster than its power allows for real numbers
+            nn.init.normal_(parameter, std=0.02)
+    model.to(device=device, dtype=dtype).train(training)
+    return model.fuse() if fused else model
+
+
+def config_of(case: Case) -> Any:
+    """The example's configuration of the model."""
+    from examples.dydi_lit import configs
+
+    return configs.config_of(case.name, case.size)  # type: ignore[arg-type]
+
+
+@functools.cache
+def gflops(name: str, size: str, image: int) -> float | None:
+    """Of a forward pass of one image, a multiplication and its addition as one; None where Triton is not installed."""
+    from examples.dydi_lit import configs, flops
+
+    if why_not_triton(torch.device("meta"), torch.float32):
+        return None
+    return flops.gflops(configs.config_of(name, size), image)[1]  # type: ignore[arg-type]
+
+
+@functools.cache
+def weights(name: str, size: str) -> int:
+    """Parameters of a model."""
+    from examples.dydi_lit import configs
+    from examples.dydi_lit.model import DiffusionTransformer
+
+    with torch.device("meta"):
+        model = DiffusionTransformer(configs.config_of(name, size))  # type: ignore[arg-type]
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def weight_bytes(case: Case) -> int:
+    return weights(case.name, case.size) * case.dtype.itemsize
+
+
+def cost(case: Case) -> Cost | None:
+    """Weights and latents, read and written once in each direction, and all matrix products; None without Triton."""
+    found = gflops(case.name, case.size, case.image)
+    if found is None:
+        return None
+    latents = 3 * case.batch * 4 * (case.image // 8) ** 2 * case.dtype.itemsize  # in, and out twice as wide
+    forward = Cost(weight_bytes(case) + latents, found * 2e9 * case.batch)
+    return {"forward": forward, "backward": forward * 2, "forward+backward": forward * 3}[case.mode]
+
+
+if __name__ == "__main__":
+    try:
+        raise SystemExit(suite.exit_code(main(tyro.cli(Config))))
+    except (ImportError, ValueError) as error:
+        raise SystemExit(f"benchmarks.model: {error}") from None

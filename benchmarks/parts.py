@@ -1,0 +1,194 @@
+"""What a GPU run is made of, and how the minutes are shared out: :mod:`benchmarks.gpu_run` runs these in order."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from benchmarks.harness import Row
+
+SECONDS = {
+    "tests": 140,  # several hundred kernels are compiled, by 8 processes at once; correctness goes before all else
+    "ceilings": 15,  # 60 copies and products, and the start of a process
+    "core": 75,  # two forms of our kernels to compile, H = 1 and heads of 64; torch.compile at one size only
+    "stages": 45,  # two sizes: a stage grows with N as its bytes do
+    "layer": 50,  # the width that the README shows
+    "model": 45,  # three sides of images; DiT's step at 4096 pixels takes most of it
+    "latency": 25,  # three sides, one image at a time
+    "sweep": 50,  # about a second for each configuration, most of it compiling; a row each, so it may end anywhere
+}
+"""Shares of the time, in seconds where all parts run in the default of gpu_run, each with its reason."""
+
+QUICK = ("--repeats", "10", "--budget-seconds", "0.5")
+"""Ten calls tell a median within a few percent on a GPU; what takes half a second altogether is slow enough to tell."""
+SUITES_NEED = ("tyro", "tqdm")
+MODELS_NEED = ("diffusers", "huggingface_hub")
+"""Of the models of the example."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line, and what it adds to the environment."""
+
+    arguments: Sequence[str]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return " ".join([*(f"{name}={value}" for name, value in self.environment.items()), *self.arguments])
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a run.
+
+    Attributes:
+        commands: for device, smoke and folder; each may leave rows in FOLDER/NAME.jsonl, which are taken up.
+        figure: the key figure for the table, of the text printed and the rows.
+        needs: packages without which it cannot run.
+    """
+
+    name: str
+    commands: Callable[[str, bool, object], list[Command]]
+    figure: Callable[[str, list[Row]], str]
+    needs: tuple[str, ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        return SECONDS[self.name]
+
+
+def python(*arguments: str, **environment: str) -> Command:
+    return Command([sys.executable, "-m", *arguments], environment)
+
+
+def suite(name: str, *runs: Sequence[str], smoke: Sequence[str] = ()) -> Callable[[str, bool, object], list[Command]]:
+    """A suite with the options of each of its runs on a GPU; on a CPU it takes its own defaults, in one run."""
+
+    def commands(device: str, small: bool, out: object) -> list[Command]:
+        options = [["--smoke", *smoke]] if small else [[]] if device == "cpu" else runs
+        return [python(f"benchmarks.{name}", "--device", device, "--out", str(out), *each) for each in options]
+
+    return commands
+
+
+def tests(device: str, smoke: bool, out: object) -> list[Command]:
+    """The kernels' tests, then those that fill the memory, alone, then the short ones of all else."""
+
+    def pytest(*arguments: str, workers: int = 0) -> Command:
+        parallel = ["-n", str(workers)] if workers and importlib.util.find_spec("xdist") else []
+        return python(
+            "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *parallel, *arguments, OMP_NUM_THREADS="1"
+        )
+
+    if smoke:
+        return [pytest("tests/ops/test_device.py"), pytest("tests/test_tokens.py")]
+    rest = ["tests", "--ignore=tests/ops", "--ignore=tests/benchmarks", "-m", "not slow"]
+    if any(importlib.util.find_spec(name) is None for name in (*SUITES_NEED, *MODELS_NEED)):  # of the example
+        rest.append("--ignore=tests/dydi_lit")
+    kernels = pytest("tests/ops", "--ignore=tests/ops/test_device.py", workers=8)
+    return [kernels, pytest("tests/ops/test_device.py"), pytest(*rest, workers=8)]
+
+
+def ceilings(device: str, smoke: bool, out: object) -> list[Command]:
+    return [python("benchmarks.roofline", "--device", device, *(["--smoke"] if smoke else []))]
+
+
+def sweep(device: str, smoke: bool, out: object) -> list[Command]:
+    (command,) = suite("sweep", [])(device, smoke, out)
+    return [Command(command.arguments, {"TRITON_INTERPRET": "1"}) if device == "cpu" else command]
+
+
+def counts(text: str, rows: list[Row]) -> str:
+    """The sums of what pytest counted."""
+    last_lines = re.findall(r"^.*\b\d+ \w+.* in [\d.]+s.*$", text, re.MULTILINE)
+    found = re.findall(r"(\d+) (passed|failed|errors?|skipped|xfailed|deselected)\b", "\n".join(last_lines))
+    kinds = dict.fromkeys(kind.rstrip("s") for _, kind in found)
+    sums = {kind: sum(int(number) for number, k in found if k.rstrip("s") == kind) for kind in kinds}
+    return ", ".join(f"{number} {kind}" for kind, number in sums.items())
+
+
+def rates(text: str, rows: list[Row]) -> str:
+    """The ceilings in GB/s, read and written, and TFLOP/s."""
+    found = json.loads(text[text.index("{") : text.rindex("}") + 1])
+    return ", ".join(f"{name} {value:.4g}" for name, value in found.items())
+
+
+def against_softmax(text: str, rows: list[Row]) -> str:
+    """Time of softmax, or DiT, over ours, forward, the faster of several heads, at the largest size that has both."""
+    from benchmarks.plot import BASELINES, OURS
+    from benchmarks.suite import milliseconds  # here: both need tyro, and a run is to begin without it
+
+    measured = [row for row in rows if row["mode"] == "forward" and not row["skipped"]]
+    theirs = next(name for name in BASELINES if any(row["name"] == name for row in rows))
+    for tokens in sorted({row["tokens"] for row in measured}, reverse=True):
+        here = [row for row in measured if row["tokens"] == tokens]
+        ours = [milliseconds(row) for row in here if row["name"] in OURS]
+        rivals = [milliseconds(row) for row in here if row["name"] == theirs]
+        if ours and rivals:
+            return f"{count(rows)}; forward at N = {tokens}: {min(rivals) / min(ours):.3g} times as fast as {theirs}"
+    return count(rows)
+
+
+def furthest(text: str, rows: list[Row]) -> str:
+    """The stage of ours that is furthest from its ceiling."""
+    ours = [row for row in rows if row["name"] == "dydila" and "percent_of_ceiling" in row]
+    worst = min(ours, key=lambda row: row["percent_of_ceiling"])
+    where = f"{worst['stage']} {worst['mode']} at N = {worst['tokens']}"
+    return f"{count(rows)}; furthest from its ceiling: {where}, {worst['percent_of_ceiling']:.0f} %"
+
+
+def gains(text: str, rows: list[Row]) -> str:
+    """The best configuration that was found."""
+    tried = [row for row in rows if row["median_ms"] is not None]
+    best = min(tried, key=lambda row: row["median_ms"] / row["table_ms"])
+    return f"{len(rows)} tried; best: {best['stage']}, {best['median_ms'] / best['table_ms']:.3f} of the table's time"
+
+
+def count(rows: list[Row]) -> str:
+    """How many rows have a time, and what became of the others."""
+    reasons = Counter(row["skipped"].split(":")[0] for row in rows if row["skipped"])
+    timed = sum(not row["skipped"] for row in rows)
+    return ", ".join([f"{timed} timed", *(f"{number} {reason}" for reason, number in reasons.items())])
+
+
+PARTS = (
+    Part("tests", tests, counts, ("pytest", "hypothesis")),
+    Part("ceilings", ceilings, rates, ("tyro",)),
+    Part(
+        "core",
+        suite(
+            "core",
+            ["--sizes", "1024", "4096", "16384", "65536", "--no-compiled", *QUICK],
+            ["--sizes", "4096", "--heads", "6", "--compiled", *QUICK],
+            smoke=["--dim", "128", "--modes", "forward", "backward"],
+        ),
+        against_softmax,
+        SUITES_NEED,
+    ),
+    Part("stages", suite("stages", ["--sizes", "4096", "16384", *QUICK]), furthest, SUITES_NEED),
+    Part(
+        "layer",
+        suite("layer", ["--dims", "384", *QUICK], smoke=["--modes", "forward", "backward"]),
+        against_softmax,
+        SUITES_NEED,
+    ),
+    Part(
+        "model",
+        suite("model", ["--sizes", "256", "1024", "4096", *QUICK], smoke=["--modes", "forward"]),
+        against_softmax,
+        (*SUITES_NEED, *MODELS_NEED),
+    ),
+    Part(
+        "latency",
+        suite("latency", ["--sizes", "256", "1024", "4096", *QUICK], smoke=["--batches", "1"]),
+        against_softmax,
+        (*SUITES_NEED, *MODELS_NEED),
+    ),
+    Part("sweep", sweep, gains, (*SUITES_NEED, "triton")),
+)
+"""In the order in which they run: what is wrong or slow is told before what is nice to know."""

@@ -1,0 +1,147 @@
+"""Bytes and FLOPs declared for what is timed, and the ceilings of the device that they are held against.
+
+Bytes are what a call cannot avoid: each input read once, each output written once, in units of B N d elements.  FLOPs
+are those of matrix products and convolutions, two for a multiply-accumulate; powers and norms are not counted.
+``python -m benchmarks.roofline`` measures the ceilings: a copy for bytes, square matrix products for FLOPs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import tyro
+
+from benchmarks import harness
+from benchmarks.harness import Row
+
+GIGA, TERA = 1e9, 1e12
+
+
+class Cost(NamedTuple):
+    """What a call moves and computes."""
+
+    bytes: float
+    flops: float
+
+    def __add__(self, other: tuple[float, ...]) -> Cost:  # type: ignore[override]
+        return Cost(self.bytes + other[0], self.flops + other[1])
+
+    def __mul__(self, factor: float) -> Cost:  # type: ignore[override]
+        return Cost(self.bytes * factor, self.flops * factor)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Tokens (B, N, d) in H heads, of ``dtype``."""
+
+    batch: int
+    tokens: int
+    dim: int
+    heads: int
+    dtype: torch.dtype
+
+    @property
+    def unit(self) -> int:
+        """Bytes of B N d elements."""
+        return self.batch * self.tokens * self.dim * self.dtype.itemsize
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.tokens
+
+
+def products(shape: Shape) -> float:
+    """FLOPs of K^T V and Q (K^T V), or of the other order where it is cheaper."""
+    return 4 * shape.rows * min(shape.dim // shape.heads, shape.tokens) * shape.dim
+
+
+def core(shape: Shape, mode: str, *, num_kernel_factors: int = 9, num_differential_factors: int = 9) -> Cost:
+    """Eqs. 5-8 given q, k, v, q', k': reads five, writes one; backward reads six and writes five."""
+    logits = 2 * shape.rows * shape.dim * 4 * (num_kernel_factors + num_differential_factors)
+    return by_mode(mode, Cost(6 * shape.unit, products(shape) + logits), Cost(11 * shape.unit, 2 * products(shape)))
+
+
+def softmax_core(shape: Shape, mode: str) -> Cost:
+    """Scaled dot-product attention: reads three, writes one; backward reads five, writes three, and does the products
+    five times over, because it computes the scores again."""
+    product = 2 * shape.rows * shape.tokens * shape.dim
+    return by_mode(mode, Cost(4 * shape.unit, 2 * product), Cost(8 * shape.unit, 5 * product))
+
+
+def linear_core(shape: Shape, mode: str) -> Cost:
+    """Linear attention given q, k, v, with any element-wise kernel function."""
+    return by_mode(mode, Cost(4 * shape.unit, products(shape)), Cost(7 * shape.unit, 2 * products(shape)))
+
+
+def linear(rows: int, inputs: int, outputs: int, mode: str, dtype: torch.dtype, *, weights: int = 1) -> Cost:
+    """x W for ``rows`` of x, with one of ``weights`` matrices for each row."""
+    size = dtype.itemsize
+    tokens, matrix = rows * (inputs + outputs) * size, weights * inputs * outputs * size
+    flops = 2 * rows * inputs * outputs
+    return by_mode(mode, Cost(tokens + matrix, flops), Cost(tokens + rows * inputs * size + 2 * matrix, 2 * flops))
+
+
+def convolution(shape: Shape, mode: str, taps: int = 9) -> Cost:
+    """The depth-wise convolution: reads one, writes one; backward reads two and writes one."""
+    flops = 2 * taps * shape.rows * shape.dim
+    return by_mode(mode, Cost(2 * shape.unit, flops), Cost(3 * shape.unit, 2 * flops))
+
+
+def by_mode(mode: str, forward: Cost, backward: Cost) -> Cost:
+    return {"forward": forward, "backward": backward, "forward+backward": forward + backward}[mode]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Measure the ceilings of a device: bytes per second of a copy, FLOPs per second of matrix products."""
+
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where to run: cpu or cuda."""
+    threads: int = 2
+    """CPU threads."""
+    smoke: bool = False
+    """Small sizes, in a second: numbers of no meaning."""
+
+
+def measure(config: Config) -> Row:
+    """The ceilings: ``copy_gb_s`` (read and written bytes both counted) and ``{float32,bfloat16}_tflop_s``."""
+    torch.set_num_threads(config.threads)
+    on_gpu = torch.device(config.device).type == "cuda"
+    large = 2**30 if on_gpu else 2**27
+    side = 8192 if on_gpu else 1536
+    if config.smoke:
+        large, side = 2**20, 128
+    source = torch.randint(256, (large,), dtype=torch.uint8, device=config.device)
+    target = torch.empty_like(source)
+    calls = {"copy": lambda: target.copy_(source)}
+    matrices = {  # random: a GPU multiplies zeros and ones faster than its power allows for real numbers
+        dtype: torch.randn(side, side, device=config.device).to(dtype) for dtype in (torch.float32, torch.bfloat16)
+    }
+    for dtype, matrix in matrices.items():
+        calls[str(dtype).removeprefix("torch.")] = lambda matrix=matrix: matrix @ matrix  # type: ignore[misc]
+    repeats = 2 if config.smoke else 20
+    seconds = harness.interleave(calls, repeats=repeats, budget_seconds=20, device=config.device)
+    best = {name: min(samples) for name, samples in seconds.items()}  # a ceiling is the best there was
+    row: Row = {"copy_gb_s": 2 * large / best.pop("copy") / GIGA}
+    return row | {f"{name}_tflop_s": 2 * side**3 / duration / TERA for name, duration in best.items()}
+
+
+def against(cost: Cost, seconds: float, ceilings: Row, dtype: torch.dtype) -> Row:
+    """Rates of a call, and its share of the nearer ceiling: the time that the ceilings allow over the time it took."""
+    products = ceilings[f"{'float32' if dtype == torch.float32 else 'bfloat16'}_tflop_s"] * TERA
+    floors = {"bytes": cost.bytes / (ceilings["copy_gb_s"] * GIGA), "FLOPs": cost.flops / products}
+    nearer = max(floors, key=lambda name: floors[name])
+    return {
+        "gb_s": cost.bytes / seconds / GIGA,
+        "tflop_s": cost.flops / seconds / TERA,
+        "ceiling": nearer,
+        "percent_of_ceiling": 100 * floors[nearer] / seconds,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(tyro.cli(Config)), indent=2), file=sys.stdout)

@@ -1,0 +1,321 @@
+"""How a suite runs: contenders that meet the same input are checked, then timed in turn, and become rows.
+
+A contender whose results are wrong, who is not installed, runs out of memory, fails, or would take too long gets a row
+that says so under "skipped", and no time.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch._functorch import config as functorch_config
+from tqdm import tqdm
+
+from benchmarks import harness, roofline
+from benchmarks.harness import Row
+from benchmarks.roofline import Cost
+
+Call = Callable[[], object]
+Mode = Literal["forward", "backward", "forward+backward"]
+WRONG = "wrong: the error is over twice that of plain PyTorch"
+MODES: tuple[Mode, ...] = ("forward", "backward", "forward+backward")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every suite can be told."""
+
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where to run: cpu or cuda."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of inputs and parameters; "auto" is bfloat16 on a GPU and float32 on a CPU."""
+    sizes: tuple[int, ...] = ()
+    """Numbers of tokens N, each a square; by default those that suit the device."""
+    modes: tuple[Mode, ...] = MODES
+    """What to time; the backward pass is timed on its own as well."""
+    threads: int = 2
+    """CPU threads."""
+    repeats: int = 0
+    """Timed calls of each contender, after one to warm up; by default 7 on a CPU and 30 on a GPU."""
+    budget_seconds: float = 20.0
+    """Make no further calls of a contender once they have taken this long (s); one is always made."""
+    skip_over_seconds: float = 600.0
+    """Skip a contender where one call is expected to take longer than this (s), by its time at the size before."""
+    smoke: bool = False
+    """Try everything in seconds: two short sizes, two repeats, rows stored only where --out says."""
+    out: Path | None = None
+    """Folder for the rows; by default benchmarks/results/DEVICE."""
+
+    @property
+    def on_gpu(self) -> bool:
+        return torch.device(self.device).type == "cuda"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        name = ("bfloat16" if self.on_gpu else "float32") if self.dtype == "auto" else self.dtype
+        return getattr(torch, name)
+
+    @property
+    def calls(self) -> int:
+        return 2 if self.smoke else self.repeats or (30 if self.on_gpu else 7)
+
+    def lengths(self, cpu: Sequence[int], gpu: Sequence[int]) -> tuple[int, ...]:
+        """The sizes to run: those asked for, else those of the device."""
+        if self.smoke:
+            return (64, 256)
+        return self.sizes or tuple(gpu if self.on_gpu else cpu)
+
+    def folder(self) -> Path | None:
+        """Where rows go; None where they are not to be stored."""
+        if self.out is not None or self.smoke:
+            return self.out
+        name = torch.cuda.get_device_name(self.device).replace(" ", "-").lower() if self.on_gpu else "cpu"
+        return harness.REPOSITORY / "benchmarks" / "results" / name
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One of those compared.
+
+    Attributes:
+        prepare: makes a call to time, on inputs of its own, so that several sets of inputs can take turns.  It must
+            pickle (a partial of a function of a module) where memory is to be measured on a CPU.
+        labels: what its row says beside its name, such as heads.
+        cost: what a call moves and computes, if declared.
+        error_ratio: our error over that of plain PyTorch, measured in this run before any time; over 2 is wrong.
+        missing: why it cannot run here, such as a package that is not installed.
+        warm_up: a small call of the same kind; where given, memory is measured: how far it rises during a call, on a
+            CPU in a fresh process in which the small call has loaded code and started threads.
+        graph: whether to time it as a CUDA graph as well, which leaves the host out.
+    """
+
+    prepare: Callable[[], Call]
+    labels: Mapping[str, object] = field(default_factory=dict)
+    cost: Cost | None = None
+    error_ratio: Callable[[], float] | None = None
+    missing: str | None = None
+    warm_up: Call | None = None
+    graph: bool = False
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Contenders by name who meet the same input.
+
+    ``series`` and ``point`` are the labels of its rows: what a curve of a plot has in common, and its place there.
+    ``input_bytes`` is the size of one set of inputs.
+    """
+
+    series: Row
+    point: Row
+    contenders: Mapping[str, Contender]
+    input_bytes: int
+
+
+def call_of(mode: Mode, function: Callable[[], Tensor], leaves: Sequence[Tensor], incoming: Tensor) -> Call:
+    """What a mode times: the function without gradients, the gradients of ``leaves`` given that of its output, or both.
+
+    For "backward" the forward pass runs here, once, and what it saves stays in memory.
+    """
+    if mode == "forward":
+        return torch.inference_mode()(function)
+    if mode == "forward+backward":
+        return lambda: torch.autograd.grad(function(), leaves, incoming)
+    output = function()
+    return lambda: torch.autograd.grad(output, leaves, incoming, retain_graph=True)
+
+
+def run(suite: str, options: Options, comparisons: Sequence[Comparison]) -> list[Row]:
+    """Measures the comparisons, each series in rising order of size, and stores the rows as they come."""
+    torch.set_num_threads(options.threads)
+    folder = options.folder()
+    ceilings = roofline.measure(roofline.Config(options.device, options.threads, options.smoke))
+    facts = {
+        "suite": suite,
+        **harness.environment(options.device),
+        "device_type": torch.device(options.device).type,
+        "dtype": str(options.torch_dtype).removeprefix("torch."),
+        "ceilings": ceilings,
+    }
+    rows: list[Row] = []
+    for comparison in tqdm(comparisons, desc=suite, unit="cell"):
+        # What is compiled would give its saved tensors away, and could not run its backward pass again.
+        with functorch_config.patch(donated_buffer=comparison.series.get("mode") != "backward"):
+            rows += [{**facts, **row} for row in measure(options, comparison, rows, ceilings)]
+        if folder is not None:
+            harness.write_rows(folder / f"{suite}.jsonl", rows)
+        torch.compiler.reset()  # what was compiled for these sizes has had its use, and the compiler gives up at eight
+        if options.on_gpu:
+            torch.cuda.empty_cache()
+    print(report(rows))
+    if folder is not None:
+        print(f"rows: {folder / f'{suite}.jsonl'}")
+    return rows
+
+
+def measure(options: Options, comparison: Comparison, earlier: Sequence[Row], ceilings: Row) -> list[Row]:
+    """One row for each contender."""
+    entrants = [
+        Entrant(contender, {"name": name, **comparison.series, **contender.labels, **comparison.point, "skipped": None})
+        for name, contender in comparison.contenders.items()
+    ]
+    sets = harness.sets_for_cold_cache(comparison.input_bytes, options.device)
+    for entrant in entrants:
+        entrant.row["skipped"] = entrant.contender.missing or over_budget(options, entrant, earlier)
+        entrant.try_to(entrant.check)
+        entrant.try_to(lambda entrant=entrant: entrant.prepare(sets))  # type: ignore[misc]
+
+    def time_in_turn(calls: Mapping[int, Sequence[Call]], prefix: str) -> None:
+        attempts = {i: entrants[i].attempt(harness.in_turn(each)) for i, each in calls.items()}
+        budget = options.budget_seconds
+        seconds = harness.interleave(attempts, repeats=options.calls, budget_seconds=budget, device=options.device)
+        for i, samples in seconds.items():
+            if not entrants[i].row["skipped"]:
+                entrants[i].row |= {f"{prefix}{key}": value for key, value in harness.summarize(samples).items()}
+
+    time_in_turn({i: entrant.calls for i, entrant in enumerate(entrants) if entrant.calls}, "")
+    if options.on_gpu:
+        for entrant in entrants:
+            entrant.try_to(entrant.capture, "graph_skipped")
+        time_in_turn({i: entrant.graphs for i, entrant in enumerate(entrants) if entrant.graphs}, "graph_")
+    for entrant in entrants:
+        entrant.try_to(lambda entrant=entrant: entrant.finish(options, ceilings))  # type: ignore[misc]
+        entrant.calls, entrant.graphs = [], []
+    return [entrant.row for entrant in entrants]
+
+
+class Entrant:
+    """A contender at one size, with its row; whatever goes wrong ends up there."""
+
+    def __init__(self, contender: Contender, row: Row) -> None:
+        self.contender, self.row = contender, row
+        self.calls: list[Call] = []
+        self.graphs: list[Call] = []
+
+    def attempt(self, call: Call) -> Call:
+        """The call, which does nothing from its first failure on."""
+        return lambda: self.try_to(call)
+
+    def try_to(self, action: Call, where: str = "skipped") -> None:
+        """Notes what goes wrong ``where`` in the row."""
+        if self.row["skipped"]:
+            return
+        try:
+            action()
+        except torch.OutOfMemoryError:
+            self.row[where] = "out of memory"
+        except Exception as error:  # of a rival, or of a compiler: the others go on
+            reason = next(iter(str(error).splitlines()), "")
+            self.row[where] = f"failed: {type(error).__name__}: {reason}"
+
+    def check(self) -> None:
+        if self.contender.error_ratio is not None:
+            self.row["error_ratio"] = self.contender.error_ratio()
+            if not self.row["error_ratio"] <= harness.LARGEST_RATIO:  # written so that NaN fails
+                self.row["skipped"] = WRONG
+
+    def prepare(self, sets: int) -> None:
+        self.calls = [self.contender.prepare() for _ in range(sets)]
+
+    def capture(self) -> None:
+        """Calls of their own: autograd runs a backward pass on the stream of its forward pass, so that must be here."""
+        if self.contender.graph:
+            stream = harness.side_stream()
+            with torch.cuda.stream(stream):
+                calls = [self.contender.prepare() for _ in self.calls]
+            self.graphs = [harness.captured(call, stream) for call in calls]
+
+    def finish(self, options: Options, ceilings: Row) -> None:
+        """Memory, and the share of the ceilings."""
+        contender, row = self.contender, self.row
+        if contender.warm_up is not None:
+            row["peak_mib"] = peak_mib(options, contender.prepare, contender.warm_up, self.calls[0])
+        if contender.cost is not None:
+            seconds = milliseconds(row) / 1e3
+            row |= {"bytes": contender.cost.bytes, "flops": contender.cost.flops}
+            row |= roofline.against(contender.cost, seconds, ceilings, options.torch_dtype)
+
+
+def over_budget(options: Options, entrant: Entrant, earlier: Sequence[Row]) -> str | None:
+    """Why a contender is not called: by its time at the size before, a call would take too long."""
+    cost, row = entrant.contender.cost, entrant.row
+    for before in reversed(earlier):
+        labels = ("stage", "name", "mode", "heads", "dim")
+        same = all(before.get(key) == value for key, value in row.items() if key in labels)
+        if cost is not None and same:
+            if before["skipped"]:
+                return before["skipped"] if before["skipped"].startswith("over budget") else None
+            growth = max(cost.bytes / before["bytes"], cost.flops / max(before["flops"], 1))
+            expected = before["median_ms"] / 1e3 * growth
+            if expected > options.skip_over_seconds:
+                return f"over budget: a call would take about {expected:.0f} s"
+            break
+    return None
+
+
+def peak_mib(options: Options, prepare: Callable[[], Call], warm_up: Call, prepared: Call) -> float | None:
+    """How far memory rises during a call (MiB), weights and inputs left out; None where it cannot be told.
+
+    Processes take seconds to start, so a smoke run makes do with this one.
+    """
+    if options.on_gpu or platform.system() != "Linux":
+        return harness.peak_growth_mib(prepared, options.device)
+    if options.smoke:
+        return _peak_mib(prepare, warm_up, options.threads)
+    return harness.in_fresh_process(_peak_mib, prepare, warm_up, options.threads)
+
+
+def _peak_mib(prepare: Callable[[], Call], warm_up: Call, threads: int) -> float | None:
+    torch.set_num_threads(threads)
+    warm_up()
+    return harness.peak_growth_mib(prepare(), "cpu")
+
+
+def report(rows: Sequence[Row]) -> str:
+    """The rows as tables, one for each series: median times in ms, with the share of the nearer ceiling."""
+    tables: dict[str, list[Row]] = {}
+    for row in rows:
+        title = ", ".join(f"{key} {row[key]}" for key in ("stage", "mode", "dim") if key in row)
+        tables.setdefault(title, []).append(row)
+    return "\n\n".join(f"{title}\n{grid(group)}" for title, group in tables.items())
+
+
+def grid(rows: Sequence[Row]) -> str:
+    """Contenders against sizes."""
+    names = list(dict.fromkeys(label(row) for row in rows))
+    points = list(dict.fromkeys(point(row) for row in rows))
+    cells = {(point(row), label(row)): cell(row) for row in rows}
+    lines = [["", *names], *([at, *(cells.get((at, name), "-") for name in names)] for at in points)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(text.rjust(w) for text, w in zip(line, widths, strict=True)) for line in lines)
+
+
+def label(row: Row) -> str:
+    return f"{row['name']} H={row['heads']}" if row.get("heads") else row["name"]
+
+
+def point(row: Row) -> str:
+    return " ".join(f"{key}={row[key]}" for key in ("batch", "tokens", "image") if key in row)
+
+
+def cell(row: Row) -> str:
+    if row["skipped"]:
+        return row["skipped"].split(":")[0]
+    percent = f" ({row['percent_of_ceiling']:.0f} %)" if "percent_of_ceiling" in row else ""
+    return f"{milliseconds(row):.3g}{percent}"
+
+
+def milliseconds(row: Row) -> float:
+    """The median time: that of the CUDA graph, where there is one."""
+    return row["graph_median_ms"] if "graph_median_ms" in row else row["median_ms"]
+
+
+def exit_code(rows: Sequence[Row]) -> int:
+    """1 where a result was wrong, else 0."""
+    return int(any(row["skipped"] == WRONG for row in rows))

@@ -1,0 +1,133 @@
+"""Launch configurations other than those of the table, timed on the whole layer: ``python -m benchmarks.sweep``.
+
+One stage after the other, those that :mod:`dydila_kernels.tuning` would try, one row for each as it is measured: its
+time, and that of the best so far, which stays in place for the rest of the process if it is faster.  On a CPU under
+TRITON_INTERPRET=1, to try the command and for nothing else.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from benchmarks import harness
+from benchmarks.harness import Row
+from dydila_kernels import DyDiLAttention, tuning
+from dydila_kernels.functional import choose_backend
+from dydila_kernels.ops import configs
+from dydila_kernels.testing import layer_error_ratio
+
+CHECKED_TOKENS = 32**2
+SHAPES = ("16x4096x384x6", "16x4096x384x1", "16x4096x1152x16")
+"""BxNxdxH: the width of the README with heads of 64, with one head, and the odd heads of DiT-XL."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Time launch configurations that differ from the table in one number."""
+
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where to run: cuda, or cpu under TRITON_INTERPRET=1."""
+    shapes: tuple[str, ...] = ()
+    """BxNxdxH each, such as 16x4096x384x6."""
+    stages: tuple[str, ...] = ()
+    """Stages to vary, by their names in dydila_kernels.ops.configs; by default all that the layer uses."""
+    modes: tuple[str, ...] = ("forward", "forward+backward")
+    """What is timed."""
+    repeats: int = 20
+    """Timed calls of each configuration."""
+    smoke: bool = False
+    """One alternative of one stage on a tiny shape."""
+    out: Path | None = None
+    """Folder for the rows, sweep.jsonl; by default they are printed only."""
+
+
+def main(config: Config) -> list[Row]:
+    """Measures and stores; RuntimeError where the kernels cannot run."""
+    dtype = torch.float32 if config.device == "cpu" else torch.bfloat16
+    choose_backend("triton", torch.device(config.device), dtype)
+    facts = {
+        "suite": "sweep",
+        **harness.environment(config.device),
+        "device_type": torch.device(config.device).type,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    trials = (
+        row
+        for shape in config.shapes or (("1x16x32x2",) if config.smoke else SHAPES)
+        for mode in (config.modes[:1] if config.smoke else config.modes)
+        for row in measure(config, shape, mode, dtype)
+    )
+    rows: list[Row] = []
+    for row in tqdm(itertools.islice(trials, 1 if config.smoke else None), desc="sweep", unit="configuration"):
+        rows.append({**facts, **row})
+        if config.out is not None:
+            harness.write_rows(config.out / "sweep.jsonl", rows)
+    return rows
+
+
+def measure(config: Config, shape: str, mode: str, dtype: torch.dtype) -> Iterator[Row]:
+    """A row for each configuration that is tried, and a last one, of stage "all", for those that were kept.
+
+    ``median_ms`` is None where a configuration does not fit the device; ``kept`` says whether it was faster than all
+    before it (``best_ms``) by more than noise, and stays for those that follow.
+    """
+    batch, tokens, dim, heads = parsed(shape)
+    repeats = 1 if config.smoke else config.repeats
+    facts: Row = {"mode": mode, "batch": batch, "tokens": tokens, "dim": dim, "heads": heads}
+    device = torch.device(config.device)
+    torch.manual_seed(0)
+    attn = DyDiLAttention(dim, heads, device=device, dtype=dtype, backend="triton")
+    training = mode != "forward"
+    call = tuning.step_of(
+        attn, torch.randn(batch, tokens, dim, device=device, dtype=dtype).requires_grad_(training), training
+    )
+    table = best = tuning.duration(call, device, repeats)
+    for key in tuning.asked_by(call):
+        stage, precision, width = key
+        if config.stages and stage not in config.stages:
+            continue
+        for candidate in tuning.alternatives(configs.lookup(key)):
+            before = configs.lookup(key)
+            configs.TUNED[key] = candidate
+            seconds = tuning.duration_or_none(call, device, repeats)
+            kept = seconds is not None and seconds < tuning.GAIN * best
+            yield facts | {
+                "stage": stage, "precision": precision, "width": width, "before": numbers(before),
+                "tried": numbers(candidate), "kept": kept, "table_ms": 1e3 * table, "best_ms": 1e3 * best,
+                "median_ms": None if seconds is None else 1e3 * seconds, "repeats": repeats,
+            }  # fmt: skip
+            if kept and seconds is not None:
+                best = seconds
+            else:
+                configs.TUNED[key] = before
+    ratio = layer_error_ratio(attn, length=min(tokens, CHECKED_TOKENS))
+    harness.require_correct(ratio)
+    again = 1e3 * tuning.duration(call, device, repeats)
+    yield facts | {"stage": "all", "table_ms": 1e3 * table, "median_ms": again, "error_ratio": ratio}
+
+
+def parsed(shape: str) -> tuple[int, int, int, int]:
+    """B, N, d, H; ValueError where it does not say them."""
+    try:
+        batch, tokens, dim, heads = map(int, shape.split("x"))
+    except ValueError:
+        raise ValueError(f"shapes must be BxNxdxH, such as {SHAPES[0]}; got {shape}") from None
+    return batch, tokens, dim, heads
+
+
+def numbers(config: configs.Config) -> Row:
+    return {name: value for name, value in asdict(config).items() if name != "reason"}
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Config))
+    except (RuntimeError, ValueError) as error:
+        raise SystemExit(f"benchmarks.sweep: {error}") from None

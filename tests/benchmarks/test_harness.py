@@ -1,0 +1,76 @@
+"""Timing, memory and rows."""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import harness
+
+
+def test_not_a_number_is_red() -> None:
+    harness.require_correct(2.0)
+    for ratio in (math.nan, math.inf, 2.5):
+        with pytest.raises(harness.CheckFailed):
+            harness.require_correct(ratio)
+
+
+def test_calls_take_turns_and_the_first_is_dropped() -> None:
+    order: list[str] = []
+    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    seconds = harness.interleave(calls, repeats=3, budget_seconds=60)
+    assert order == ["a", "b"] * 4
+    assert {name: len(samples) for name, samples in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_a_call_over_budget_is_made_once_and_counts() -> None:
+    seconds = harness.interleave({"slow": lambda: time.sleep(0.02)}, repeats=3, budget_seconds=0.01)
+    assert len(seconds["slow"]) == 1 and seconds["slow"][0] >= 0.02
+
+
+def test_sets_of_inputs_take_turns() -> None:
+    order: list[str] = []
+    call = harness.in_turn([lambda: order.append("first"), lambda: order.append("second")])
+    for _ in range(3):
+        call()
+    assert order == ["first", "second", "first"]
+
+
+def test_sets_of_inputs_together_are_twice_the_last_cache_or_eight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "cache_bytes", lambda _: 32 * harness.MIB)
+    sets = {mib: harness.sets_for_cold_cache(mib * harness.MIB, "cpu") for mib in (1, 16, 32, 200)}
+    assert sets == {1: 8, 16: 5, 32: 3, 200: 2}
+    monkeypatch.setattr(harness, "cache_bytes", lambda _: 0)
+    assert harness.sets_for_cold_cache(harness.MIB, "cpu") == 1
+
+
+def test_a_summary_is_of_milliseconds() -> None:
+    found = harness.summarize([0.001, 0.002, 0.003])
+    assert found == pytest.approx({"median_ms": 2.0, "q10_ms": 1.2, "q90_ms": 2.8, "repeats": 3})
+
+
+def test_rows_come_back_with_what_was_there(tmp_path: Path) -> None:
+    facts = harness.environment("cpu")
+    assert datetime.fromisoformat(facts["date"]).tzinfo is not None
+    assert all(facts[fact] for fact in ("commit", "torch", "python", "dydila_kernels", "device", "threads"))
+    rows = [{**facts, "median_ms": 0.125, "skipped": None}]
+    harness.write_rows(tmp_path / "new" / "rows.jsonl", rows)
+    assert harness.read_rows(tmp_path / "new" / "rows.jsonl") == rows
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="resident memory is read from Linux's /proc")
+def test_peak_memory_is_what_the_call_allocates_whatever_the_parent_holds() -> None:
+    held = np.ones(100 * harness.MIB, dtype=np.uint8)
+    growth = harness.in_fresh_process(harness.peak_growth_mib, _allocate_and_free_64_mib)
+    assert held[-1] == 1
+    assert 63 < growth < 70
+
+
+def _allocate_and_free_64_mib() -> None:
+    np.ones(64 * harness.MIB, dtype=np.uint8)

@@ -75,7 +75,7 @@ def main(config: Config) -> list[Row]:
 
 def comparisons(config: Config) -> list[Comparison]:
     """By width and mode, each in rising order of N."""
-    sizes = config.lengths(cpu=(256, 1024, 4096, 16384, 65536), gpu=(256, 1024, 2304, 4096, 16384, 65536))
+    sizes = config.lengths(cpu=(256, 1024, 4096, 16384), gpu=(256, 1024, 2304, 4096, 16384, 65536))
     return [
         comparison(config, dim, mode, tokens, checked=min(max(sizes), CHECKED_TOKENS))
         for dim in config.widths()

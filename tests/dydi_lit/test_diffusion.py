@@ -175,7 +175,14 @@ class Watched(nn.Module):
 
 def watched(channels: int = 4, learn_sigma: bool = True) -> Watched:
     config = config_of(
-        "dydi-lit", "tiny", dim=16, depth=1, in_channels=channels, num_classes=3, learn_sigma=learn_sigma
+        "dydi-lit",
+        "tiny",
+        dim=16,
+        depth=1,
+        in_channels=channels,
+        num_classes=3,
+        learn_sigma=learn_sigma,
+        initialization="dit",  # its small embeddings leave random networks tame
     )
     model = DiffusionTransformer(config)
     for name, weight in model.named_parameters():

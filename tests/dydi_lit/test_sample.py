@@ -37,7 +37,14 @@ ROOT = Path(__file__).parents[2]
 def write_checkpoint(folder: Path, kind: str, *, channels: int, num_classes: int, **data: object) -> Path:
     """What drawing needs of a checkpoint, of a model with random weights for images or latents of size 8."""
     config = config_of(
-        "dydi-lit", "tiny", dim=16, depth=1, in_channels=channels, num_classes=num_classes, learn_sigma=False
+        "dydi-lit",
+        "tiny",
+        dim=16,
+        depth=1,
+        in_channels=channels,
+        num_classes=num_classes,
+        learn_sigma=False,
+        initialization="dit",  # its small embeddings leave random networks tame
     )
     model = DiffusionTransformer(config)
     for name, weight in model.named_parameters():

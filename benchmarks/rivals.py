@@ -153,8 +153,10 @@ def missing(name: str, device: str) -> str | None:
 # Layers ---------------------------------------------------------------------------------------------------------------
 
 
-class SoftmaxAttention(nn.Module):
-    """Multi-head softmax attention as in DiT: (B, N, d) -> (B, N, d), quadratic in N."""
+class Layer(nn.Module):
+    """Projections around an attention: (B, N, d) -> (B, N, d)."""
+
+    attend: Attention
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -163,17 +165,16 @@ class SoftmaxAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(softmax(*self.qkv(x).chunk(3, -1), heads=self.num_heads))
+        return self.proj(self.attend(*self.qkv(x).chunk(3, -1), heads=self.num_heads))
 
 
-class ReLULinearAttention(nn.Module):
-    """Multi-head ReLU linear attention as in Sana: (B, N, d) -> (B, N, d), see :func:`sana`."""
+class SoftmaxAttention(Layer):
+    """Multi-head softmax attention as in DiT, quadratic in N."""
 
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.proj = nn.Linear(dim, dim)
+    attend = staticmethod(softmax)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(sana(*self.qkv(x).chunk(3, -1), heads=self.num_heads))
+
+class ReLULinearAttention(Layer):
+    """Multi-head ReLU linear attention as in Sana, see :func:`sana`."""
+
+    attend = staticmethod(sana)

@@ -88,29 +88,18 @@ def measure(config: Config, shape: str, mode: str, dtype: torch.dtype) -> Iterat
     call = tuning.step_of(
         attn, torch.randn(batch, tokens, dim, device=device, dtype=dtype).requires_grad_(training), training
     )
-    table = best = tuning.duration(call, device, repeats)
-    for key in tuning.asked_by(call):
-        stage, precision, width = key
-        if config.stages and stage not in config.stages:
-            continue
-        for candidate in tuning.alternatives(configs.lookup(key)):
-            before = configs.lookup(key)
-            configs.TUNED[key] = candidate
-            seconds = tuning.duration_or_none(call, device, repeats)
-            kept = seconds is not None and seconds < tuning.GAIN * best
-            yield facts | {
-                "stage": stage, "precision": precision, "width": width, "before": numbers(before),
-                "tried": numbers(candidate), "kept": kept, "table_ms": 1e3 * table, "best_ms": 1e3 * best,
-                "median_ms": None if seconds is None else 1e3 * seconds, "repeats": repeats,
-            }  # fmt: skip
-            if kept and seconds is not None:
-                best = seconds
-            else:
-                configs.TUNED[key] = before
+    table = 1e3 * tuning.duration(call, device, repeats)
+    for trial in tuning.trials(call, device, repeats, config.stages):
+        stage, precision, width = trial.key
+        yield facts | {
+            "stage": stage, "precision": precision, "width": width, "before": numbers(trial.before),
+            "tried": numbers(trial.tried), "kept": trial.kept, "table_ms": table, "best_ms": 1e3 * trial.best,
+            "median_ms": None if trial.seconds is None else 1e3 * trial.seconds, "repeats": repeats,
+        }  # fmt: skip
     ratio = layer_error_ratio(attn, length=min(tokens, CHECKED_TOKENS))
     harness.require_correct(ratio)
     again = 1e3 * tuning.duration(call, device, repeats)
-    yield facts | {"stage": "all", "table_ms": 1e3 * table, "median_ms": again, "error_ratio": ratio}
+    yield facts | {"stage": "all", "table_ms": table, "median_ms": again, "error_ratio": ratio}
 
 
 def parsed(shape: str) -> tuple[int, int, int, int]:

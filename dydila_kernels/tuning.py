@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -19,7 +19,7 @@ from dydila_kernels.attention import DyDiLAttention
 from dydila_kernels.functional import choose_backend
 
 if TYPE_CHECKING:
-    from dydila_kernels.ops.configs import Config
+    from dydila_kernels.ops.configs import Config, Key
 
 GAIN = 0.99
 """A configuration takes the place of another if it needs at most this share of the time: less is noise."""
@@ -65,26 +65,57 @@ def tune(
             raise ValueError(f"shapes must hold (B, N, d, H); got {shape}")
         for name, number in zip(("B", "N", "d", "H"), shape, strict=True):
             checks.integer(name, number, 1)
-    from dydila_kernels.ops import configs
 
-    found: dict[tuple[str, str, int], Config] = {}
+    found: dict[Key, Config] = {}
     for batch, length, dim, num_heads in shapes:
         attn = DyDiLAttention(dim, num_heads, device=device, dtype=dtype, backend="triton", **options)
         x = torch.randn(batch, length, dim, device=device, dtype=dtype, requires_grad=training)
-        call = step_of(attn, x, training)
-        best = duration(call, device, repeats)
-        for key in asked_by(call):
-            for candidate in alternatives(configs.lookup(key)):
-                before = configs.TUNED.get(key)
-                configs.TUNED[key] = candidate
-                taken = duration_or_none(call, device, repeats)
-                if taken is not None and taken < GAIN * best:
-                    best, found[key] = taken, candidate
-                elif before is None:
-                    del configs.TUNED[key]
-                else:
-                    configs.TUNED[key] = before
+        for trial in trials(step_of(attn, x, training), device, repeats):
+            if trial.kept:
+                found[trial.key] = trial.tried
     return found
+
+
+class Trial(NamedTuple):
+    """One configuration ``tried`` for ``key`` in place of ``before``; times of a call in seconds.
+
+    ``seconds`` is None where the device has too little for it, ``best`` the least time before; ``kept`` tells whether
+    it was faster by more than noise and stays.
+    """
+
+    key: Key
+    before: Config
+    tried: Config
+    seconds: float | None
+    best: float
+    kept: bool
+
+
+def trials(
+    call: Callable[[], object], device: torch.device, repeats: int, stages: Sequence[str] = ()
+) -> Iterator[Trial]:
+    """Times a call with one configuration after the other, of each stage that it runs, or those of ``stages``.
+
+    The best ones stay in ``TUNED``.
+    """
+    from dydila_kernels.ops import configs
+
+    best = duration(call, device, repeats)
+    for key in asked_by(call):
+        if stages and key[0] not in stages:
+            continue
+        for candidate in alternatives(configs.lookup(key)):
+            tuned, before = configs.TUNED.get(key), configs.lookup(key)
+            configs.TUNED[key] = candidate
+            seconds = duration_or_none(call, device, repeats)
+            kept = seconds is not None and seconds < GAIN * best
+            if not kept:
+                del configs.TUNED[key]
+                if tuned is not None:
+                    configs.TUNED[key] = tuned
+            yield Trial(key, before, candidate, seconds, best, kept)
+            if kept and seconds is not None:
+                best = seconds
 
 
 def step_of(attn: DyDiLAttention, x: torch.Tensor, training: bool) -> Callable[[], object]:

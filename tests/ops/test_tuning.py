@@ -81,6 +81,8 @@ def test_bad_shapes(arguments: dict[str, Any], words: str) -> None:
 def test_tuning_says_where_the_kernels_cannot_run() -> None:
     with pytest.raises(RuntimeError, match="float64"):
         tuning.tune([SHAPE], dtype=torch.float64, device=DEVICE)
+    with pytest.raises(RuntimeError, match="got meta, which has nothing to time"):
+        tuning.tune([SHAPE], device="meta")
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,7 @@ def environment(device: str) -> Row:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "triton": _version("triton"),
-        "device": _device_name(device),
+        "device": device_name(device),
         "clocks": _clocks(device),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # processes running, last minute
@@ -229,7 +229,13 @@ def _clocks(device: str) -> str | None:
         return None
 
 
-def _device_name(device: str) -> str:
+def folder_name(device_type: str, name: str) -> str:
+    """The folder of a device among the results."""
+    return name.replace(" ", "-").lower() if device_type == "cuda" else "cpu"
+
+
+def device_name(device: str) -> str:
+    """What the device calls itself."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")

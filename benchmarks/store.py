@@ -33,7 +33,7 @@ def main(config: Config) -> Path:
     if len(devices) != 1:
         raise ValueError(f"{config.run / ROWS} must hold rows of one device; got {sorted(devices)}")
     ((kind, name),) = devices
-    folder = config.results / ("cpu" if kind == "cpu" else name.replace(" ", "-").lower())
+    folder = config.results / harness.folder_name(kind, name)
     for suite in dict.fromkeys(row["suite"] for row in rows):
         harness.write_rows(folder / f"{suite}.jsonl", [row for row in rows if row["suite"] == suite])
     plot.draw_all(rows, folder)

@@ -75,8 +75,8 @@ class Options:
         """Where rows go; None where they are not to be stored."""
         if self.out is not None or self.smoke:
             return self.out
-        name = torch.cuda.get_device_name(self.device).replace(" ", "-").lower() if self.on_gpu else "cpu"
-        return harness.REPOSITORY / "benchmarks" / "results" / name
+        kind, name = torch.device(self.device).type, harness.device_name(self.device)
+        return harness.REPOSITORY / "benchmarks" / "results" / harness.folder_name(kind, name)
 
 
 @dataclass(frozen=True)

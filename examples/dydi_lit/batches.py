@@ -35,7 +35,7 @@ class Batch(NamedTuple):
     flip: Tensor
     """(B,) bool: mirror this image."""
     posterior_noise: Tensor
-    """(B, C, h, w) float32, standard normal, for `ImageData.to_images`."""
+    """(B, C, h, w) float32, standard normal, for `ImageData.to_images`; (B, 0) where that takes none."""
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(part.to(device, non_blocking=True) for part in self))
@@ -94,14 +94,16 @@ class RandomisedData(Dataset[Batch]):
         random, shape = np.random.default_rng(seed), (self.data.channels, self.data.size, self.data.size)
         timestep = random.integers(NUM_TIMESTEPS)
         dropped, flipped = random.random(2) < (self.label_dropout, 0.5 if self.flip else 0)
-        noise, posterior_noise = (torch.from_numpy(random.standard_normal(shape, np.float32)) for _ in range(2))
+        noise = random.standard_normal(shape, np.float32)
+        # Last, so that nothing else depends on whether it is drawn.
+        posterior_noise = random.standard_normal(shape if self.data.takes_noise else 0, np.float32)
         return Batch(
             stored,
             torch.tensor(self.data.num_classes if dropped else label),
             torch.tensor(timestep),
-            noise,
+            torch.from_numpy(noise),
             torch.tensor(flipped),
-            posterior_noise,
+            torch.from_numpy(posterior_noise),
         )
 
 

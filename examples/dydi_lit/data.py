@@ -47,6 +47,8 @@ class ImageData(Dataset[tuple[Tensor, int]], ABC):
     """Height and width of what the network sees."""
     class_names: list[str]
     """Name of each label."""
+    takes_noise = False
+    """Whether `to_images` has a use for noise; where not, it may be empty."""
 
     @property
     def num_classes(self) -> int:

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -85,6 +85,11 @@ class Drawer:
     def to_images(self, drawn: Tensor) -> Tensor:
         """What the network draws (n, C, size, size) as pixels in -1..1: latents are decoded, pixels only cut."""
         if self.vae is not None:
-            latents = (drawn / self.data["scaling_factor"]).split(_DECODED_AT_ONCE)
-            drawn = torch.cat([self.vae.decode(part).sample for part in latents])
+            drawn = decode(self.vae, drawn, self.data["scaling_factor"])
         return drawn.clamp(-1, 1)
+
+
+def decode(vae: Any, latents: Tensor, scaling_factor: float) -> Tensor:
+    """Latents (n, C, size, size) as pixels (n, 3, height, width), about -1..1, in the dtype of the VAE."""
+    parts = (latents / scaling_factor).to(vae.dtype).split(_DECODED_AT_ONCE)
+    return torch.cat([vae.decode(part).sample for part in parts])

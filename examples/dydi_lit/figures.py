@@ -29,6 +29,7 @@ from examples.dydi_lit.checkpoint import load_ema_model, plain_errors, read_loss
 from examples.dydi_lit.configs import TITLES
 from examples.dydi_lit.data import DataError
 from examples.dydi_lit.diffusion import sample, seeds_of
+from examples.dydi_lit.drawing import decode
 from examples.dydi_lit.extract_latents import load_vae
 from examples.dydi_lit.inspection import AttentionMap, Lambdas, Usage, attention_maps, lambdas_of, watching
 from examples.dydi_lit.plots import DPI, save, save_loss_curves
@@ -263,7 +264,7 @@ def picture(seen: Study, name: str | None) -> Tensor | None:
         print(f"left out: the image beside the attention maps ({error})")
         return None
     with torch.inference_mode():
-        return vae.to(seen.drawn.device).decode(seen.drawn / seen.data["scaling_factor"]).sample[0]
+        return decode(vae.to(seen.drawn.device), seen.drawn, seen.data["scaling_factor"])[0]
 
 
 def draw(config: FiguresConfig) -> list[Path]:

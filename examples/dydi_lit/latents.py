@@ -115,6 +115,7 @@ class LatentData(ImageData):
     """
 
     kind: DataKind = "latents"
+    takes_noise = True
 
     def __init__(self, folder: Path, image_size: int | None = None, corrupt: Corrupt = "skip") -> None:
         index = read_index(folder)

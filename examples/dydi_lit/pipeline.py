@@ -21,6 +21,7 @@ from dydila_kernels import DyDiLAttention
 from examples.dydi_lit.checkpoint import CheckpointError, load_ema_model, load_network, read_training
 from examples.dydi_lit.configs import ModelConfig
 from examples.dydi_lit.diffusion import NOISE_SCHEDULE, GuidedChannels
+from examples.dydi_lit.drawing import decode
 from examples.dydi_lit.extract_latents import load_vae
 from examples.dydi_lit.model import DiffusionTransformer
 from examples.dydi_lit.model_card import pipeline_card
@@ -219,7 +220,7 @@ class DyDiLiTPipeline(DiffusionPipeline):
             images = scheduler.step(output, timestep, images, **options).prev_sample
 
         if self.vae is not None:
-            images = self.vae.decode((images / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
+            images = decode(self.vae, images, self.vae.config.scaling_factor)
         result = VaeImageProcessor().postprocess(images.float(), output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=result) if return_dict else (result,)

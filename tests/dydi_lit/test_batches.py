@@ -38,6 +38,7 @@ def test_an_epoch_shows_an_image_once_at_most() -> None:
 
 def test_what_is_drawn_for_an_image() -> None:
     data = RandomisedData(DigitData(), label_dropout=0.1, flip=True)
+    data.data.takes_noise = True  # as latents do
     sampler = StepSampler(len(data.data), Share(1000), 0, 0, 3)
     batches = list(load_batches(data, sampler, 0, torch.device("cpu")))
     stored, labels, timesteps, noise, flip, posterior_noise = (torch.cat(parts) for parts in zip(*batches, strict=True))
@@ -62,3 +63,14 @@ def test_labels_and_flips_can_be_left_alone() -> None:
     data = RandomisedData(DigitData(), label_dropout=0.0, flip=False)
     (batch,) = load_batches(data, StepSampler(len(data.data), Share(1000), 0, 0, 1), 0, torch.device("cpu"))
     assert batch.labels.max() == 9 and not batch.flip.any()
+
+
+def test_noise_of_the_posterior_is_drawn_for_those_who_take_it_and_changes_nothing_else() -> None:
+    data = RandomisedData(DigitData(), label_dropout=0.1, flip=True)
+    item = (3, (1, 0, 0, 5))
+    plain = data[item]
+    data.data.takes_noise = True
+    sampled = data[item]
+    assert plain.posterior_noise.numel() == 0 and sampled.posterior_noise.shape == sampled.noise.shape
+    for one, other in zip(plain[:-1], sampled[:-1], strict=True):
+        assert torch.equal(one, other)

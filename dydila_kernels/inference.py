@@ -1,7 +1,7 @@
 """The layer without gradients, block by block, on the torch backend.
 
-A block's projections, attention, convolution and output projection follow each other while it is in the caches.  Of
-the tensors between x and y only V, which the convolution needs around a block, is ever whole.
+A block's projections, attention, convolution and output projection follow each other while it is in the caches.  No
+tensor between x and y is ever whole.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dydila_kernels.torch_backend import (
@@ -20,10 +19,12 @@ from dydila_kernels.torch_backend import (
     Call,
     Grid,
     Options,
+    ValueBlocks,
     accumulation_dtype,
     autocast_dtype,
-    depthwise_block,
     project_block,
+    router_choices,
+    scratch,
     states_pay,
     takes_plain_path,
 )
@@ -52,7 +53,7 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """``F.linear`` of a block x (b, n, d) into a block of a contiguous tensor: fresh memory is dear on a CPU."""
+    """``F.linear`` of a block x (b, n, d) into a block of a contiguous tensor."""
     rows, columns = x.flatten(0, 1), out.view(-1, len(weight))
     if bias is None:
         torch.mm(rows, weight.T, out=columns)
@@ -75,41 +76,56 @@ def attend(
 ) -> Tensor:
     """Eqs. 1-9 and the output projection for checked arguments: x (B, N, d), zero where the mask has no token."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    values = torch.empty_like(y)
+    dtype = accumulation_dtype(x.dtype)
     weights = attn.qkv.weight.chunk(3)
     biases = (None, None, None) if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
 
-    def linear(part: int, at: At) -> Tensor:
-        return F.linear(x[at], weights[part], biases[part])
+    def place(name: str, side: str, at: At) -> Tensor:
+        # Only where the states do not pay is a block of keys held together with its queries (Call.walk).
+        rows = x[at]
+        shared = states_pay(rows.shape[1], attn.dim, attn.num_heads)
+        return scratch.take(name if shared else f"{name} {side}", rows.shape, rows.dtype, rows.device)
 
-    def value(at: At) -> Tensor:
-        # Kept: a block of keys comes before the queries whose convolution needs its values.
-        v = values[at]
-        linear_into(v, x[at], weights[2], biases[2])
-        return v if mask is None else v.masked_fill_(~mask[at][..., None], 0)
-
-    def routed(projection: DynamicProjection, side: str, at: At) -> Tensor:
-        # A block of y is free until its output is known.  Only where the states do not pay is a block of keys held
-        # together with its queries (Call.walk).
-        shared = side == "q" or states_pay(x[at].shape[1], attn.dim, attn.num_heads)
-        out = y[at] if shared else torch.empty_like(y[at])
-        project_block(out, x[at], projection.weight, projection.logits(x[at]).argmax(-1))
+    def linear(part: int, side: str, at: At) -> Tensor:
+        out = place("tokens", side, at)
+        linear_into(out, x[at], weights[part], biases[part])
         return out
 
-    projected: list[Callable[[At], Tensor] | None] = [partial(linear, 0), partial(linear, 1), value, None, None]
+    def value(at: At) -> Tensor:
+        v = place("values", "v", at) if values is None else values.take(*at)
+        linear_into(v, x[at], weights[2], biases[2])
+        if mask is not None:
+            v.masked_fill_(~mask[at][..., None], 0)
+        if values is not None:
+            values.convolve(at[1])
+        return v
+
+    def routed(projection: DynamicProjection, side: str, at: At) -> Tensor:
+        out, rows = place("redundant", side, at), x[at]
+        project_block(out, rows, projection.weight, router_choices((rows.to(dtype), projection.router.to(dtype))))
+        return out
+
+    projected: list[Callable[[At], Tensor] | None] = [
+        partial(linear, 0, "q"),
+        partial(linear, 1, "k"),
+        value,
+        None,
+        None,
+    ]
     if attn.projection_q is not None and attn.projection_k is not None:
         redundant = [partial(routed, attn.projection_q, "q"), partial(routed, attn.projection_k, "k")]
         projected = [*projected[:3], *redundant] if attn.differential is not None else [*redundant, value, None, None]
 
-    kernel: tuple[Tensor, Tensor | None] | None = None
+    # Keys, and with them the values, come before the queries of an image: until the output takes its place, y holds
+    # the convolution.
+    values: ValueBlocks | None = None
     if attn.dwc is not None:
-        dtype = accumulation_dtype(x.dtype)
         weight, bias = attn.dwc.fused_weight()
-        kernel = weight.to(dtype), None if bias is None else bias.to(dtype)
+        values = ValueBlocks(y, weight.to(dtype), None if bias is None else bias.to(dtype), grids)
 
     def finish(block: Block, tokens: Tensor) -> None:
-        if kernel is not None:
-            depthwise_block(tokens, values, *kernel, grids, *block.at)
+        if values is not None:
+            tokens.add_(y[block.at])
         linear_into(y[block.at], tokens, attn.proj.weight, attn.proj.bias)
 
     arguments = attn._core_arguments()

@@ -64,6 +64,7 @@ layouts = pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced
 @pytest.fixture(autouse=True)
 def small_blocks(block_of: Callable[[int], None]) -> None:
     block_of(ELEMENTS)
+    torch_backend.scratch.kept.clear()  # which counts where it is made, and may be that of larger blocks
 
 
 def test_the_count_sees_a_copy() -> None:
@@ -121,9 +122,9 @@ def test_stages_without_gradients(layout: str, stage: str) -> None:
 @layouts
 @pytest.mark.parametrize("num_heads", [1, 2])
 def test_layer_without_gradients(layout: str, num_heads: int) -> None:
-    """The output, V for the convolution, and blocks."""
+    """The output and blocks."""
     attn = DyDiLAttention(DIM, num_heads)
     x = strided(layout, torch.randn(1, LENGTH, DIM))
     with torch.no_grad():
         used = peak(lambda: attn(x, HW=(LENGTH // 16, 16)), [x, *attn.parameters()])
-    assert used <= 2 * WHOLE + SLACK
+    assert used <= WHOLE + SLACK

@@ -14,10 +14,12 @@ from dydila_kernels.torch_backend.blocks import (
     autocast_dtype,
     is_transformed,
     no_autocast,
+    router_choices,
+    scratch,
     takes_plain_path,
 )
 from dydila_kernels.torch_backend.core import At, Block, Call, dydila_attention, routing_indices
-from dydila_kernels.torch_backend.depthwise import Grid, depthwise, depthwise_block
+from dydila_kernels.torch_backend.depthwise import Grid, ValueBlocks, depthwise
 from dydila_kernels.torch_backend.linear_attention import states_pay
 from dydila_kernels.torch_backend.projection import project_block, projection_logits, routed_projection
 from dydila_kernels.torch_backend.tokens import Options
@@ -28,17 +30,19 @@ __all__ = [
     "Call",
     "Grid",
     "Options",
+    "ValueBlocks",
     "accumulation_dtype",
     "autocast_dtype",
     "depthwise",
-    "depthwise_block",
     "dydila_attention",
     "is_transformed",
     "no_autocast",
     "project_block",
     "projection_logits",
     "routed_projection",
+    "router_choices",
     "routing_indices",
+    "scratch",
     "states_pay",
     "takes_plain_path",
 ]

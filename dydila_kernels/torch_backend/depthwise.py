@@ -21,6 +21,7 @@ from dydila_kernels.torch_backend.blocks import (
     block_rows,
     differentiable_gradients,
     no_autocast,
+    scratch,
     takes_plain_path,
 )
 
@@ -160,17 +161,46 @@ def depthwise(out: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, grids
         return Depthwise.apply(out, v, weight, bias, grids)
 
 
-def depthwise_block(
-    out: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, grids: Sequence[Grid], images: slice, rows: slice
-) -> None:
-    """Adds, without a gradient, DWC(V) to the tokens ``out`` (b, n, d) of a block, which lies within one image.
+class ValueBlocks:
+    """V block by block, without a gradient: DWC(V) of a row of the grid is written once the row below it is there.
 
-    v (B, N, d) is whole; weight and bias are in the accumulation dtype.
+    Of the values no more is kept than a block, the rows that wait, and their neighbours.
     """
-    grid = grids[bisect_right(grids, rows.start, key=lambda g: g.stop)]
-    first, last = max(rows.start, grid.start), min(rows.stop, grid.stop)
-    if first < last:
-        strip = strip_of(grid, (first - grid.start) // grid.columns, -((grid.start - last) // grid.columns))
-        image = convolve_strip(v, weight, bias, images, strip, grid.columns)
-        begin = strip.tokens.start
-        out[:, first - rows.start : last - rows.start].add_(image[:, first - begin : last - begin])
+
+    def __init__(self, out: Tensor, weight: Tensor, bias: Tensor | None, grids: Sequence[Grid]) -> None:
+        """``out`` (B, N, d) gets DWC(V), and zeros at prefix tokens; weight and bias in the accumulation dtype."""
+        self.out, self.weight, self.bias, self.grids = out, weight, bias, grids
+        self.images, self.start, self.stop, self.done = slice(0), 0, 0, 0
+        self.window = out[:0]
+
+    def take(self, images: slice, rows: slice) -> Tensor:
+        """Memory (b, n, d) for the values of the block that follows the last one."""
+        grid = self.grid(rows)
+        if not self.window.numel():  # the first block of an image
+            self.start, self.stop, self.done = rows.start, rows.start, 0
+        first = max(self.start, grid.start + (self.done - 1) * grid.columns)
+        waiting = self.window[:, first - self.start : self.stop - self.start].clone() if first < self.stop else None
+        self.images, self.start, self.stop = images, min(first, rows.start), rows.stop
+        shape = len(self.out[images]), self.stop - self.start, self.out.shape[-1]
+        self.window = scratch.take("values", shape, self.out.dtype, self.out.device)
+        if waiting is not None:
+            self.window[:, : waiting.shape[1]] = waiting
+        return self.window[:, rows.start - self.start :]
+
+    def convolve(self, rows: slice) -> None:
+        """To be called when the memory that was taken for these rows has been filled."""
+        grid = self.grid(rows)
+        self.out[self.images, rows.start : grid.start] = 0
+        ready = grid.rows if self.stop == grid.stop else (self.stop - grid.start) // grid.columns - 1
+        if ready > self.done:
+            strip = strip_of(grid, self.done, ready)
+            neighbours = slice(strip.neighbourhood.start - self.start, strip.neighbourhood.stop - self.start)
+            image = convolve(self.window[:, neighbours], self.weight, self.bias, grid.columns)
+            self.out[self.images, strip.tokens] = image[:, strip.inner]
+            self.done = ready
+        if self.stop == grid.stop:
+            self.window = self.out[:0]
+
+    def grid(self, rows: slice) -> Grid:
+        """That of the image in which the rows lie."""
+        return self.grids[bisect_right(self.grids, rows.start, key=lambda g: g.stop)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dydila_kernels.torch_backend.blocks import scratch
 from dydila_kernels.torch_backend.tokens import Options, Tokens
 
 
@@ -39,8 +40,22 @@ def states_of(keys: Tokens, v: Tensor, scale: Tensor | float, options: Options) 
 def readout(queries: Tokens, states: list[Tensor], options: Options) -> Tensor:
     """Q S, normalised: (b, n, d)."""
     maps = len(queries.maps)
-    products = [heads(q, options.num_heads) @ state for (q, _), state in zip(queries.maps, states[:maps], strict=True)]
+    places = ("product", "second product")
+    products = [
+        read(q, state, place) for (q, _), state, place in zip(queries.maps, states[:maps], places, strict=False)
+    ]
     return combine(queries, products, states[maps:], options)
+
+
+def read(q: Tensor, state: Tensor, place: str) -> Tensor:
+    """Q S of each head: (b, n, d) and (b, H, e, e) -> (b, H, n, e), a view of tokens in scratch memory of that name."""
+    num_heads = state.shape[1]
+    if torch.is_grad_enabled():
+        return heads(q, num_heads) @ state
+    products = heads(scratch.take(place, q.shape, q.dtype, q.device), num_heads)
+    for image, image_state, product in zip(heads(q, num_heads), state, products, strict=True):
+        torch.bmm(image, image_state, out=product)
+    return products
 
 
 def whole_attention(queries: Tokens, keys: Tokens, v: Tensor, scale: Tensor | float, options: Options) -> Tensor:

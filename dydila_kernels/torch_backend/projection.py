@@ -19,6 +19,7 @@ from dydila_kernels.torch_backend.blocks import (
     differentiable_gradients,
     no_autocast,
     router_logits,
+    scratch,
     takes_plain_path,
 )
 
@@ -31,7 +32,7 @@ def projection_logits(x: Tensor, router: Tensor) -> Tensor:
         if takes_plain_path(x, router):
             return x.to(dtype) @ router
         blocks = [
-            [router_logits(x[images, rows].to(dtype), router) for rows in ranges] for images, ranges in all_blocks(x)
+            [router_logits((x[images, rows].to(dtype), router)) for rows in ranges] for images, ranges in all_blocks(x)
         ]
         if not blocks:
             return x.new_zeros((*x.shape[:2], router.shape[-1]), dtype=dtype)
@@ -39,10 +40,14 @@ def projection_logits(x: Tensor, router: Tensor) -> Tensor:
         return images[0] if len(images) == 1 else torch.cat(images)
 
 
+def sorted_rows(index: Tensor, choices: int) -> tuple[Tensor, list[int]]:
+    """The rows of a block, index (m,), in the order of their projectors, and how many each projector has."""
+    return index.argsort(stable=True), index.bincount(minlength=choices).tolist()
+
+
 def groups(index: Tensor, choices: int) -> Iterator[tuple[int, Tensor]]:
     """The rows of a block, index (m,), that were routed to each projector that has any."""
-    order = index.argsort(stable=True)
-    counts = index.bincount(minlength=choices).tolist()
+    order, counts = sorted_rows(index, choices)
     for u, rows in enumerate(order.split(counts)):
         if len(rows):
             yield u, rows
@@ -50,9 +55,13 @@ def groups(index: Tensor, choices: int) -> Iterator[tuple[int, Tensor]]:
 
 def project_block(out: Tensor, x: Tensor, weight: Tensor, index: Tensor) -> None:
     """Writes Eq. 2 for a block of tokens x (b, n, d), routed by index (b, n), into the contiguous ``out`` (b, n, d)."""
-    rows, target = x.flatten(0, 1), out.view(-1, out.shape[-1])
-    for u, members in groups(index.flatten(), len(weight)):
-        target.index_copy_(0, members, rows.index_select(0, members) @ weight[u])
+    order, counts = sorted_rows(index.flatten(), len(weight))
+    target = out.view(-1, out.shape[-1])
+    sources = torch.index_select(x.flatten(0, 1), 0, order, out=target)
+    products = scratch.take("product", target.shape, out.dtype, out.device)
+    for w, source, product in zip(weight, sources.split(counts), products.split(counts), strict=True):
+        torch.mm(source, w, out=product)
+    target.index_copy_(0, order, products)
 
 
 class RoutedProjection(torch.autograd.Function):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dydila_kernels import reference
-from dydila_kernels.torch_backend.blocks import router_logits
+from dydila_kernels.torch_backend.blocks import router_choices, router_logits
 
 Indices = dict[str, Tensor]
 """Routing decisions by name, see :func:`index_names`."""
@@ -151,12 +151,13 @@ def tokens_of(
         straight_through = options.router_gradient == "straight_through"
         if name in indices and not straight_through:
             return indices[name].long(), None
-        logits = router_logits(*parts[0])
-        for tokens, router in parts[1:]:
-            logits = logits + router_logits(tokens, router)
+        if not straight_through:
+            indices[name] = router_choices(*parts)
+            return indices[name], None
+        logits = router_logits(*parts)
         if name not in indices:
             indices[name] = logits.argmax(-1)
-        return indices[name].long(), logits if straight_through else None
+        return indices[name].long(), logits
 
     def measure(name: str, tokens: Tensor, router: Tensor) -> Tensor:  # Eq. 6
         gamma = reference.choose(tables.gamma, *decide(name, (tokens, router)))

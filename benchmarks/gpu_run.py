@@ -202,7 +202,9 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks.gpu_run", description="All that a GPU is asked, in one go.")
     parser.add_argument("--out", type=Path, required=True, help="folder for rows, pictures and logs, 8 files at most")
     names = [part.name for part in PARTS]
-    parser.add_argument("--part", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    on_request = ", ".join(part.name for part in PARTS if part.on_request)
+    what = f"{', '.join(names)}; default all but {on_request}, or all with --smoke"
+    parser.add_argument("--part", nargs="+", choices=names, metavar="NAME", help=what)
     parser.add_argument("--device", default="cuda", help="cuda or cpu; default cuda")
     parser.add_argument("--smoke", action="store_true", help="try everything on tiny sizes: numbers of no meaning")
     parser.add_argument(
@@ -217,7 +219,7 @@ if __name__ == "__main__":
     chosen = parsed(None)
     outcomes = main(
         chosen.out,
-        [part for part in PARTS if part.name in chosen.part],
+        [part for part in PARTS if (part.name in chosen.part if chosen.part else chosen.smoke or not part.on_request)],
         device=chosen.device,
         smoke=chosen.smoke,
         minutes=chosen.minutes or (SMOKE_MINUTES if chosen.smoke else MINUTES),

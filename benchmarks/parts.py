@@ -20,6 +20,7 @@ SECONDS = {
     "layer": 50,  # the width that the README shows
     "model": 45,  # three sides of images; DiT's step at 4096 pixels takes most of it
     "latency": 25,  # three sides, one image at a time
+    "training": 400,  # two sizes, two seeds, four runs of each, 300 steps; for a call of its own
     "sweep": 50,  # about a second for each configuration, most of it compiling; a row each, so it may end anywhere
 }
 """Shares of the time, in seconds where all parts run in the default of gpu_run, each with its reason."""
@@ -50,12 +51,14 @@ class Part:
         commands: for device, smoke and folder; each may leave rows in FOLDER/NAME.jsonl, which are taken up.
         figure: the key figure for the table, of the text printed and the rows.
         needs: packages without which it cannot run.
+        on_request: too long to share a run with others: left out unless it is asked for.
     """
 
     name: str
     commands: Callable[[str, bool, object], list[Command]]
     figure: Callable[[str, list[Row]], str]
     needs: tuple[str, ...] = ()
+    on_request: bool = False
 
     @property
     def seconds(self) -> float:
@@ -149,6 +152,13 @@ def gains(text: str, rows: list[Row]) -> str:
     return f"{len(rows)} tried; best: {best['stage']}, {best['median_ms'] / best['table_ms']:.3f} of the table's time"
 
 
+def agreement(text: str, rows: list[Row]) -> str:
+    """How far the losses of the two backends are apart, and those of two seeds, for the largest model."""
+    row = [row for row in rows if "difference" in row][-1]
+    apart = f"losses of backends differ by {row['difference']:.2g}, of seeds by {row['spread']:.2g}"
+    return f"{count(rows)}; {row['size']}: {apart}"
+
+
 def count(rows: list[Row]) -> str:
     """How many rows have a time, and what became of the others."""
     reasons = Counter(row["skipped"].split(":")[0] for row in rows if row["skipped"])
@@ -189,6 +199,7 @@ PARTS = (
         against_softmax,
         (*SUITES_NEED, *MODELS_NEED),
     ),
+    Part("training", suite("training", []), agreement, (*SUITES_NEED, *MODELS_NEED), on_request=True),
     Part("sweep", sweep, gains, (*SUITES_NEED, "triton")),
 )
 """In the order in which they run: what is wrong or slow is told before what is nice to know."""

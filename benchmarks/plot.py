@@ -6,6 +6,7 @@ A panel has one curve for each contender, over N.  What was not measured leaves 
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,10 @@ def draw_all(rows: Sequence[Row], folder: Path, *, widths: int | None = None) ->
     """Pictures SUITE.png of the width with most points, and SUITE-dWIDTH.png of others (up to ``widths`` in all)."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = []
+    if runs := [row for row in rows if "losses" in row]:
+        pictures.append(folder / "training.png")
+        draw_losses(runs).savefig(pictures[-1], dpi=120)
+    rows = [row for row in rows if row["suite"] != "training"]
     for suite in dict.fromkeys(row["suite"] for row in rows):
         of_suite = [row for row in rows if row["suite"] == suite and "skipped" in row]  # those of a comparison
         dims = Counter(row.get("dim") for row in of_suite if not row["skipped"])
@@ -124,6 +129,28 @@ def draw(rows: Sequence[Row]) -> Figure:
     figure.legend(legend, shown, loc="outside lower center", ncols=across, fontsize=8, handlelength=4)
     figure.suptitle(caption(rows), fontsize=10)
     return figure
+
+
+def draw_losses(rows: Sequence[Row]) -> Figure:
+    """Loss against the step, a panel for each size of the model, a thin line for each seed."""
+    sizes = list(dict.fromkeys(row["size"] for row in rows))
+    figure = Figure(figsize=(4.8 * len(sizes), 4), layout="constrained")
+    panels = dict(zip(sizes, figure.subplots(1, len(sizes), squeeze=False)[0], strict=True))
+    names = list(dict.fromkeys(run_name(row) for row in rows))
+    for row in rows:
+        window = max(len(row["losses"]) // 50, 1)
+        smooth = [statistics.fmean(row["losses"][max(i - window, 0) : i + 1]) for i in range(len(row["losses"]))]
+        panels[row["size"]].plot(smooth, color=f"C{names.index(run_name(row))}", linewidth=0.9, label=run_name(row))
+    for size, ax in panels.items():
+        ax.set(title=size, xlabel="step", ylabel="loss, mean of the last 2 % of the steps", yscale="log")
+        handles, labels = ax.get_legend_handles_labels()
+        ax.legend(*zip(*{t: (h, t) for h, t in zip(handles, labels, strict=True)}.values(), strict=True), fontsize=8)
+    figure.suptitle(f"{rows[0]['device']}, {rows[0]['dtype']}, commit {rows[0]['commit']}", fontsize=10)
+    return figure
+
+
+def run_name(row: Row) -> str:
+    return f"{row['name']}, {row['backend']}" if row["backend"] else row["name"]
 
 
 def with_batch(rows: Sequence[Row]) -> Sequence[Row]:

@@ -1,0 +1,196 @@
+"""Short training runs of DyDi-LiT on either backend, Sana and DiT: ``python -m benchmarks.training``.
+
+Do the Triton kernels train as the torch backend does?  All runs of a seed meet the same batches and noise, and those of
+one model start from the same weights; the losses of two backends are to differ by no more than those of two seeds do.
+The images are scikit-learn's digits, enlarged to latents of four channels.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks import harness
+from benchmarks.harness import Row
+from benchmarks.model import require_example
+from dydila_kernels import DyDiLAttention
+
+WARM_UP = 3
+"""Steps left out of the time: they compile kernels and fill caches."""
+LAST = 0.25
+"""The share of the steps, from the end, whose mean loss is compared."""
+WRONG = "wrong: the loss differs from that on the torch backend by more than that of two seeds"
+RUNS = (("dydi-lit", "triton"), ("dydi-lit", "torch"), ("sana", None), ("dit", None))
+"""Models of the example, and the backends of their layers."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train DyDi-LiT with the Triton kernels and with the torch backend, Sana and DiT, from the same seeds."""
+
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where to run: cuda, or cpu, where the Triton kernels take no part (a step in the interpreter is a minute)."""
+    models: tuple[Literal["tiny", "S", "B", "L"], ...] = ("tiny", "S")
+    """Sizes of the models."""
+    side: int = 32
+    """Of the latents: 32 stands for images of 256 pixels, which have 256 tokens."""
+    batch: int = 128
+    """Images of a step."""
+    steps: int = 300
+    """Optimiser steps of each run."""
+    seeds: tuple[int, ...] = (0, 1)
+    """Seeds of weights, batches and noise, two at least."""
+    learning_rate: float = 1e-3
+    """AdamW's, from the first step on."""
+    threads: int = 2
+    """CPU threads."""
+    smoke: bool = False
+    """Try everything in seconds: a few steps of the tiny model."""
+    out: Path | None = None
+    """Folder for the rows, training.jsonl; by default they are printed only."""
+
+
+def main(config: Config) -> list[Row]:
+    """Trains, prints a table, stores a row for each run and returns them.  ImportError without the extra "examples"."""
+    require_example()
+    if len(set(config.seeds)) < 2:
+        raise ValueError(f"seeds must be two different ones at least; got {config.seeds}")
+    if config.smoke:
+        config = smoke(config)
+    torch.set_num_threads(config.threads)
+    device = torch.device(config.device)
+    facts = {
+        "suite": "training",
+        **harness.environment(config.device),
+        "device_type": device.type,
+        "dtype": "bfloat16" if device.type == "cuda" else "float32",
+    }
+    runs = [(size, seed, name, backend) for size in config.models for seed in config.seeds for name, backend in RUNS]
+    rows: list[Row] = []
+    for size, seed, name, backend in tqdm(runs, desc="training", unit="run"):
+        row = {"name": name, "backend": backend, "size": size, "seed": seed, "batch": config.batch}
+        row |= {"mode": "training", "tokens": (config.side // 2) ** 2, "skipped": None}
+        reason = "the kernels need a GPU" if backend == "triton" and device.type != "cuda" else None
+        rows.append(facts | row | ({"skipped": reason} if reason else train(config, size, seed, name, backend)))
+        compare([r for r in rows if r["size"] == size])
+        if config.out is not None:
+            harness.write_rows(config.out / "training.jsonl", rows)
+    print(table(rows))
+    return rows
+
+
+def smoke(config: Config) -> Config:
+    return replace(config, models=("tiny",), side=8, batch=2, steps=WARM_UP + 1)
+
+
+def train(config: Config, size: Any, seed: int, name: Any, backend: str | None) -> Row:
+    """A run: ``losses`` of all steps, ``median_ms`` of a step with its optimiser, and ``peak_mib`` of the whole run."""
+    from examples.dydi_lit.configs import config_of
+    from examples.dydi_lit.diffusion import GaussianDiffusion
+    from examples.dydi_lit.model import DiffusionTransformer
+
+    device = torch.device(config.device)
+    torch.manual_seed(seed)
+    model = DiffusionTransformer(config_of(name, size, num_classes=10)).to(device)
+    for module in model.modules():
+        if isinstance(module, DyDiLAttention) and backend is not None:
+            module.backend = backend
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.learning_rate)
+    diffusion, images, labels = GaussianDiffusion(device), *latents(config.side)
+    losses: list[float] = []
+    seconds: list[float] = []
+
+    def step() -> None:
+        generator = torch.Generator().manual_seed(1_000_000 * seed + len(losses))
+        chosen = torch.randint(len(images), (config.batch,), generator=generator)
+        timestep = torch.randint(diffusion.num_timesteps, (config.batch,), generator=generator).to(device)
+        image = images[chosen]
+        noise = torch.randn(image.shape, generator=generator).to(device)
+        image, label = image.to(device), labels[chosen].to(device)
+        noisy = diffusion.add_noise(image, noise, timestep)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            output = model(noisy, timestep, label)
+        loss = diffusion.losses(output, image, noisy, noise, timestep).total.mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())  # which waits for the device
+
+    def run() -> None:
+        for _ in range(config.steps):
+            started = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - started)
+
+    peak = harness.peak_growth_mib(run, config.device)
+    if device.type != "cuda":  # where runs share a process, memory that one gave back hides what the next one takes
+        peak = None
+    milliseconds = 1e3 * statistics.median(seconds[WARM_UP:])
+    return {"steps": config.steps, "median_ms": milliseconds, "peak_mib": peak, "losses": losses}
+
+
+def latents(side: int) -> tuple[Tensor, Tensor]:
+    """Images (n, 4, side, side) of about unit variance, and labels (n,)."""
+    from examples.dydi_lit.data import digits
+
+    images, labels = digits("train").tensors
+    images = F.interpolate((images - images.mean()) / images.std(), size=(side, side), mode="bilinear")
+    return torch.cat([images, -images, images.mT, images.flip(-1)], 1), labels
+
+
+def last_loss(row: Row) -> float:
+    """The mean loss of the last steps."""
+    losses = row["losses"]
+    return statistics.fmean(losses[-max(round(LAST * len(losses)), 1) :])
+
+
+def compare(rows: Sequence[Row]) -> None:
+    """Adds to the rows of the Triton kernels how far their last losses are from the torch backend's, and what may be.
+
+    ``difference`` is the mean over the seeds, ``spread`` the largest difference of two seeds on the torch backend.
+    """
+    found = {(row["backend"], row["seed"]): row for row in rows if row["backend"] and not row["skipped"]}
+    seeds = [seed for backend, seed in found if backend == "torch" and ("triton", seed) in found]
+    if len(seeds) < 2:
+        return
+    of_torch = [last_loss(found["torch", seed]) for seed in seeds]
+    differences = [abs(last_loss(found["triton", seed]) - of) for seed, of in zip(seeds, of_torch, strict=True)]
+    difference, spread = statistics.fmean(differences), max(of_torch) - min(of_torch)
+    for seed in seeds:
+        row = found["triton", seed]
+        row |= {"difference": difference, "spread": spread}
+        if not difference <= spread:  # written so that NaN fails
+            row["skipped"] = WRONG
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A line for each run."""
+    lines = ["size  seed  model     backend   last loss  ms/step  MiB"]
+    for row in rows:
+        start = f"{row['size']:4}  {row['seed']:4}  {row['name']:8}  {row['backend'] or '-':8}"
+        if "losses" in row:
+            memory = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
+            start += f"  {last_loss(row):9.4f}  {row['median_ms']:7.4g}  {memory}"
+        lines.append(start + (f"  {row['skipped']}" if row["skipped"] else ""))
+    compared = {row["size"]: row for row in rows if "difference" in row}
+    for size, row in compared.items():
+        lines.append(f"{size}: backends differ by {row['difference']:.2g}, seeds by {row['spread']:.2g}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    try:
+        raise SystemExit(int(any(row["skipped"] == WRONG for row in main(tyro.cli(Config)))))
+    except (ImportError, ValueError) as error:
+        raise SystemExit(f"benchmarks.training: {error}") from None

@@ -10,7 +10,7 @@ from importlib import metadata
 import torch
 
 from dydila_kernels import DyDiLAttention, __version__
-from dydila_kernels.functional import TRITON, choose_backend, why_not_triton
+from dydila_kernels.functional import OLDEST_TRITON, TRITON, choose_backend, why_not_triton
 from dydila_kernels.testing import layer_error_ratio
 
 
@@ -56,7 +56,7 @@ def main() -> int:
     if reason is not None:
         print(f"{'':14}  not triton: {reason}")
 
-    if TRITON is not None:
+    if TRITON is not None and TRITON >= OLDEST_TRITON:
         from dydila_kernels.ops.core import describe
 
         for dim, heads in asked:

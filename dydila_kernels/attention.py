@@ -211,9 +211,17 @@ class DyDiLAttention(nn.Module):
         Strict: the state_dict must hold all of the weights and biases that ``qkv`` and ``proj`` of this layer have, in
         their shapes, and nothing else.
 
+        Args:
+            state_dict: ``qkv.weight`` (3d, d), ``proj.weight`` (d, d) and, where this layer has them, ``qkv.bias``
+                (3d,) and ``proj.bias`` (d,), of any floating dtype: they take that of the layer.
+
+        Returns:
+            The names of the parameters of this layer that were not loaded.
+
         Raises:
             ValueError: it holds less or more; the message names what.
-            RuntimeError: a shape differs (from ``load_state_dict``).
+            TypeError: a value is no tensor of a floating dtype.
+            RuntimeError: a shape differs.
         """
         wanted = {name for name in self.state_dict() if name.startswith(("qkv.", "proj."))}
         missing, unexpected = sorted(wanted - state_dict.keys()), sorted(state_dict.keys() - wanted)
@@ -222,12 +230,21 @@ class DyDiLAttention(nn.Module):
                 f"state_dict must hold exactly {', '.join(sorted(wanted))}; "
                 f"it lacks {', '.join(missing) or 'nothing'} and has beside them {', '.join(unexpected) or 'nothing'}"
             )
+        own = self.state_dict()
+        for name in sorted(wanted):  # all before any is loaded
+            checks.floating(f"state_dict[{name!r}]", state_dict[name])
+            if state_dict[name].shape != own[name].shape:
+                raise RuntimeError(
+                    f"size mismatch for {name}: it must have the shape {tuple(own[name].shape)}; "
+                    f"got {tuple(state_dict[name].shape)}"
+                )
         return list(self.load_state_dict(state_dict, strict=False).missing_keys)
 
     def fuse(self) -> DyDiLAttention:
         """Turns the layer into its inference form, in place, and returns it: one 3x3 kernel, stacked routers.
 
-        The output is the same.  Asking twice changes nothing.  The layer cannot be trained afterwards.
+        The output is the same.  Asking twice changes nothing.  The layer cannot be trained afterwards, and takes other
+        weights through :meth:`load_state_dict` only, which accepts those of an unfused layer, too.
         """
         if not self.fused:
             self.eval()
@@ -263,6 +280,7 @@ class DyDiLAttention(nn.Module):
         *,
         needs_grid: bool = True,
     ) -> _Call:
+        checks.not_traced()
         checks.tokens("x", x, self.dim)
         weight = self.proj.weight
         if torch_backend.autocast_dtype(x.device) is None and x.dtype != weight.dtype and weight.dtype in checks.DTYPES:

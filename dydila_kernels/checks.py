@@ -20,6 +20,15 @@ BRANCHES = ("3x3", "1x3", "3x1", "1x1", "identity")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def not_traced() -> None:
+    """torch.jit.trace turns every number that Python sees into a constant: the routing, and with it the output."""
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            "torch.jit.trace is not supported: it would record the routing of the example tokens as constants; "
+            "use torch.export.export"
+        )
+
+
 def choice(name: str, value: object, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")

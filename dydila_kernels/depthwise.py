@@ -20,6 +20,15 @@ class DepthwiseConv(nn.Module):
 
     The branches are summed into one 3x3 kernel before it is applied: convolution is linear, so this is their sum,
     in training too.  After :meth:`fuse` the sum itself, ``weight`` (d, 1, 3, 3), is what the module holds.
+
+    Args:
+        dim: d, channels of a token.
+        branches: different names among "3x3", "1x3", "3x1", "1x1" and "identity", one with a kernel at least.
+        bias: whether there is a bias; the layer has none.
+        device, dtype: of the parameters.
+
+    Raises:
+        TypeError, ValueError: ``branches`` is not as described.
     """
 
     def __init__(
@@ -80,7 +89,10 @@ class DepthwiseConv(nn.Module):
         return self
 
     def forward(self, out: Tensor, v: Tensor, grids: Sequence[torch_backend.Grid]) -> Tensor:
-        """Eq. 9: ``out + DWC(V)`` on each grid, where possible written into ``out``.  out, v (B, N, d) -> (B, N, d)."""
+        """Eq. 9: ``out + DWC(V)`` on each grid, where possible written into ``out``.  out, v (B, N, d) -> (B, N, d).
+
+        A grid is (first token, rows, columns); tokens outside of all grids keep their value.
+        """
         return torch_backend.depthwise(out, v, *self.fused_weight(), grids)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -88,9 +100,11 @@ class DepthwiseConv(nn.Module):
         if self.weight is None and fused in state_dict:
             raise RuntimeError(f"{fused!r} was saved after fuse(): call fuse() on this module before loading it")
         if self.weight is not None and fused not in state_dict:
-            found = {k.removeprefix(branches): state_dict.pop(k) for k in list(state_dict) if k.startswith(branches)}
-            if found:
-                state_dict[fused] = self.sum_of(found).to(self.weight.dtype)
+            # Unless they are the branches that were summed, torch says what is missing and what is unexpected.
+            shapes = {f"{branches}{name}": (self.dim, 1, *SIZES[name]) for name in self.names if name in SIZES}
+            found = {name: t for name, t in state_dict.items() if name.startswith(branches)}
+            if {name: tuple(getattr(t, "shape", ())) for name, t in found.items()} == shapes:
+                state_dict[fused] = self.sum_of({name.removeprefix(branches): state_dict.pop(name) for name in shapes})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:

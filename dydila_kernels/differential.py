@@ -13,6 +13,14 @@ class TokenDifferential(RoutedFactors):
 
     The map-wise difference of Eq. 10 chooses lambda from the query side alone: ``sides=("q",)``.  The computation is
     :func:`dydila_kernels.dydila_attention`, which measures, subtracts and attends in one go.
+
+    Args:
+        dim: d, channels of a token.
+        num_factors: n_D.
+        lambda_init: initial value of all factors.
+        sides: which of "q" and "k" have a router.
+        trainable_routers: whether the routers get a gradient, straight through.
+        device, dtype: of the parameters.
     """
 
     def __init__(

@@ -226,6 +226,7 @@ def validated(
     backend: str = "auto",
 ) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
     """The arguments of :func:`dydila_attention`, checked: the tensors and the keyword arguments of the backend."""
+    checks.not_traced()
     checks.choice("normalization", normalization, checks.NORMALIZATIONS)
     checks.choice("router_gradient", router_gradient, checks.ROUTER_GRADIENTS)
     checks.choice("differential", differential, checks.DIFFERENTIALS)

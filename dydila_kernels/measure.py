@@ -13,6 +13,14 @@ class DynamicMeasureKernel(RoutedFactors):
 
     With ``redundant`` the measured matrices are Q, K, Q' and K' (four routers), without it two.  The computation is
     :func:`dydila_kernels.dydila_attention`, which measures, subtracts and attends in one go.
+
+    Args:
+        dim: d, channels of a token.
+        num_factors: n_F.
+        gamma_init: initial value of all factors.
+        redundant: whether Q' and K' are measured, too.
+        trainable_routers: whether the routers get a gradient, straight through.
+        device, dtype: of the parameters.
     """
 
     def __init__(

@@ -10,7 +10,14 @@ from dydila_kernels.routers import init_router_, router_parameter
 
 
 class DynamicProjection(nn.Module):
-    """Q' (or K') of Eq. 2.  Owns ``weight`` (n_P, d, d), which multiplies from the right, and ``router`` (d, n_P)."""
+    """Q' (or K') of Eq. 2.  Owns ``weight`` (n_P, d, d), which multiplies from the right, and ``router`` (d, n_P).
+
+    Args:
+        dim: d, channels of a token.
+        num_projectors: n_P.
+        trainable_routers: whether the router gets a gradient, straight through.
+        device, dtype: of the parameters.
+    """
 
     def __init__(
         self,

@@ -64,8 +64,15 @@ def routing_of(attn: DyDiLAttention, x: Tensor, mask: Tensor | None) -> Routing:
 
 def usage_of(index: Tensor, choices: int, mask: Tensor | None) -> Tensor:
     """The share of tokens that took each of the choices: (n,) float32, all zero where there is no token."""
-    chosen = index.flatten() if mask is None else index[mask]
-    return torch.bincount(chosen, minlength=choices).float() / max(chosen.numel(), 1)
+    chosen = index[..., None] == torch.arange(choices, device=index.device)
+    return mean_over_tokens(chosen.float(), mask)
+
+
+def mean_over_tokens(t: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean of t (B, N, n) over the (unmasked) tokens: (n,), all zero where there is no token."""
+    if mask is None:
+        return t.sum((0, 1)) / max(t.shape[0] * t.shape[1], 1)
+    return t.masked_fill(~mask[..., None], 0).sum((0, 1)) / mask.sum().clamp(min=1)
 
 
 def logits_of(attn: DyDiLAttention, x: Tensor) -> dict[str, Tensor]:
@@ -98,7 +105,6 @@ def balance_loss_of(attn: DyDiLAttention, x: Tensor, mask: Tensor | None) -> Ten
         losses = []
         for logits in logits_of(attn, x).values():
             usage = usage_of(logits.argmax(-1), logits.shape[-1], mask)
-            probability = logits.softmax(-1)
-            mean = probability.flatten(0, 1).mean(0) if mask is None else probability[mask].mean(0)
+            mean = mean_over_tokens(logits.softmax(-1), mask)
             losses.append(len(usage) * (usage.to(mean) * mean).sum())
         return torch.stack(losses).mean()

@@ -163,6 +163,10 @@ def test_meta_device(configuration: dict[str, Any]) -> None:
     assert all(p.is_meta for p in empty.parameters())
     out = empty(torch.empty(x.shape, device="meta", dtype=torch.float64))
     assert out.is_meta and out.shape == x.shape and out.dtype == torch.float64
+    routing, expected = empty.routing(torch.empty_like(x, device="meta")), attn.routing(x)
+    for name, usage in routing.usage.items():
+        assert usage.is_meta and usage.shape == expected.usage[name].shape
+        assert routing.indices[name].shape == expected.indices[name].shape
     empty.to_empty(device="cpu").load_state_dict(attn.state_dict())
     assert torch.equal(empty(x), attn(x))
     with torch.device("meta"):

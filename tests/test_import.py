@@ -25,14 +25,26 @@ def test_import_needs_torch_einops_and_numpy_alone_and_changes_nothing() -> None
         "state, dtype = torch.random.get_rng_state(), torch.get_default_dtype()\n"
         "import dydila_kernels\n"
         "import dydila_kernels.testing\n"
-        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
-        "assert not new - set(sys.stdlib_module_names) - {'dydila_kernels', 'torch', 'einops', 'numpy'}, new\n"
+        "new = {name for name in set(sys.modules) - before if name.split('.')[0] != 'dydila_kernels'}\n"
+        "assert all(name.split('.')[0] in {*sys.stdlib_module_names, 'einops', 'numpy'} for name in new), new\n"
+        "assert not any(name.startswith(('dydila_kernels.ops', 'dydila_kernels.dist')) for name in sys.modules)\n"
         "assert env == dict(os.environ)\n"
         "assert threads == torch.get_num_threads() and dtype == torch.get_default_dtype()\n"
         "assert torch.equal(state, torch.random.get_rng_state())\n"
         "assert not torch.cuda.is_initialized()\n",
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_import_takes_less_than_a_fifth_of_a_second() -> None:
+    """Beyond torch's.  Time of the processor, and the best of several processes: others on the machine do not count."""
+    script = (
+        "import time, torch; start = time.process_time(); import dydila_kernels; print(time.process_time() - start)"
+    )
+    times = []
+    while len(times) < 5 and min(times, default=1) > 0.2:
+        times.append(float(run("-c", script).stdout))
+    assert min(times) < 0.2, times
 
 
 def test_import_works_without_anything_optional() -> None:
@@ -48,7 +60,7 @@ def test_import_works_without_anything_optional() -> None:
 
 
 def test_public_names() -> None:
-    assert set(dydila_kernels.__all__) >= {"DyDiLAttention", "Routing", "dydila_attention"}
+    assert set(dydila_kernels.__all__) >= {"DyDiLAttention", "Routing", "dydila_attention", "replace_attention"}
     assert all(hasattr(dydila_kernels, name) for name in dydila_kernels.__all__)
     assert re.fullmatch(r"\d+\.\d+\.\d+\S*", dydila_kernels.__version__)
     assert (Path(dydila_kernels.__file__).parent / "py.typed").exists()

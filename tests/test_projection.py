@@ -68,3 +68,11 @@ def test_routers_decide_in_float32_whatever_the_tokens() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         logits = torch_backend.projection_logits(x.float(), router)
     assert logits.dtype == torch.float32 and relative_error(logits, x.double() @ router.double()) < 1e-6
+
+
+def test_no_tokens_give_a_trained_router_a_zero_gradient() -> None:
+    """DDP waits for one from every rank."""
+    projection = DynamicProjection(8, 3, trainable_routers=True)
+    projection(torch.zeros(2, 0, 8)).sum().backward()
+    assert projection.router.grad is not None and not projection.router.grad.any()
+    assert projection.weight.grad is not None and not projection.weight.grad.any()

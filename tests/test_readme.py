@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,33 +10,42 @@ import torch
 from torch import nn
 
 from dydila_kernels import DyDiLAttention
+from tests.markdown import ROOT, execute, snippets
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-class TrainedBlock(nn.Module):
-    """A block with the attention of timm's ViT."""
+class Attention(nn.Module):
+    """The structure of timm's."""
+
+    num_heads = 2
 
     def __init__(self) -> None:
         super().__init__()
-        self.attn = nn.Module()
-        self.attn.qkv, self.attn.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = Attention()
 
 
 def test_snippets_run(capsys: pytest.CaptureFixture[str]) -> None:
     model = nn.Module()
-    model.blocks = nn.ModuleList([TrainedBlock(), TrainedBlock()])
-    old = model.blocks[0].attn.qkv
+    model.blocks = nn.ModuleList([Block(), Block()])
+    old = model.blocks[0].attn
     namespace: dict[str, Any] = {"model": model}
-    for snippet in SNIPPETS:
-        exec(snippet, namespace)
-    assert len(SNIPPETS) == 2
+    execute(ROOT / "README.md", namespace)
+    assert len(snippets(ROOT / "README.md")) == 2
     assert namespace["y"].shape == (2, 1024, 384)
-    assert isinstance(model.blocks[1].attn, DyDiLAttention)
-    assert torch.equal(model.blocks[0].attn.qkv.weight, old.weight)
-    printed = capsys.readouterr().out
-    assert "projection_q" in printed and "measure.gamma" in printed
+    first, _ = namespace["report"].swapped
+    assert first.name == "blocks.0.attn" and torch.equal(first.new.qkv.weight, old.qkv.weight)
+    assert model.blocks[0].attn is old
+    assert "blocks.1.attn  Attention  d = 8, H = 2" in capsys.readouterr().out
 
 
 def test_packed_call_runs() -> None:
@@ -48,9 +56,9 @@ def test_packed_call_runs() -> None:
 
 
 def test_commands_exist() -> None:
-    makefile = (Path(__file__).parent.parent / "Makefile").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     commands = re.findall(r"^make (\w+)", README, re.MULTILINE)
     assert commands == ["demo", "test"]
     assert all(f"\n{command}: " in makefile for command in commands)
-    ci = (Path(__file__).parent.parent / ".ci" / "run").read_text(encoding="utf-8")
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert "make test" in ci and "make lint" in ci

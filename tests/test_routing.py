@@ -83,6 +83,14 @@ def test_no_tokens_no_usage() -> None:
         assert not usage.any()
 
 
+def test_balance_loss_of_no_tokens_is_zero() -> None:
+    """Where all are masked, too: a NaN would end the training."""
+    attn = layer_of(router_gradient="straight_through")
+    x = torch.randn(2, 16, 8, dtype=torch.float64)
+    for loss in (attn.balance_loss(x, torch.zeros(2, 16, dtype=torch.bool)), attn.balance_loss(x[:0])):
+        assert loss.item() == 0
+
+
 def test_routing_needs_no_grid_and_leaves_no_graph() -> None:
     attn = layer_of(router_gradient="straight_through")
     routing = attn.routing(torch.randn(1, 7, 8, dtype=torch.float64, requires_grad=True))

@@ -133,6 +133,19 @@ def test_copies_and_files(fused: bool, tmp_path: Path) -> None:
     assert torch.equal(attn(x), expected) and not torch.equal(twin(x), expected)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_safetensors(fused: bool, tmp_path: Path) -> None:
+    """No two names share memory, which save_model would drop, and no buffer is left out that a call needs."""
+    files = pytest.importorskip("safetensors.torch")
+    layers = [DyDiLAttention(D, 2, router_gradient="straight_through", **FACTORS).eval() for _ in range(2)]
+    attn, other = (layer.fuse() if fused else layer for layer in layers)
+    files.save_model(attn, tmp_path / "attention.safetensors")
+    assert files.load_file(tmp_path / "attention.safetensors").keys() == attn.state_dict().keys()
+    assert files.load_model(other, tmp_path / "attention.safetensors") == (set(), [])
+    x = torch.randn(2, 16, D)
+    assert torch.equal(other(x), attn(x))
+
+
 CONFIGURATIONS: list[dict[str, Any]] = [
     {},
     {"num_heads": 2, "normalization": "denominator", "dwc_branches": ("3x3", "1x3", "3x1", "1x1", "identity")},

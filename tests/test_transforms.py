@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from dydila_kernels import DyDiLAttention, dydila_attention, reference
 from dydila_kernels.testing import (
@@ -85,6 +86,66 @@ def test_checkpoint_gives_the_same_gradients(configuration: dict[str, Any]) -> N
         leaf = x.clone().requires_grad_()
         gradients.append(torch.autograd.grad(call(leaf).square().sum(), [leaf, *parameters]))
     assert all(torch.equal(found, expected) for found, expected in zip(*gradients, strict=True))
+
+
+KEPT = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+CHECKPOINTS: dict[str, dict[str, Any]] = {
+    "recomputed": {"use_reentrant": False},
+    "reentrant": {"use_reentrant": True},
+    "selective": {"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, KEPT)},
+}
+
+
+def gradients_with_dropout(attn: DyDiLAttention, call: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
+    """The output, and the gradients of x and of the trainable parameters."""
+    torch.manual_seed(3)
+    leaf, parameters = x.clone().requires_grad_(), [p for p in attn.parameters() if p.requires_grad]
+    out = call(leaf)
+    attn.zero_grad()
+    out.square().sum().backward()
+    grads = [t.grad for t in (leaf, *parameters)]
+    return [out.detach(), *(g for g in grads if g is not None)]
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_checkpoints_repeat_the_dropout(kind: str) -> None:
+    """The reentrant one runs forward as without gradients, in blocks: equal to rounding; the others to the bit."""
+    attn, x = layer_of({"num_heads": 2, "proj_drop": 0.5, "router_gradient": "straight_through"})
+    expected = gradients_with_dropout(attn, attn, x)
+    found = gradients_with_dropout(attn, lambda t: checkpoint(attn, t, **CHECKPOINTS[kind]), x)
+    assert 0.3 < (expected[0] == 0).float().mean() < 0.7
+    for f, e in zip(found, expected, strict=True):
+        assert relative_error(f, e) < (1e-13 if kind == "reentrant" else 1e-300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["recomputed", "selective"])
+def test_checkpoints_within_a_compiled_function(kind: str) -> None:
+    attn, x = layer_of({"num_heads": 2})
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda t: checkpoint(attn, t, **CHECKPOINTS[kind]), fullgraph=True, backend="aot_eager")
+    expected = gradients_with_dropout(attn, attn, x)
+    for f, e in zip(gradients_with_dropout(attn, compiled, x), expected, strict=True):
+        assert relative_error(f, e) < 1e-12
+
+
+def test_a_checkpoint_keeps_its_input_alone() -> None:
+    attn, x = layer_of({"num_heads": 2})
+    known = {p.untyped_storage()._cdata for p in attn.parameters()}
+    sizes: dict[str, int] = {}
+    for name, call in (("plain", attn), ("checkpoint", lambda t: checkpoint(attn, t, use_reentrant=False))):
+        kept: dict[int, int] = {}
+
+        def pack(t: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+            return t
+
+        leaf = x.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = call(leaf)
+        sizes[name] = sum(size for storage, size in kept.items() if storage not in known)
+        assert out.requires_grad
+    assert sizes["checkpoint"] <= x.nbytes < 4 * x.nbytes < sizes["plain"], sizes
 
 
 def test_checkpoint_under_autocast() -> None:

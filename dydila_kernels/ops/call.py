@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dydila_kernels.ops.depthwise import Geometry
 from dydila_kernels.ops.tiles import INTERPRETED, check_rows, upload
+from dydila_kernels.ranks import Ranks
 
 PROGRAMS = 264
 """Programs to split a sum over where the device does not say how many fit: two for each processor of an H200."""
@@ -68,7 +69,10 @@ class Span(NamedTuple):
 
 
 class Call:
-    """One call: ``like`` is a (B, N, d) tensor; the rest are arguments of the core, already validated."""
+    """One call: ``like`` is a (B, N, d) tensor; the rest are arguments of the core, already validated.
+
+    With ``ranks`` its tokens are a part of all there are.
+    """
 
     def __init__(
         self,
@@ -80,6 +84,7 @@ class Call:
         grids: Sequence[int],
         num_heads: int,
         normalization: str,
+        ranks: Ranks | None = None,
     ) -> None:
         self.batch, self.length, self.dim = like.shape
         self.rows, self.heads, self.head_dim = self.batch * self.length, num_heads, self.dim // num_heads
@@ -92,18 +97,28 @@ class Call:
         bounds = (0, self.length) if self.bounds is None else self.bounds
         self.longest = max(1, *(stop - start for start, stop in zip(bounds[:-1], bounds[1:], strict=True)))
         self.geometry = geometry_of(tuple(grids), self.device)
+        self.ranks = ranks
+        whole = self.longest if ranks is None else max(1, ranks.length)
 
         # Kept near 1 in float16: sums are means over the longest segment, and tokens, whose norm may be sqrt(d) times
         # their largest entry, are scaled down.  What that takes from the result, ``rescale`` gives back.
         relative = normalization == "denominator"
         self.unit = 2.0 ** -(math.ceil(math.log2(self.dim) / 2) + 1) if self.dtype == torch.float16 else 1.0
-        self.scale = 1.0 / self.longest
-        self.rescale = 1.0 if relative else (self.longest if normalization == "none" else 1.0) / self.unit**2
+        self.scale = 1.0 / whole
+        self.rescale = 1.0 if relative else (whole if normalization == "none" else 1.0) / self.unit**2
         self.factors: Tensor | None = None
-        if normalization == "length" and self.mask is not None:
-            self.factors = self.length / self.mask.sum(-1).clamp(min=1).float()
+        counts = None if self.mask is None else self.mask.sum(-1)
+        if ranks is not None:
+            counts = ranks.counts
+        if normalization == "length" and counts is not None:
+            self.factors = whole / counts.clamp(min=1).float()
         elif normalization == "length" and self.bounds is not None:
             self.factors = factors_of(self.bounds, self.longest, self.device)
+
+    def sum_over_ranks(self, *tensors: Tensor | None) -> None:
+        """In place, where there are ranks."""
+        if self.ranks is not None:
+            self.ranks.reduce_([t for t in tensors if t is not None], "sum")
 
     def programs(self, rows: int) -> int:
         """Programs of ``rows`` tokens, none of which straddles segments."""

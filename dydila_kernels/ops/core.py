@@ -11,7 +11,8 @@ Two forms, by the width e = d/H of a head (:data:`LARGEST_HEAD`).  "fused": Zh l
     backward    tokens(Q)  tokens(K)  [gemms]  gradients(Q)  gradients(K)
 
 Kept for the backward pass are the inputs and :class:`Kept`.  Everything runs on the current device without waiting for
-it, in a fixed order, and without float atomics.
+it, in a fixed order, and without float atomics.  Where ranks share the tokens, they sum what is summed over tokens:
+the states and their gradients, each before it is read.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from dydila_kernels.ops.gradients import Incoming, TableGradients, gradients, ma
 from dydila_kernels.ops.linear_attention import correlation, readout, state
 from dydila_kernels.ops.tiles import power_of_two
 from dydila_kernels.ops.tokens import tokens
+from dydila_kernels.ranks import Ranks
 
 
 class Inputs(NamedTuple):
@@ -97,14 +99,14 @@ def describe(dim: int, num_heads: int, dtype: torch.dtype) -> str:
     return how
 
 
-def call_of(inputs: Inputs, settings: Settings) -> Call:
+def call_of(inputs: Inputs, settings: Settings, ranks: Ranks | None = None) -> Call:
     return Call(
         inputs.q, inputs.gamma.contiguous(), inputs.lam if inputs.lam is None else inputs.lam.contiguous(),
-        settings.mask, settings.cu_seqlens, settings.grids, settings.num_heads, settings.normalization,
+        settings.mask, settings.cu_seqlens, settings.grids, settings.num_heads, settings.normalization, ranks,
     )  # fmt: skip
 
 
-def empty_kept(inputs: Inputs, settings: Settings) -> Kept:
+def empty_kept(inputs: Inputs, settings: Settings, ranks: Ranks | None = None) -> Kept:
     """Memory for what is kept.  Sizes may be symbols: no decision is taken on them."""
     batch, length, dim = inputs.q.shape
     bounds, heads = settings.cu_seqlens, settings.num_heads
@@ -114,7 +116,7 @@ def empty_kept(inputs: Inputs, settings: Settings) -> Kept:
         segments = len(bounds) - 1
         longest = max([stop - start for start, stop in zip(bounds[:-1], bounds[1:], strict=True)])
     # A state for each segment, or none where scores pay.
-    states = segments if is_fused(dim, heads) else segments * torch.sym_min(1, longest // e)
+    states = segments if is_fused(dim, heads) or ranks is not None else segments * torch.sym_min(1, longest // e)
     maps = 1 if inputs.q_redundant is None else 2
     products = 2 if settings.differential == "map" else 1
     relative, trained = settings.normalization == "denominator", settings.straight_through
@@ -193,13 +195,13 @@ def beside(tokens: Tensor) -> Tensor:
     return tokens if tokens.stride(-1) == 1 or tokens.shape[-1] == 1 else tokens.contiguous()
 
 
-def attend(inputs: Inputs, settings: Settings) -> tuple[Tensor, Kept]:
+def attend(inputs: Inputs, settings: Settings, ranks: Ranks | None = None) -> tuple[Tensor, Kept]:
     """The output (B, N, d), contiguous, and what the backward pass needs."""
     if working_dtype(inputs, settings) != inputs.q.dtype:
-        out, kept = attend(widened(inputs, settings), settings)
+        out, kept = attend(widened(inputs, settings), settings, ranks)
         return out.to(inputs.q.dtype), kept
-    call = call_of(inputs, settings)
-    kept = empty_kept(inputs, settings)
+    call = call_of(inputs, settings, ranks)
+    kept = empty_kept(inputs, settings, ranks)
     out = torch.empty(inputs.q.shape, dtype=call.dtype, device=call.device)
     q, k = sides_of(call, inputs, settings, kept)
     shaped = kept._replace(states=states_of(call, kept, settings))
@@ -230,6 +232,7 @@ def attend_fused(
     if decide:
         tokens(call, k, decide=True)
     total, means = state(call, k, v, sums=relative)
+    call.sum_over_ranks(total, means)
     kept.states[i] = total
     if means is not None:
         kept.means[i] = means
@@ -248,10 +251,11 @@ def attend_by_gemm(
     # Until it is known, the output has room for the keys.
     q_hat, k_hat = torch.empty_like(out), out if i == 0 else torch.empty_like(out)
     means = tokens(call, k, decide=decide, out=k_hat, sums=relative)
-    if means is not None:
-        kept.means[i] = means
     if not gemm.pays_scores(call):
         gemm.state(call, k_hat, values, kept.states[i])
+        call.sum_over_ranks(kept.states[i], means)
+    if means is not None:
+        kept.means[i] = means
     means, inverse_mass = masses_of(kept, i, relative)
     tokens(call, q, decide=decide, out=q_hat, means=means, inverse_mass=inverse_mass)
     if gemm.pays_scores(call):
@@ -283,13 +287,14 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
-def pull_back(grad: Tensor, inputs: Inputs, settings: Settings, kept: Kept) -> Gradients:
+def pull_back(grad: Tensor, inputs: Inputs, settings: Settings, kept: Kept, ranks: Ranks | None = None) -> Gradients:
     """The gradients, from that of the output."""
     if working_dtype(inputs, settings) != inputs.q.dtype:
-        found = pull_back(grad.to(working_dtype(inputs, settings)), widened(inputs, settings), settings, kept)
+        wide = widened(inputs, settings)
+        found = pull_back(grad.to(wide.q.dtype), wide, settings, kept, ranks)
         narrow = [None if t is None else t.to(inputs.q.dtype) for t in found[:5]]
         return Gradients(*narrow, *found[5:])  # type: ignore[arg-type,call-arg]
-    call = call_of(inputs, settings)
+    call = call_of(inputs, settings, ranks)
     q, k = sides_of(call, inputs, settings, kept)
     grad, v = beside(grad), beside(inputs.v)
     dq, dk, dv, dq_redundant, dk_redundant = (
@@ -346,6 +351,7 @@ def pull_back_fused(
     total, mass = state(
         call, q, grad, inverse_mass=source.inverse_mass, sums=relative, mass_weights=source.mass_weights
     )
+    call.sum_over_ranks(total, mass)
     queries = gradients(call, q, source, *dq, differential_logits=routed)
     source = Incoming(v, total.to(call.dtype), mass_vector=mass)
     return queries, gradients(call, k, source, *dk, dx=dv, add=add, grad=grad, weight=weight)
@@ -368,6 +374,7 @@ def pull_back_by_gemm(
         dq_hat, dk_hat = dq[0], dk[0]
         dstate = torch.empty_like(kept.states[i])
         gemm.state(call, dq_hat, incoming, dstate)
+        call.sum_over_ranks(dstate)
         gemm.readout(call, dq_hat, incoming, kept.states[i], transposed=True, scale=natural)
         gemm.readout(call, dv, dk_hat, dstate, scale=call.rescale, add=add)
         gemm.readout(call, dk_hat, values, dstate, transposed=True, scale=natural)
@@ -377,6 +384,7 @@ def pull_back_by_gemm(
     if relative:
         source = source._replace(mass_weights=mass_gradient(call, q, source))
         mass = tokens(call, q, decide=False, sums=True, mass_weights=source.mass_weights)
+        call.sum_over_ranks(mass)
     queries = gradients(call, q, source, *dq, differential_logits=routed)
     return queries, gradients(call, k, Incoming(given=dk_hat, mass_vector=mass), *dk)
 

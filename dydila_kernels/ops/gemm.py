@@ -25,7 +25,7 @@ from dydila_kernels.ops.call import Call, Span
 
 def pays_scores(call: Call) -> bool:
     """Whether (Qh Kh^T) V costs less than Qh (Kh^T V)."""
-    return call.longest < call.head_dim
+    return call.ranks is None and call.longest < call.head_dim
 
 
 def product(out: Tensor, a: Tensor, b: Tensor, scale: float, add: bool = False) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dydila_kernels.ops import core, flops, projection
 from dydila_kernels.ops.core import Inputs, Kept, Settings
+from dydila_kernels.ranks import Ranks
 
 INPUTS, KEPT = len(Inputs._fields), len(Kept._fields)
 
@@ -72,17 +74,21 @@ def or_empty(like: Tensor, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ..
 
 def attend(*arguments: Any) -> tuple[Tensor, ...]:
     """The output, then :class:`Kept`.  ``arguments`` are the fields of :class:`Inputs` and :class:`Settings`."""
+    return attend_over(None, *arguments)
+
+
+def attend_over(ranks: Ranks | None, *arguments: Any) -> tuple[Tensor, ...]:
     inputs, settings = Inputs(*arguments[:INPUTS]), Settings(*arguments[INPUTS:])
     with on_device_of(inputs.q), without_autocast(inputs.q), torch.no_grad():
-        out, kept = core.attend(inputs, settings)
+        out, kept = core.attend(inputs, settings, ranks)
     return out, *kept
 
 
-def pull_back(grad: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
+def pull_back(grad: Tensor, *arguments: Any, ranks: Ranks | None = None) -> tuple[Tensor | None, ...]:
     """:class:`Gradients`.  ``arguments`` are the fields of :class:`Inputs`, :class:`Settings` and :class:`Kept`."""
     inputs, settings = Inputs(*arguments[:INPUTS]), Settings(*arguments[INPUTS:-KEPT])
     with on_device_of(grad), without_autocast(grad), torch.no_grad():
-        return core.pull_back(grad, inputs, settings, Kept(*arguments[-KEPT:]))
+        return core.pull_back(grad, inputs, settings, Kept(*arguments[-KEPT:]), ranks)
 
 
 attention_op = torch.library.custom_op(
@@ -120,14 +126,16 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor | None, *_: Any, ranks: Ranks | None = None) -> tuple[Tensor | None, ...]:
     refuse_second_derivative()
     saved = ctx.saved_tensors
     inputs, mask, kept = saved[:INPUTS], saved[INPUTS], saved[INPUTS + 1 :]
     nothing = (None,) * (1 + len(ctx.settings))
     if grad is None:
         return (None,) * INPUTS + nothing
-    function: Callable[..., tuple[Tensor | None, ...]] = pull_back if around_dispatcher(grad) else attention_backward_op
+    function: Callable[..., tuple[Tensor | None, ...]] = attention_backward_op
+    if ranks is not None or around_dispatcher(grad):
+        function = partial(pull_back, ranks=ranks)
     found = function(grad, *inputs, mask, *ctx.settings, *kept)
     routers = (Inputs._fields.index("kernel_routers"), Inputs._fields.index("differential_routers"))
     trained = ctx.settings[-1]
@@ -146,11 +154,28 @@ class Attention(torch.autograd.Function):
 
     forward = staticmethod(attend)
     setup_context = staticmethod(_keep)
-    backward = staticmethod(_differentiate)
+    backward = staticmethod(_differentiate)  # type: ignore[assignment]
 
 
-def dydila_attention(inputs: Inputs, settings: Settings) -> Tensor:
+class AttentionOverRanks(torch.autograd.Function):
+    """As :class:`Attention`, with tokens on several ranks, which no operator knows of."""
+
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, *arguments: Any) -> tuple[Tensor, ...]:
+        output = attend_over(ranks, *arguments)
+        ctx.ranks = ranks
+        _keep(ctx, arguments, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        return None, *_differentiate(ctx, grad, ranks=ctx.ranks)
+
+
+def dydila_attention(inputs: Inputs, settings: Settings, ranks: Ranks | None = None) -> Tensor:
     """Eqs. 5-9 (or 10) for validated arguments: (B, N, d), contiguous."""
+    if ranks is not None:
+        return AttentionOverRanks.apply(ranks, *inputs, *settings)[0]
     if around_dispatcher(inputs.q):
         return Attention.apply(*inputs, *settings)[0]
     return attention_op(*inputs, *settings)[0]

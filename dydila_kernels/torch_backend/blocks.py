@@ -137,7 +137,8 @@ def parts_of_logits(*products: tuple[Tensor, Tensor]) -> Tensor:
 
 def router_logits(*products: tuple[Tensor, Tensor]) -> Tensor:
     """The sum of ``tokens @ router`` of a block, (b, n, d) and (d, choices) -> (b, n, choices)."""
-    return parts_of_logits(*products).mT.reshape(*products[0][0].shape[:2], -1)
+    tokens, router = products[0]
+    return parts_of_logits(*products).mT.reshape(*tokens.shape[:2], router.shape[-1])
 
 
 def router_choices(*products: tuple[Tensor, Tensor]) -> Tensor:

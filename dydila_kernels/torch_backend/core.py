@@ -4,6 +4,9 @@ Images that fit a block are attended whole.  A longer image is walked twice: ove
 and over its queries, reading them out.  The backward pass walks the same blocks, runs each again from its inputs with
 the routing decisions of the forward and differentiates it on the spot.  Saved for it are the inputs, the decisions
 (one byte each) and the states of long images: memory beyond inputs and outputs does not grow with N.
+
+Where :class:`Ranks` share the tokens of the images, each walks its own, and the states, and in the backward pass their
+gradients, are summed over the ranks between the two walks.
 """
 
 from __future__ import annotations
@@ -16,9 +19,12 @@ import torch
 from torch import Tensor
 
 from dydila_kernels import reference
+from dydila_kernels.ranks import Ranks
 from dydila_kernels.torch_backend.blocks import (
+    ImageRanges,
     accumulation_dtype,
     all_blocks,
+    block_rows,
     differentiable_gradients,
     no_autocast,
     takes_plain_path,
@@ -84,7 +90,7 @@ class Call:
     """The arguments of one call.
 
     ``inputs`` are q, k, v, q', k'; ``like`` is a tensor with their shape, dtype and device.  ``disposable``: a block of
-    an input is made for the asking and may be overwritten.
+    an input is made for the asking and may be overwritten.  ``ranks``: the tokens are a part of all there are.
     """
 
     def __init__(
@@ -96,8 +102,9 @@ class Call:
         tables: Sequence[Tensor | None],
         like: Tensor,
         disposable: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.options, self.cu_seqlens, self.mask, self.inputs = options, cu_seqlens, mask, inputs
+        self.options, self.cu_seqlens, self.mask, self.inputs, self.ranks = options, cu_seqlens, mask, inputs, ranks
         self.like, self.disposable, self.dtype = like, disposable, accumulation_dtype(like.dtype)
         gamma, lam, *routers = (None if t is None else t.detach().to(self.dtype) for t in tables)
         # Routers multiply from the left, see router_logits: they are laid out for that once.
@@ -108,18 +115,28 @@ class Call:
 
     def walk(self) -> Iterator[tuple[list[Block], list[Block]]]:
         """Of each image (or several short ones) the blocks of keys and of queries, or no keys and one whole block."""
-        for images, ranges in all_blocks(self.like, self.cu_seqlens):
+        for images, ranges in self.blocks():
             scale = self.scale(images, slice(ranges[0].start, ranges[-1].stop))
             key_scales = self.key_scales(images, ranges)
             tokens, dim = ranges[-1].stop - ranges[0].start, self.like.shape[-1]
             # Made blocks are dear: where the states are no detour, keys and queries are not held at the same time.
-            if len(ranges) == 1 and not (self.disposable and states_pay(tokens, dim, self.options.num_heads)):
+            detour = self.disposable and states_pay(tokens, dim, self.options.num_heads)
+            if len(ranges) == 1 and not detour and self.ranks is None:
                 yield [], [Block(self, "whole", (images, ranges[0]), scale, key_scales)]
             else:
                 yield (
                     [Block(self, "keys", (images, rows), scale, key_scales) for rows in ranges],
                     [Block(self, "queries", (images, rows), scale, []) for rows in ranges],
                 )
+
+    def blocks(self) -> Iterator[ImageRanges]:
+        if self.ranks is None:
+            yield from all_blocks(self.like, self.cu_seqlens)
+            return
+        # All images at once: every rank reduces once, though they hold different numbers of tokens.
+        batch, length, dim = self.like.shape
+        rows = max(1, block_rows(dim, self.like.device) // max(1, batch))
+        yield slice(0, batch), [slice(n, min(n + rows, length)) for n in range(0, length, rows)]
 
     def load(self, block: Tensor | None, at: At, owned: bool) -> Tensor | None:
         """In the accumulation dtype, with zeros where the mask has no token; ``owned``: free to be overwritten."""
@@ -146,15 +163,21 @@ class Call:
                 largest.append(torch.stack(peaks).amax(0).clamp_min(0))
         if self.options.differential == "token":
             largest = [torch.maximum(*largest)]
+        if self.ranks is not None:
+            self.ranks.reduce_(largest, "max")
         return [t + (t == 0) for t in largest]
 
     def scale(self, images: slice, rows: slice) -> Tensor | float:
         """1/count of each image under "length", a number or (b, 1, 1, 1), else 1."""
         if self.options.normalization != "length":
             return 1.0
-        if self.mask is None:
-            return 1.0 / (rows.stop - rows.start)
-        return self.mask[images, rows].sum(-1).clamp(min=1).to(self.dtype).reciprocal()[:, None, None, None]
+        if self.ranks is not None:
+            length, counts = self.ranks.length, self.ranks.counts
+        else:
+            length, counts = rows.stop - rows.start, None if self.mask is None else self.mask[images, rows].sum(-1)
+        if counts is None:
+            return 1.0 / max(1, length)
+        return counts.clamp(min=1).to(self.dtype).reciprocal()[:, None, None, None]
 
     def forward(
         self, emit: Callable[[Block, Tensor], object], decide: Callable[[Block, Indices], object]
@@ -173,6 +196,8 @@ class Call:
             for block in keys:
                 shares = run(block, [])
                 states = [s.add_(share) for s, share in zip(states, shares, strict=True)] if states else shares
+            if self.ranks is not None:
+                self.ranks.reduce_(states, "sum")
             for block in queries:
                 emit(block, run(block, states)[0])
             all_states.append(states)
@@ -210,14 +235,20 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, options: Options, cu_seqlens: Sequence[int] | None, mask: Tensor | None, *tensors: Tensor | None
+        ctx: Any,
+        options: Options,
+        cu_seqlens: Sequence[int] | None,
+        ranks: Ranks | None,
+        mask: Tensor | None,
+        *tensors: Tensor | None,
     ) -> Tensor:
         q = tensors[0]
         assert q is not None
-        call = Call(options, cu_seqlens, mask, tensors[:5], tensors[5:], q)
+        call = Call(options, cu_seqlens, mask, tensors[:5], tensors[5:], q, ranks=ranks)
         out, decisions = torch.empty_like(q, memory_format=torch.contiguous_format), Decisions.of(call)
         states = call.forward(lambda block, tokens: out[block.at].copy_(tokens), decisions.write)
-        ctx.options, ctx.cu_seqlens, ctx.state_counts = options, cu_seqlens, [len(s) for s in states]
+        ctx.options, ctx.cu_seqlens, ctx.ranks = options, cu_seqlens, ranks
+        ctx.state_counts = [len(s) for s in states]
         ctx.save_for_backward(mask, *tensors, *decisions.tensors.values(), *chain(*states))
         return out
 
@@ -227,17 +258,19 @@ class Attention(torch.autograd.Function):
         tensors, rest = saved[:9], iter(saved[9:])
         names = index_names(ctx.options.differential)
         decisions = Decisions(names, [next(rest) for _ in names])
-        needed = ctx.needs_input_grad[3:]
+        needed = ctx.needs_input_grad[4:]
         if torch.is_grad_enabled():
+            if ctx.ranks is not None:
+                raise RuntimeError("tokens on several ranks have no second derivatives (create_graph=True)")
 
             def plain(*tensors: Tensor | None) -> Tensor:
                 return plain_attention(ctx.options, ctx.cu_seqlens, mask, tensors, decisions.tensors)
 
-            return None, None, None, *differentiable_gradients(plain, tensors, needed, grad)
+            return None, None, None, None, *differentiable_gradients(plain, tensors, needed, grad)
 
         # Detached: a block is differentiated on its own, with respect to leaves cut from these.
         inputs = [None if t is None else t.detach() for t in tensors[:5]]
-        call = Call(ctx.options, ctx.cu_seqlens, mask, inputs, tensors[5:], tensors[0])
+        call = Call(ctx.options, ctx.cu_seqlens, mask, inputs, tensors[5:], tensors[0], ranks=ctx.ranks)
         totals = [
             torch.zeros_like(t, memory_format=torch.contiguous_format) if t is not None and need else None
             for t, need in zip([*inputs, *call.tables[:4]], needed, strict=True)
@@ -272,11 +305,13 @@ class Attention(torch.autograd.Function):
                 state_slots = [(s.detach().requires_grad_(), torch.zeros_like(s)) for s in states]
                 for block in queries:
                     pull_back(block, state_slots, [grad[block.at]])
+                if call.ranks is not None:
+                    call.ranks.reduce_([total for _, total in state_slots], "sum")
                 for block in keys:
                     pull_back(block, [], [total for _, total in state_slots])
 
         grads = [None if total is None else total.to(t.dtype) for total, t in zip(totals, tensors, strict=True)]
-        return None, None, None, *grads
+        return None, None, None, None, *grads
 
 
 def plain_attention(
@@ -317,14 +352,17 @@ def dydila_attention(
     options: Options,
     mask: Tensor | None = None,
     cu_seqlens: Sequence[int] | None = None,
+    ranks: Ranks | None = None,
 ) -> Tensor:
     """The core for validated arguments.  ``tensors`` are q, k, v, q', k' and the four of :class:`Tables`."""
     tokens = tensors[0]
     assert tokens is not None
     with no_autocast(tokens.device):
         if takes_plain_path(*tensors):
+            if ranks is not None:
+                raise RuntimeError("tokens on several ranks take no tracer, torch.func or forward-mode AD")
             return plain_attention(options, cu_seqlens, mask, tensors)
-        return Attention.apply(options, cu_seqlens, mask, *tensors)
+        return Attention.apply(options, cu_seqlens, ranks, mask, *tensors)
 
 
 @torch.no_grad()

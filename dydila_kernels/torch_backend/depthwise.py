@@ -191,7 +191,10 @@ class ValueBlocks:
         """To be called when the memory that was taken for these rows has been filled."""
         grid = self.grid(rows)
         self.out[self.images, rows.start : grid.start] = 0
-        ready = grid.rows if self.stop == grid.stop else (self.stop - grid.start) // grid.columns - 1
+        if self.stop <= grid.start:  # prefix tokens alone; the grid may have rows without columns
+            ready = 0
+        else:
+            ready = grid.rows if self.stop == grid.stop else (self.stop - grid.start) // grid.columns - 1
         if ready > self.done:
             strip = strip_of(grid, self.done, ready)
             neighbours = slice(strip.neighbourhood.start - self.start, strip.neighbourhood.stop - self.start)

@@ -29,13 +29,11 @@ def projection_logits(x: Tensor, router: Tensor) -> Tensor:
     dtype = accumulation_dtype(x.dtype)
     with no_autocast(x.device):
         router = router.to(dtype)
-        if takes_plain_path(x, router):
+        if takes_plain_path(x, router) or not x.numel():
             return x.to(dtype) @ router
         blocks = [
             [router_logits((x[images, rows].to(dtype), router)) for rows in ranges] for images, ranges in all_blocks(x)
         ]
-        if not blocks:
-            return x.new_zeros((*x.shape[:2], router.shape[-1]), dtype=dtype)
         images = [parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in blocks]
         return images[0] if len(images) == 1 else torch.cat(images)
 

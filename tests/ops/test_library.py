@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +14,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import fresh_cache
 from torch.autograd import forward_ad
-from torch.utils.checkpoint import checkpoint
+from torch.export import Dim
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from dydila_kernels import DyDiLAttention
 from dydila_kernels.functional import triton_arguments, validated
@@ -20,6 +23,7 @@ from dydila_kernels.ops import core, library, projection
 from dydila_kernels.testing import Tensors, relative_error
 from dydila_kernels.torch_backend import Grid
 from tests.ops.helpers import DEVICE, DTYPES, assert_same_bits, attend, inputs_of, layer_of, tokens, use_gemm
+from tests.test_export import OnImage
 
 CONFIGURATIONS: list[dict[str, Any]] = [
     {"num_heads": 2},
@@ -176,12 +180,20 @@ def test_compiles_with_the_default_backend() -> None:
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_exports(strict: bool) -> None:
-    attn, x = layer_of(24, num_heads=2), tokens(2, 9, 24)
-    program = torch.export.export(attn, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=strict)
+    """For any batch and any grid; a saved program finds the operators again."""
+    attn = layer_of(24, num_heads=2).eval()
+    model = OnImage(attn.fuse() if strict else attn)
+    sizes = ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC, 2: Dim.DYNAMIC},)
+    program = torch.export.export(model, (tokens(2, 3, 4, 24),), dynamic_shapes=sizes, strict=strict)
     called = {str(node.target) for node in program.graph.nodes}
     assert {"dydila_kernels.attention.default", "dydila_kernels.projection.default"} <= called
-    other = tokens(5, 9, 24)
-    assert relative_error(program.module()(other), attn(other)) < 1e-6
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file)
+    for call, size in ((program.module(), (3, 5, 2)), (loaded.module(), (1, 2, 4))):
+        x = tokens(*size, 24)
+        assert relative_error(call(x), model(x)) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -219,6 +231,22 @@ def test_checkpoints_and_copies_give_the_same_bits() -> None:
     assert_same_bits(layer_gradients(attn, lambda t: checkpoint(attn, t, use_reentrant=False), x), expected)
     twin = copy.deepcopy(attn)
     assert_same_bits(layer_gradients(twin, twin, x), expected)
+
+
+def test_a_selective_checkpoint_keeps_the_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels run once, and the gradients are the same to the bit."""
+    attn, x = layer_of(24), tokens(2, 9, 24)
+    expected = layer_gradients(attn, attn, x)
+    calls = []
+    attend_once = core.attend
+    monkeypatch.setattr(core, "attend", lambda *arguments: calls.append(1) or attend_once(*arguments))
+    kept = partial(create_selective_checkpoint_contexts, [torch.ops.dydila_kernels.attention.default])
+    for context, count in ((kept, 1), (None, 2)):
+        calls.clear()
+        options = {} if context is None else {"context_fn": context}
+        found = layer_gradients(attn, lambda t, o=options: checkpoint(attn, t, use_reentrant=False, **o), x)
+        assert_same_bits(found, expected)
+        assert len(calls) == count
 
 
 # Other derivatives

@@ -27,6 +27,7 @@ from dydila_kernels.torch_backend.blocks import (
     block_rows,
     differentiable_gradients,
     no_autocast,
+    scratch,
     takes_plain_path,
 )
 from dydila_kernels.torch_backend.linear_attention import readout, states_of, states_pay, whole_attention
@@ -44,6 +45,9 @@ At = tuple[slice, slice]
 """Images and rows of a block."""
 INPUTS_OF = {"queries": (0, 3), "keys": (1, 2, 4), "whole": (0, 1, 2, 3, 4)}
 """What a block computes from which of the inputs q, k, v, q', k'."""
+_SHARED = ("tokens", "tokens", None, "redundant", "redundant")
+PLACES = {"queries": _SHARED, "keys": _SHARED, "whole": ("tokens q", "tokens k", None, "redundant q", "redundant k")}
+"""Scratch memory for its own copies of these; the values are only read."""
 
 
 class Block:
@@ -60,7 +64,9 @@ class Block:
     def sides(self, cut: list[Tensor | None], indices: Indices) -> tuple[Tokens | None, Tokens | None, Tensor | None]:
         """Queries, keys and values.  Decisions not found in ``indices`` are taken and put there."""
         call = self.call
-        q, k, v, q_redundant, k_redundant = (call.load(t, self.at, owned=i != 2) for i, t in enumerate(cut))
+        q, k, v, q_redundant, k_redundant = (
+            call.load(t, self.at, place) for t, place in zip(cut, PLACES[self.kind], strict=True)
+        )
         queries = None if q is None else tokens_of("q", q, q_redundant, call.tables, call.options, indices)
         keys = None if k is None else tokens_of("k", k, k_redundant, call.tables, call.options, indices)
         if keys is not None and self.key_scales:
@@ -138,15 +144,20 @@ class Call:
         rows = max(1, block_rows(dim, self.like.device) // max(1, batch))
         yield slice(0, batch), [slice(n, min(n + rows, length)) for n in range(0, length, rows)]
 
-    def load(self, block: Tensor | None, at: At, owned: bool) -> Tensor | None:
-        """In the accumulation dtype, with zeros where the mask has no token; ``owned``: free to be overwritten."""
+    def load(self, block: Tensor | None, at: At, place: str | None = None) -> Tensor | None:
+        """In the accumulation dtype, with zeros where the mask has no token.
+
+        Without gradients a ``place`` in scratch memory makes it free to be overwritten.
+        """
         if block is None:
             return None
-        loaded = block.to(self.dtype)
-        if self.mask is not None:
-            return loaded.masked_fill(~self.mask[at][..., None], 0)
-        keep = torch.is_grad_enabled() or not owned or self.disposable or loaded is not block
-        return loaded if keep else loaded.clone()
+        hidden = None if self.mask is None else ~self.mask[at][..., None]
+        if place is None or torch.is_grad_enabled():
+            loaded = block.to(self.dtype)
+            return loaded if hidden is None else loaded.masked_fill(hidden, 0)
+        if not self.disposable or block.dtype != self.dtype:
+            block = scratch.take(place, block.shape, self.dtype, block.device).copy_(block)
+        return block if hidden is None else block.masked_fill_(hidden, 0)
 
     def key_scales(self, images: slice, ranges: list[slice]) -> list[Tensor]:
         """Under "denominator", for each map the largest entry of the keys of each image, (b, 1, 1).
@@ -158,7 +169,7 @@ class Call:
         largest = []
         for source in (self.inputs[1], self.inputs[4]):
             if source is not None:
-                blocks = (self.load(source[images, rows], (images, rows), owned=False) for rows in ranges)
+                blocks = (self.load(source[images, rows], (images, rows)) for rows in ranges)
                 peaks = [block.amax((1, 2), keepdim=True) for block in blocks if block is not None]
                 largest.append(torch.stack(peaks).amax(0).clamp_min(0))
         if self.options.differential == "token":

@@ -92,7 +92,8 @@ def is_transformed() -> bool:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that ``nn.Linear`` would cast to on this device now, or None outside autocast."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    # Meta tensors have no autocast.  The Dynamo of torch 2.9 and older cannot ask torch.amp.is_autocast_available.
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
 

@@ -353,7 +353,10 @@ def plain_attention(
         mask=mask,
         cu_seqlens=cu_seqlens,
         indices=None if indices is None else {name: index.long() for name, index in indices.items()},
-        **options._asdict(),
+        num_heads=options.num_heads,  # the Dynamo of torch 2.9 and older does not follow _asdict()
+        normalization=options.normalization,
+        router_gradient=options.router_gradient,
+        differential=options.differential,
     )
     return out.to(q.dtype)
 

@@ -138,13 +138,14 @@ def conv2d_weight(tokens: Tensor, shape: torch.Size, grad: Tensor, columns: int)
 def plain_depthwise(out: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, grids: Sequence[Grid]) -> Tensor:
     """The reference equation in the dtype of the weight, out of place."""
     parts, position = [], 0
-    for grid in grids:
-        if grid.start == grid.stop:
+    for start, rows, columns in grids:
+        stop = start + rows * columns
+        if start == stop:
             continue
-        inside = slice(grid.start, grid.stop)
-        image = reference.depthwise(v[:, inside].to(weight.dtype), weight, bias, (grid.rows, grid.columns))
-        parts += [out[:, position : grid.start], (out[:, inside] + image).to(out.dtype)]
-        position = grid.stop
+        inside = slice(start, stop)
+        image = reference.depthwise(v[:, inside].to(weight.dtype), weight, bias, (rows, columns))
+        parts += [out[:, position:start], (out[:, inside] + image).to(out.dtype)]
+        position = stop
     return torch.cat([*parts, out[:, position:]], 1)
 
 

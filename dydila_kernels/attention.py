@@ -148,7 +148,8 @@ class DyDiLAttention(nn.Module):
             is_causal: must be False; the attention is bidirectional.
 
         Returns:
-            (B, N, d), in the dtype that ``nn.Linear`` would give.
+            (B, N, d), in the dtype that ``nn.Linear`` would give.  NaN or infinity in a token that counts leaves no
+            finite output in its image, and changes no other image.
 
         Raises:
             TypeError, ValueError: an argument is not as described, or the attention is to be causal.

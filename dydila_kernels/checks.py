@@ -35,7 +35,7 @@ def choice(name: str, value: object, allowed: Sequence[str]) -> None:
 
 
 def integer(name: str, value: object, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int; got {type(value).__name__} {value!r}")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}; got {value}")
@@ -122,7 +122,7 @@ def cu_seqlens(value: Tensor | Sequence[int], like: Tensor) -> list[int]:
         len(bounds) < 2
         or bounds[0] != 0
         or bounds[-1] != length
-        or any(a > b for a, b in zip(bounds, bounds[1:], strict=False))
+        or any(a > b for a, b in zip(bounds[:-1], bounds[1:], strict=True))
     ):
         raise ValueError(f"cu_seqlens must rise from 0 to N = {length}; got {bounds}")
     return bounds

@@ -192,6 +192,7 @@ def test_statistics_check_as_the_call_does(method: str, arguments: dict[str, Any
 
 def test_auto_says_once_why_it_takes_torch_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functional, "_said", set())
+    monkeypatch.setattr(functional, "TRITON", functional.OLDEST_TRITON)
     gpu = torch.device("cuda", 0)
     with pytest.warns(UserWarning, match="torch backend on cuda:0: the kernels .*float64"):
         assert functional.choose_backend("auto", gpu, torch.float64) == "torch"

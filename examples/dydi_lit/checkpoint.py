@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, load_model, save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from examples.dydi_lit.configs import from_json as config_from_json
@@ -80,18 +81,32 @@ def save_checkpoint(
 
 def read_training(folder: Path) -> dict[str, Any]:
     """training.json: steps_done, train, model, data, versions; CheckpointError where it is not there or damaged."""
-    return _read_json(folder, "training.json")
+    training = _read_json(folder, "training.json", dict)
+    data = training.get("data")
+    if (
+        type(training.get("steps_done")) is not int
+        or not isinstance(training.get("train"), dict)
+        or not isinstance(data, dict)
+        or not isinstance(data.get("kind"), str)
+        or type(data.get("size")) is not int
+        or not isinstance(data.get("class_names"), list)
+    ):
+        raise CheckpointError(f"{folder / 'training.json'} is damaged: it does not tell what was trained on which data")
+    return training
 
 
 def read_losses(folder: Path) -> list[float]:
     """The loss of every step up to the checkpoint; CheckpointError where it is not there or damaged."""
-    return _read_json(folder, "losses.json")
+    losses = _read_json(folder, "losses.json", list)
+    if not all(isinstance(loss, float) for loss in losses):
+        raise CheckpointError(f"{folder / 'losses.json'} is damaged: it must hold numbers")
+    return losses
 
 
 def read_state(folder: Path) -> State:
     """What resuming needs beside the averaged weights; CheckpointError names the file that is missing or damaged."""
     weights, moments = (_read_tensors(folder / "state" / f"{name}.safetensors") for name in ("weights", "moments"))
-    return State(weights, moments, _read_json(folder, "state/counters.json"))
+    return State(weights, moments, _read_json(folder, "state/counters.json", dict))
 
 
 def load_ema_model(folder: Path, *, fuse: bool = True) -> DiffusionTransformer:
@@ -102,10 +117,15 @@ def load_ema_model(folder: Path, *, fuse: bool = True) -> DiffusionTransformer:
 
 def load_network(folder: Path) -> DiffusionTransformer:
     """The model of config.json and model.safetensors, in `eval`, on the CPU; CheckpointError where they do not fit."""
-    fields = _read_json(folder, "config.json")
+    fields = _read_json(folder, "config.json", dict)
     try:
-        model = DiffusionTransformer(config_from_json(fields))
-        load_model(model, folder / "model.safetensors")
+        config = config_from_json(fields)
+        weights = load_file(folder / "model.safetensors")
+        if config.depth > len(weights):  # before a network is built that the file has no weights for
+            raise ValueError(f"depth is {config.depth}, but there are {len(weights)} tensors only")
+        with torch.device("meta"):  # so that nothing is allocated for sizes that the file does not have
+            model = DiffusionTransformer(config)
+        model.load_state_dict({name: t.float() for name, t in weights.items()}, assign=True)
     except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"cannot load {folder / 'model.safetensors'} with its config.json: {error}") from error
     return model.eval()
@@ -118,13 +138,17 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"cannot resume: {file} cannot be loaded: {error}") from error
 
 
-def _read_json(folder: Path, name: str) -> Any:
+def _read_json(folder: Path, name: str, kind: type) -> Any:
+    """A file that holds one list or, for `kind` dict, one object."""
     try:
-        return json.loads((folder / name).read_text())
+        found = json.loads((folder / name).read_text())
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(_not_there(folder, name)) from None
     except ValueError as error:  # not JSON, or not even text
         raise CheckpointError(f"{folder / name} is damaged: {error}") from None
+    if not isinstance(found, kind):
+        raise CheckpointError(f"{folder / name} is damaged: it must hold a {kind.__name__}, not {found!r:.40}")
+    return found
 
 
 def _not_there(folder: Path, name: str) -> str:

@@ -1,7 +1,9 @@
 """The models of the paper's tables by name: which attention, which feed-forward, and how large."""
 
+import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 Model = Literal[
     "dit",
@@ -84,13 +86,16 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("lambda_init", "dwc_branches"):  # JSON has lists only
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.dim % 4:
+        if len(self.lambda_init) != 2:
+            raise ValueError(f"lambda_init must be two numbers, for the first and last block; got {self.lambda_init}")
+        check_types(self)
+        if self.dim < 4 or self.dim % 4:
             raise ValueError(f"dim must be a multiple of 4, for sines and cosines of two axes; got {self.dim}")
+        if self.ffn_ratio <= 0:
+            raise ValueError(f"ffn_ratio must be positive; got {self.ffn_ratio}")
         for name in ("depth", "patch_size", "in_channels", "num_classes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if len(self.lambda_init) != 2:
-            raise ValueError(f"lambda_init must be two numbers, for the first and last block; got {self.lambda_init}")
 
     def lambda_of(self, block: int) -> float:
         """The initial differential factor of block number `block`, from 0."""
@@ -150,3 +155,28 @@ def from_json(fields: dict[str, Any]) -> ModelConfig:
         return ModelConfig(**fields)
     except TypeError as error:
         raise ValueError(f"not the configuration of a model: {error}") from None
+
+
+def check_types(config: Any) -> None:
+    """ValueError names the field of a dataclass whose value, from JSON perhaps, is not of the type that it declares."""
+    for name, kind in get_type_hints(type(config)).items():
+        if not _is_of(getattr(config, name), kind):
+            expected = getattr(kind, "__name__", str(kind)) if get_origin(kind) is None else str(kind)
+            raise ValueError(f"{name} must be {expected.replace('typing.', '')}; got {getattr(config, name)!r}")
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether the value is of the type; a float is finite, and a bool is no number."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return value in arguments
+    if origin in (Union, UnionType):
+        return any(_is_of(value, argument) for argument in arguments)
+    if origin in (list, tuple):
+        if not isinstance(value, origin):
+            return False
+        kinds = arguments if origin is tuple and ... not in arguments else arguments[:1] * len(value)
+        return len(value) == len(kinds) and all(map(_is_of, value, kinds))
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))

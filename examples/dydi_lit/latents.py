@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from examples.dydi_lit.configs import check_types
 from examples.dydi_lit.data import Corrupt, DataError, DataKind, ImageData
 
 
@@ -71,13 +72,25 @@ def read_index(folder: Path) -> LatentIndex:
     """Reads index.json; DataError where it is missing or not one."""
     file = folder / "index.json"
     try:
-        return LatentIndex(**json.loads(file.read_text()))
+        index = LatentIndex(**json.loads(file.read_text()))
+        check_index(index)
+        return index
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(
             f"no latents at {folder}: there is no {file}; python -m examples.dydi_lit.extract_latents writes one"
         ) from None
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{file} is not an index of latents: {error}") from None
+
+
+def check_index(index: LatentIndex) -> None:
+    """ValueError names a field that no run of extract_latents writes."""
+    check_types(index)
+    for name in ("image_size", "channels", "size", "shard_size"):
+        if getattr(index, name) < 1:
+            raise ValueError(f"{name} must be at least 1; got {getattr(index, name)}")
+    if index.orientations not in (1, 2):
+        raise ValueError(f"orientations must be 1 or 2; got {index.orientations}")
 
 
 def save_shard(file: Path, moments: Tensor, labels: Tensor, files: list[str]) -> None:

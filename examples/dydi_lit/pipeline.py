@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -56,6 +57,8 @@ class DyDiLiTPipeline(DiffusionPipeline):
         class_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
+        if type(size) is not int or size < 1 or size % transformer.config.patch_size:
+            raise ValueError(f"size must be a multiple of the patches' {transformer.config.patch_size}; got {size!r}")
         if class_names is not None and len(class_names) != transformer.config.num_classes:
             raise ValueError(
                 f"class_names must name the {transformer.config.num_classes} classes; got {len(class_names)} names"
@@ -93,7 +96,8 @@ class DyDiLiTPipeline(DiffusionPipeline):
 
         Takes the arguments of diffusers' `from_pretrained`, such as `dtype`, `scheduler`, `revision` and `token`, but
         those that would run code of the folder. Reads JSON and safetensors only. Raises ValueError for a folder that
-        holds no such pipeline, or names classes that are not diffusers' own.
+        holds no such pipeline, or names classes that are not diffusers' own, and what diffusers raises, OSError mostly,
+        for a scheduler or a VAE that it cannot load.
         """
         if refused := [name for name in _EXECUTING if kwargs.get(name)]:
             raise ValueError(f"{', '.join(refused)} must be left out: this pipeline never runs code of a folder")
@@ -113,7 +117,10 @@ class DyDiLiTPipeline(DiffusionPipeline):
             kwargs["transformer"] = load_transformer(folder / "transformer").to(dtype=dtype)
         pipe = super().from_pretrained(folder, use_safetensors=True, **kwargs)
         if (folder / "training.json").exists():
-            pipe.training = json.loads((folder / "training.json").read_text())
+            try:
+                pipe.training = read_training(folder)
+            except CheckpointError as error:
+                raise ValueError(str(error)) from error
         return pipe
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
@@ -282,18 +289,29 @@ def _vae_of(data: dict[str, Any], vae: Any) -> Any:
 
 def _check_index(folder: Path) -> None:
     """ValueError unless model_index.json is of this pipeline, with components of diffusers alone."""
+    file = folder / "model_index.json"
     try:
-        index = json.loads((folder / "model_index.json").read_text())
+        index = json.loads(file.read_text())
     except FileNotFoundError:
         raise ValueError(
             f"no pipeline at {folder}: there is no model_index.json; DyDiLiTPipeline.from_checkpoint loads a checkpoint"
         ) from None
+    except ValueError as error:  # not JSON, or not even text
+        raise ValueError(f"{file} is damaged: {error}") from None
+    if not isinstance(index, dict):
+        raise ValueError(f"{file} is damaged: it must hold an object; got {index!r:.40}")
     if index.get("_class_name") != DyDiLiTPipeline.__name__:
         raise ValueError(f"{folder} must hold a {DyDiLiTPipeline.__name__}; got a {index.get('_class_name')}")
     for name in ("transformer", "scheduler", "vae"):
-        library = (index.get(name) or [None])[0]
-        if library not in (None, "diffusers"):
-            raise ValueError(f"the {name} of {folder} must be a class of diffusers; got one of {library}")
+        match index.get(name):
+            case None | [None, None]:
+                pass
+            case ["diffusers", str(component)] if isinstance(getattr(diffusers, component, None), type):
+                pass
+            case [library, _] if library != "diffusers":
+                raise ValueError(f"the {name} of {folder} must be a class of diffusers; got one of {library}")
+            case other:
+                raise ValueError(f"the {name} of {folder} must be a class of diffusers; got {other!r}")
 
 
 def _accepted(function: Any, **arguments: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from examples.dydi_lit.checkpoint import CheckpointError
-from examples.dydi_lit.configs import Model, Size
+from examples.dydi_lit.configs import Model, Size, check_types
 from examples.dydi_lit.data import Corrupt, DataKind
 from examples.dydi_lit.parallel import Parallel
 
@@ -134,8 +134,10 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
 
 def from_json(values: dict[str, Any]) -> TrainConfig:
     """The inverse of `to_json`; CheckpointError where the values are not those of a configuration."""
-    paths = {name: Path(values[name]) for name in ("data_path", "classes", "output") if values.get(name) is not None}
     try:
-        return TrainConfig(**(values | paths))
-    except TypeError as error:
+        names = ("data_path", "classes", "output")
+        config = TrainConfig(**values | {name: Path(values[name]) for name in names if values.get(name) is not None})
+        check_types(config)
+        return config
+    except (TypeError, ValueError) as error:
         raise CheckpointError(f"not the configuration of a training run: {error}") from None

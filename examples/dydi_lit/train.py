@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import dydila_kernels
@@ -143,11 +144,13 @@ class Run:
         )
         self.optimizer = accelerator.prepare_optimizer(optimizer)  # scales the loss for fp16
         if state:
+            check_state(state, self.network, self.rates)
             restore_moments(self.network, optimizer, state.moments)
-            self.rates.load_state_dict(state.counters["schedule"])
+            own = self.rates.state_dict()  # other versions of torch may have more
+            self.rates.load_state_dict({n: value for n, value in state.counters["schedule"].items() if n in own})
             for group, rate in zip(optimizer.param_groups, self.rates.get_last_lr(), strict=True):
                 group["lr"] = rate
-            if accelerator.scaler and state.counters["loss_scale"]:
+            if accelerator.scaler and state.counters.get("loss_scale"):
                 accelerator.scaler.load_state_dict(state.counters["loss_scale"])
         self.network.train()
 
@@ -234,6 +237,23 @@ def check_resume(folder: Path, config: TrainConfig, data: ImageData) -> None:
         raise CheckpointError(f"{folder} was trained on other data: these differ in {', '.join(differ)}")
     if training["steps_done"] > config.steps:
         raise CheckpointError(f"{folder} is at step {training['steps_done']}, beyond steps = {config.steps}")
+
+
+def check_state(state: State, network: nn.Module, rates: LRScheduler) -> None:
+    """CheckpointError unless the moments are of parameters of this network, and the counters of such a schedule."""
+    shapes = {name: weight.shape for name, weight in network.named_parameters()}
+    for name, moment in state.moments.items():
+        shape = shapes.get(name.rpartition(".")[0])
+        if shape is None or moment.shape not in (shape, torch.Size()):
+            raise CheckpointError(f"cannot resume: no parameter has a moment {name} of shape {tuple(moment.shape)}")
+    schedule, own = state.counters.get("schedule"), rates.state_dict()
+    if not isinstance(schedule, dict) or any(
+        name not in schedule or type(schedule[name]) is not type(own[name])
+        for name in ("base_lrs", "last_epoch", "_last_lr")
+    ):
+        raise CheckpointError("cannot resume: the schedule was not saved with base_lrs, last_epoch and _last_lr")
+    if not isinstance(state.counters.get("loss_scale"), dict | None):
+        raise CheckpointError("cannot resume: the loss scale must have been saved as an object, or as null")
 
 
 def model_config_of(config: TrainConfig, data: ImageData) -> ModelConfig:

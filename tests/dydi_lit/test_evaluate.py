@@ -285,7 +285,8 @@ def write_checkpoint(folder: Path, kind: str) -> Path:
     """What scoring needs of a checkpoint, of an untrained model."""
     config = config_of("dydi-lit", "tiny", dim=16, depth=1, in_channels=1, num_classes=10, learn_sigma=False)
     DiffusionTransformer(config).save_pretrained(folder)
-    (folder / "training.json").write_text(json.dumps({"data": {"kind": kind}}))
+    data = {"kind": kind, "size": 8, "class_names": [*"0123456789"]}
+    (folder / "training.json").write_text(json.dumps({"steps_done": 1, "train": {}, "data": data}))
     return folder
 
 

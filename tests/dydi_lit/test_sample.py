@@ -53,7 +53,8 @@ def write_checkpoint(folder: Path, kind: str, *, channels: int, num_classes: int
     model.save_pretrained(folder)
     described = {"kind": kind, "channels": channels, "size": 8, "num_classes": num_classes}
     names = [f"class {number}" for number in range(num_classes)]
-    (folder / "training.json").write_text(json.dumps({"data": {**described, "class_names": names, **data}}))
+    training = {"steps_done": 1, "train": {}, "data": {**described, "class_names": names, **data}}
+    (folder / "training.json").write_text(json.dumps(training))
     return folder
 
 

@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 TRITONS := 3.6.0 3.9.0
 VERSIONS := $(TRITONS:%=test-triton-%)
 
-.PHONY: help install demo test versions offline lint format bench gpu-smoke clean $(VERSIONS)
+.PHONY: help install demo test versions offline lint format docs packages bench gpu-smoke clean $(VERSIONS)
 
 help:
 	@echo "make demo      train and sample a small model on digits"
@@ -19,6 +19,8 @@ help:
 	@echo "make offline   compile the kernels for GPUs that need not be there; writes benchmarks/results/offline.csv"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    let ruff rewrite the files"
+	@echo "make docs      build the documentation into build/docs"
+	@echo "make packages  build wheel and sdist into dist/, install the wheel in new environments and try it"
 	@echo "make bench     time the layer against softmax attention and Sana's on the CPU"
 	@echo "make gpu-smoke tries on the CPU, in tiny sizes, the one command that measures a GPU"
 	@echo "make clean     remove .venv, caches and build output"
@@ -55,6 +57,12 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(INSTALLED)
+	$(BIN)/sphinx-build -W --keep-going -b html docs build/docs
+
+packages: $(INSTALLED)
+	$(BIN)/python tools/check_packages.py
+
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.layer --device cpu
 	$(BIN)/python -m benchmarks.plot benchmarks/results/cpu/layer.jsonl
@@ -73,5 +81,5 @@ $(INSTALLED): pyproject.toml setup.py requirements-dev.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
-	  -c requirements-dev.txt -e '.[dev,examples,benchmarks]'
+	  -c requirements-dev.txt -e '.[dev,docs,examples,benchmarks]'
 	@touch $@

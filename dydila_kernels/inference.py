@@ -22,8 +22,8 @@ from dydila_kernels.torch_backend import (
     ValueBlocks,
     accumulation_dtype,
     autocast_dtype,
+    choices_of_two,
     project_block,
-    router_choices,
     scratch,
     states_pay,
     takes_plain_path,
@@ -101,8 +101,12 @@ def attend(
         return v
 
     def routed(projection: DynamicProjection, side: str, at: At) -> Tensor:
-        out, rows = place("redundant", side, at), x[at]
-        project_block(out, rows, projection.weight, router_choices((rows.to(dtype), projection.router.to(dtype))))
+        # Asked for twice, first for one side and then for the other.
+        where = at[0].start, at[1].start
+        if where not in choices:
+            choices[where] = dict(zip("qk", choices_of_two(x[at].to(dtype), routers), strict=True))
+        out, index = place("redundant", side, at), choices[where].pop(side)
+        project_block(out, x[at], projection.weight, index)
         return out
 
     projected: list[Callable[[At], Tensor] | None] = [
@@ -112,7 +116,9 @@ def attend(
         None,
         None,
     ]
+    choices: dict[tuple[int, int], dict[str, Tensor]] = {}
     if attn.projection_q is not None and attn.projection_k is not None:
+        routers = torch.cat([attn.projection_q.router, attn.projection_k.router], 1).to(dtype).mT.contiguous().mT
         redundant = [partial(routed, attn.projection_q, "q"), partial(routed, attn.projection_k, "k")]
         projected = [*projected[:3], *redundant] if attn.differential is not None else [*redundant, value, None, None]
 

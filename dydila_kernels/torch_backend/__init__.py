@@ -12,9 +12,9 @@ equations of :mod:`dydila_kernels.reference` in one piece instead, in the same a
 from dydila_kernels.torch_backend.blocks import (
     accumulation_dtype,
     autocast_dtype,
+    choices_of_two,
     is_transformed,
     no_autocast,
-    router_choices,
     scratch,
     takes_plain_path,
 )
@@ -33,6 +33,7 @@ __all__ = [
     "ValueBlocks",
     "accumulation_dtype",
     "autocast_dtype",
+    "choices_of_two",
     "depthwise",
     "dydila_attention",
     "is_transformed",
@@ -40,7 +41,6 @@ __all__ = [
     "project_block",
     "projection_logits",
     "routed_projection",
-    "router_choices",
     "routing_indices",
     "scratch",
     "states_pay",

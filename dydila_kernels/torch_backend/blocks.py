@@ -144,5 +144,14 @@ def router_logits(*products: tuple[Tensor, Tensor]) -> Tensor:
 
 def router_choices(*products: tuple[Tensor, Tensor]) -> Tensor:
     """The argmax of :func:`router_logits`, (b, n)."""
+    return choices_of_parts(parts_of_logits(*products), products[0][0])
+
+
+def choices_of_two(tokens: Tensor, routers: Tensor) -> list[Tensor]:
+    """The choices (b, n) of two routers side by side, (d, 2 choices), which read the tokens once."""
+    return [choices_of_parts(parts, tokens) for parts in parts_of_logits((tokens, routers)).tensor_split(2, 1)]
+
+
+def choices_of_parts(logits: Tensor, tokens: Tensor) -> Tensor:
     # (On a CPU the indices of max are eight times faster than argmax, and ties are broken alike.)
-    return parts_of_logits(*products).max(1).indices.view(products[0][0].shape[:2])
+    return logits.max(1).indices.view(tokens.shape[:2])

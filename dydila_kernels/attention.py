@@ -245,7 +245,7 @@ class DyDiLAttention(nn.Module):
         """Turns the layer into its inference form, in place, and returns it: one 3x3 kernel, stacked routers.
 
         The output is the same.  Asking twice changes nothing.  The layer cannot be trained afterwards, and takes other
-        weights through :meth:`load_state_dict` only, which accepts those of an unfused layer, too.
+        weights through ``load_state_dict`` only, which accepts those of an unfused layer, too.
         """
         if not self.fused:
             self.eval()

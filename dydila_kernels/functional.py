@@ -101,15 +101,16 @@ def dydila_attention(
     Args:
         q, k, v: (B, N, d), of one dtype: float16, bfloat16, float32 or float64.  Any strides.
         q_redundant, k_redundant: (B, N, d), Q' and K' of Eq. 2; None with ``differential="off"``.
-        gamma: (n_F,) kernel factors, used as they are; results are finite for 0.5 <= gamma <= 64.
+        gamma: (n_F,) kernel factors, used as they are; results are finite for 0.5 <= gamma <= 64 (see normalization).
         lam: (n_D,) differential factors; None with ``differential="off"``.
         kernel_routers: (4, d, n_F) for q, k, q_redundant, k_redundant; (2, d, n_F) for q, k with "off".
         differential_routers: (2, 2d, n_D) for [Q, Q'], [K, K']; (1, 2d, n_D) for [Q, Q'] with ``differential="map"``;
             None with "off".
         num_heads: H, a divisor of d.
         normalization: "length" divides by the number of attended tokens, "none" is Eq. 8 as printed, "denominator"
-            divides by the absolute mass, which for lambda = 0 is the denominator of Eq. 4.  With several heads and
-            gamma above 16, a head whose powers all underflow in float32 gives 0.
+            divides by the absolute mass, which for lambda = 0 is the denominator of Eq. 4.  With gamma above 16 powers,
+            or their products with those of all keys, can underflow in float32: what is left is 0, or near that point an
+            output whose gradients need not be finite.
         router_gradient: "none", the argmax as printed, or "straight_through": the same values, and gradients to the
             routers as if the choice were the mean under the softmax of the logits.
         differential: "token" (Eq. 8), "map" (Eq. 10) or "off" (Eq. 6 alone).

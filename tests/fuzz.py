@@ -81,7 +81,7 @@ class Rounded(torch.autograd.Function):
 def rounding(eps: float, draw: Draw) -> Iterator[Callable[[Any], Any]]:
     """Within, the stages of the reference round what they take and give; so does the function for tensors by name."""
     # Numbers in 16 bits are rounded between the stages only; wider ones lose more, in the sums within a stage.
-    step = eps / 4 if eps > 1e-4 else 8 * eps
+    step = eps / 4 if eps > 1e-4 else 32 * eps
 
     def rounded(value: Any) -> Any:
         if isinstance(value, Tensor):

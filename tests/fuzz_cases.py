@@ -119,8 +119,8 @@ def spoil_routers(draw: Draw, routers: Tensor) -> None:
 
 def ranges_of_gamma(options: Mapping[str, Any]) -> list[tuple[float, float]]:
     small = [(3.0, 3.0), (1.0, 1.0), (0.5, 4.0)]
-    # Under "denominator" the powers of a head must not underflow, see dydila_attention.
-    return small if options["normalization"] == "denominator" and options["num_heads"] > 1 else [*small, (8.0, 64.0)]
+    # Under "denominator" powers and their products must not underflow, see dydila_attention.
+    return small if options["normalization"] == "denominator" else [*small, (8.0, 64.0)]
 
 
 def draw_layer(draw: Draw, backend: str) -> Case:

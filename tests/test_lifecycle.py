@@ -64,7 +64,7 @@ def few_bits(t: Tensor) -> Tensor:
 
 
 class Life(RuleBasedStateMachine):
-    """``weights`` are those of the unfused layer under its names, in float64."""
+    """``weights`` are those of the unfused layer under its names, in float64; ``model`` is its configuration."""
 
     attn: DyDiLAttention
 
@@ -72,7 +72,7 @@ class Life(RuleBasedStateMachine):
     def begin(self, configuration: dict[str, Any], seed: int) -> None:
         torch.manual_seed(seed)
         self.configuration, self.hooks, self.exact = configuration, {}, True
-        self.attn = self.model = self.fresh(dtype=torch.float64)
+        self.attn, self.model = self.fresh(dtype=torch.float64), self.fresh(device="meta")
         with torch.no_grad():
             for parameter in with_distinct_factors(self.attn).parameters():
                 parameter.copy_(few_bits(parameter))

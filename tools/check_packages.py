@@ -197,7 +197,7 @@ def interpreters() -> Iterator[str]:
     for wanted in PYTHONS:
         found = [shutil.which(f"python{wanted}"), *sorted(map(str, pyenv.glob(f"{wanted}.*/bin/python")))]
         for python in filter(None, found):
-            if subprocess.run([python, "-c", ""], capture_output=True).returncode == 0:  # pyenv's on the path may not
+            if subprocess.run([python, "-c", ""], capture_output=True).returncode == 0:  # a shim of pyenv may refuse
                 yield python
                 break
         else:

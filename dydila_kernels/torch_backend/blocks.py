@@ -15,6 +15,8 @@ CPU_BLOCK = 2**20
 """Elements of one token matrix in a block on a CPU: its few float32 temporaries of 4 MiB each stay in the caches."""
 DEVICE_BLOCK = 2**25
 """The same on other devices, where launches are what costs: temporaries of 128 MiB each."""
+ROW_TILE = 64
+"""The rows of a block are a multiple of this, but for the last one of an image."""
 
 ImageRanges = tuple[slice, list[slice]]
 """Images to take together, and the row ranges to take them in."""
@@ -56,7 +58,11 @@ def image_blocks(batch: int, start: int, stop: int, rows: int) -> Iterator[Image
     tokens = stop - start
     if not tokens:
         return
+    # Products of whole tiles, and rows that parts_of_logits can share out.
+    tile = min(rows, ROW_TILE)
+    rows -= rows % tile
     length = -(-tokens // -(-tokens // rows))
+    length += -length % tile
     ranges = [slice(n, min(n + length, stop)) for n in range(start, stop, length)]
     images = max(1, rows // tokens)
     for b in range(0, batch, images):
@@ -129,7 +135,7 @@ def parts_of_logits(*products: tuple[Tensor, Tensor]) -> Tensor:
     total: Tensor | None = None
     for tokens, router in products:
         rows = tokens.flatten(0, 1)
-        parts = math.gcd(len(rows), 8)
+        parts = next(parts for parts in range(16, 0, -1) if len(rows) % parts == 0)
         factors = router.mT.expand(parts, -1, -1), rows.unflatten(0, (parts, -1)).mT
         total = torch.bmm(*factors) if total is None else torch.baddbmm(total, *factors)
     assert total is not None

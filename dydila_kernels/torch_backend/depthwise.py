@@ -6,6 +6,7 @@ in strips of rows, each with the neighbouring row on either side, so that what t
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -85,6 +86,27 @@ def convolve_strip(v: Tensor, weight: Tensor, bias: Tensor | None, images: slice
     return convolve(v[images, strip.neighbourhood], weight, bias, columns)[:, strip.inner]
 
 
+def add_convolution(
+    out: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor | None, columns: int, inner: slice
+) -> None:
+    """Adds to ``out`` the convolution of whole rows of a grid, as far as it lies ``inner`` these."""
+    if out.device.type != "cpu" or out.dtype != weight.dtype:
+        out.add_(convolve(tokens, weight, bias, columns)[:, inner])
+        return
+    # On a CPU the nine taps one by one are as fast as conv2d, whose result is fresh memory and wants a pass of its own.
+    if bias is not None:
+        out.add_(bias)
+    image, result = tokens.unflatten(1, (-1, columns)), out.unflatten(1, (-1, columns))
+    above, rows = inner.start // columns, result.shape[1]
+    taps = weight.permute(2, 3, 1, 0).contiguous()
+    for i, j in itertools.product((-1, 0, 1), repeat=2):  # the neighbour that a tap sees
+        top, bottom = max(above + i, 0), min(above + i + rows, image.shape[1])
+        seen = image[:, top:bottom, max(j, 0) : columns + min(j, 0)]
+        result[:, top - above - i : bottom - above - i, max(-j, 0) : columns - max(j, 0)].addcmul_(
+            seen, taps[1 + i, 1 + j]
+        )
+
+
 class Depthwise(torch.autograd.Function):
     """``out + DWC(V)``, written into ``out``, and its gradients.  Weight and bias are in the accumulation dtype."""
 
@@ -92,7 +114,8 @@ class Depthwise(torch.autograd.Function):
     def forward(ctx: Any, out: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, grids: Sequence[Grid]) -> Tensor:
         for grid in grids:
             for images, strip in strips(v, grid):
-                out[images, strip.tokens].add_(convolve_strip(v, weight, bias, images, strip, grid.columns))
+                tokens = v[images, strip.neighbourhood]
+                add_convolution(out[images, strip.tokens], tokens, weight, bias, grid.columns, strip.inner)
         ctx.mark_dirty(out)
         ctx.save_for_backward(v, weight, bias)
         ctx.grids = grids
@@ -199,8 +222,8 @@ class ValueBlocks:
         if ready > self.done:
             strip = strip_of(grid, self.done, ready)
             neighbours = slice(strip.neighbourhood.start - self.start, strip.neighbourhood.stop - self.start)
-            image = convolve(self.window[:, neighbours], self.weight, self.bias, grid.columns)
-            self.out[self.images, strip.tokens] = image[:, strip.inner]
+            tokens, out = self.window[:, neighbours], self.out[self.images, strip.tokens].zero_()
+            add_convolution(out, tokens, self.weight, self.bias, grid.columns, strip.inner)
             self.done = ready
         if self.stop == grid.stop:
             self.window = self.out[:0]

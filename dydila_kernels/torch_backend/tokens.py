@@ -117,10 +117,8 @@ def power_(tokens: Tensor, gamma: Tensor, exact_zeros: bool) -> Tensor:
     """Eq. 5 in place and without a gradient, in as few passes over the block as will do."""
     tiny = torch.finfo(tokens.dtype).tiny
     largest = tokens.amax(-1, keepdim=True)
-    # Rows without a positive normal number count as dead.  (A product is five times faster than a quotient, and its
-    # rounding of the scale, common to the row, cancels.)
-    live = largest >= tiny
-    s = tokens.mul_(largest.where(live, 1).reciprocal_())
+    # (A product is five times faster than a quotient, and its rounding of the scale, common to the row, cancels.)
+    s = tokens.mul_(largest.clamp_min(tiny).reciprocal_())
     # Zeros become the smallest normal number, of which no power is left in the rounding of the row's 1.  (On a CPU
     # log2(0) is ten times slower than log2.)  Where that is not enough they are put back.
     sign = F.threshold(s, tiny, 0.0).sign_() if exact_zeros else None
@@ -128,8 +126,9 @@ def power_(tokens: Tensor, gamma: Tensor, exact_zeros: bool) -> Tensor:
     s_norm = norm(s)
     p = s.log2_().mul_(gamma) if sign is None else s.log2_().mul_(sign).mul_(gamma)
     p = p.exp2_() if sign is None else p.exp2_().mul_(sign)
-    # A live row holds a 1, so both norms are about 1 at least; a dead row is multiplied by 0.
-    return p.mul_((largest * live) * (s_norm / norm(p).clamp_min_(0.5)))
+    # A live row holds a 1, so both norms are about 1 at least.  Rows without a positive normal number count as dead and
+    # are multiplied by 0.
+    return p.mul_((largest * (largest >= tiny)) * (s_norm / norm(p).clamp_min_(0.5)))
 
 
 def needs_exact_zeros(gamma: Tensor, options: Options) -> bool:

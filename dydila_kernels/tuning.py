@@ -36,8 +36,8 @@ def tune(
 ) -> dict[tuple[str, str, int], Config]:
     """Finds the fastest launch configuration of each stage of the layer, and uses them from now on in this process.
 
-    For each shape, one stage after the other, configurations that differ from the present one in one number are timed
-    on the whole layer.  Each has to be compiled first: expect a minute or two for a shape.
+    For each shape, one stage after the other, configurations that differ from the present one in one number, or in rows
+    and warps alike, are timed on the whole layer.  Each has to be compiled first: expect a minute or two for a shape.
 
     Args:
         shapes: (B, N, d, H) each; N is taken as one row of N columns where it is no square.
@@ -146,7 +146,8 @@ def asked_by(call: Callable[[], object]) -> list[tuple[str, str, int]]:
 
 
 def alternatives(config: Config) -> Iterator[Config]:
-    """Configurations that differ from this one in one number, by a factor of two (stages: by one).
+    """Configurations that differ from this one in one number, by a factor of two (stages: by one), or in rows and warps
+    alike, which leaves a thread what it has.
 
     A tile has an element for each thread at least: kernels that write where they read rely on it.
     """
@@ -161,6 +162,9 @@ def neighbours(config: Config) -> Iterator[Config]:
         if value >= 16:  # smaller ones are no dimension of a tile
             yield from (replace(config, **{name: v}, reason="tuned") for v in (value // 2, 2 * value) if v >= 16)
     yield from (replace(config, warps=w, reason="tuned") for w in (config.warps // 2, 2 * config.warps) if 1 <= w <= 16)
+    for rows, warps in ((config.rows // 2, config.warps // 2), (2 * config.rows, 2 * config.warps)):
+        if rows >= 16 and 1 <= warps <= 16:
+            yield replace(config, rows=rows, warps=warps, reason="tuned")
     yield from (replace(config, stages=s, reason="tuned") for s in (config.stages - 1, config.stages + 1) if s >= 1)
 
 

@@ -46,6 +46,15 @@ def test_tuning_keeps_what_is_faster_and_nothing_else(monkeypatch: pytest.Monkey
     assert configs.asked is None
 
 
+def test_alternatives_differ_in_one_number_or_in_rows_and_warps_alike() -> None:
+    config = configs.Config(64, 32, 4, 2, reason="here")
+    others = [(c.rows, c.columns, c.warps, c.stages) for c in tuning.alternatives(config)]
+    alike = [(32, 32, 2, 2), (128, 32, 8, 2)]
+    single = [(32, 32, 4, 2), (128, 32, 4, 2), (64, 16, 4, 2), (64, 64, 4, 2), (64, 32, 2, 2), (64, 32, 8, 2)]
+    assert sorted(others) == sorted([*single, *alike, (64, 32, 4, 1), (64, 32, 4, 3)])
+    assert all(c.rows * c.columns >= 64 * c.warps for c in tuning.alternatives(configs.Config(16, 16, 4)))
+
+
 def test_tuning_passes_over_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.errors import OutOfResources
 

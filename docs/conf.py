@@ -46,6 +46,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "benchmarks/README.md": "benchmarks.md",
+    "benchmarks/QUESTIONS.md": "questions.md",
     "dydila_kernels/ops/README.md": "kernels.md",
     "examples/dydi_lit/README.md": "dydi_lit.md",
 }

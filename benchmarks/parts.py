@@ -28,8 +28,11 @@ SECONDS = {
 QUICK = ("--repeats", "10", "--budget-seconds", "0.5")
 """Ten calls tell a median within a few percent on a GPU; what takes half a second altogether is slow enough to tell."""
 SUITES_NEED = ("tyro", "tqdm")
-MODELS_NEED = ("diffusers", "huggingface_hub")
-"""Of the models of the example."""
+MODELS_NEED = (
+    "accelerate", "diffusers", "huggingface_hub", "matplotlib", "PIL", "psutil", "safetensors", "sklearn",
+    "tensorboard", "torchmetrics",
+)  # fmt: skip
+"""Of the example, whose models are measured, beside those: without one of them it does not import."""
 
 
 @dataclass(frozen=True)

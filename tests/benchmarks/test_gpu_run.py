@@ -87,6 +87,12 @@ def test_the_parts_fit_into_the_time() -> None:
     assert all(p.seconds < 480 for p in parts.PARTS)
 
 
+def test_the_parts_name_all_that_the_example_needs() -> None:
+    """What is missing is then said at the start of a run, and not found in its middle."""
+    example = pytest.importorskip("examples.dydi_lit", reason="its extra 'examples'")
+    assert {*parts.SUITES_NEED, *parts.MODELS_NEED} == {*example._EXTRA}
+
+
 def test_a_gpu_gets_sizes_and_a_cpu_the_defaults() -> None:
     core = next(p for p in parts.PARTS if p.name == "core")
     on_gpu, on_cpu = core.commands("cuda", False, "out"), core.commands("cpu", False, "out")

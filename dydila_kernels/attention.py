@@ -3,27 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from dydila_kernels import checks, inference, routing, torch_backend
+from dydila_kernels import checks, routing
+from dydila_kernels.checks import is_plain
 from dydila_kernels.depthwise import DepthwiseConv
 from dydila_kernels.differential import TokenDifferential
-from dydila_kernels.functional import attend, choose_backend, triton_attention, validated
+from dydila_kernels.functional import agreeing, backend_of
 from dydila_kernels.measure import DynamicMeasureKernel
 from dydila_kernels.projection import DynamicProjection
 from dydila_kernels.routing import Routing
+from dydila_kernels.stages import core_inputs
+from dydila_kernels.torch_backend import autocast_dtype, takes_plain_path
+from dydila_kernels.types import (
+    Backend,
+    Convolution,
+    CoreInputs,
+    Grid,
+    LayerWeights,
+    Linear,
+    Options,
+    Projector,
+    Tables,
+)
 
 
-class _Call(NamedTuple):
+class CheckedArgs(NamedTuple):
     """The arguments of a call after the checks; ``x`` is zero where the mask has no token."""
 
     x: Tensor
     mask: Tensor | None
-    grids: list[torch_backend.Grid]
+    grids: list[Grid]
     cu_seqlens: list[int] | None
+
+    def visible(self, y: Tensor) -> Tensor:
+        """y (B, N, ...) with zeros where the mask has no token."""
+        return y if self.mask is None else y.masked_fill(~self.mask[..., None], 0)
 
 
 class DyDiLAttention(nn.Module):
@@ -81,29 +99,29 @@ class DyDiLAttention(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        checks.integer("dim", dim, 1)
-        checks.heads(dim, num_heads)
+        dim = checks.integer("dim", dim, 1)
+        num_heads = checks.heads(dim, num_heads)
         checks.boolean("qkv_bias", qkv_bias)
         checks.boolean("proj_bias", proj_bias)
         checks.number("proj_drop", proj_drop)
         if not 0 <= proj_drop < 1:
             raise ValueError(f"proj_drop must be in [0, 1); got {proj_drop}")
         checks.choice("differential", differential, checks.DIFFERENTIALS)
-        checks.integer("num_projectors", num_projectors, 0 if differential == "off" else 1)
-        checks.integer("num_kernel_factors", num_kernel_factors, 1)
-        checks.integer("num_differential_factors", num_differential_factors, 1)
+        num_projectors = checks.integer("num_projectors", num_projectors, 0 if differential == "off" else 1)
+        num_kernel_factors = checks.integer("num_kernel_factors", num_kernel_factors, 1)
+        num_differential_factors = checks.integer("num_differential_factors", num_differential_factors, 1)
         checks.number("gamma_init", gamma_init, above=0)
         checks.number("lambda_init", lambda_init)
         checks.choice("normalization", normalization, checks.NORMALIZATIONS)
         checks.choice("router_gradient", router_gradient, checks.ROUTER_GRADIENTS)
         checks.branches("dwc_branches", dwc_branches)
-        checks.integer("num_prefix_tokens", num_prefix_tokens, 0)
+        num_prefix_tokens = checks.integer("num_prefix_tokens", num_prefix_tokens, 0)
         checks.choice("backend", backend, checks.BACKENDS)
         super().__init__()
         self.dim, self.num_heads, self.num_prefix_tokens = dim, num_heads, num_prefix_tokens
-        self.normalization, self.router_gradient, self.differential_mode = normalization, router_gradient, differential
+        self.normalization, self.router_gradient, self.differential_kind = normalization, router_gradient, differential
         self.backend, self.fused = backend, False
-        self.most_choices = max(
+        self.max_table_size = max(
             num_projectors, num_kernel_factors, num_differential_factors if differential != "off" else 1
         )
 
@@ -134,6 +152,7 @@ class DyDiLAttention(nn.Module):
         cu_seqlens: Tensor | Sequence[int] | None = None,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
+        **others: None,
     ) -> Tensor:
         """Attend.
 
@@ -146,6 +165,7 @@ class DyDiLAttention(nn.Module):
                 beside it is ignored with a warning.
             attn_mask: another name for ``mask``.
             is_causal: must be False; the attention is bidirectional.
+            others: what callers of other layers pass by name; must be None.
 
         Returns:
             (B, N, d), in the dtype that ``nn.Linear`` would give.  NaN or infinity in a token that counts leaves no
@@ -155,6 +175,7 @@ class DyDiLAttention(nn.Module):
             TypeError, ValueError: an argument is not as described, or the attention is to be causal.
             RuntimeError: ``backend="triton"`` where it cannot run; gradients are asked of a fused layer.
         """
+        checks.unused(others)
         if is_causal:
             raise ValueError("is_causal must be False: DyDiLA is bidirectional; got True")
         if attn_mask is not None:
@@ -162,24 +183,13 @@ class DyDiLAttention(nn.Module):
                 raise ValueError("attn_mask is another name for mask; got both")
             mask = attn_mask
         call = self._checked(x, mask, HW, cu_seqlens)
-        if inference.applies(self, call.x):
-            return self._finished(inference.attend(self, call.x, call.mask, call.grids, call.cu_seqlens), call)
-        tensors, arguments = validated(
-            *self._projected(call.x), mask=call.mask, cu_seqlens=call.cu_seqlens, **self._core_arguments()
-        )
-        dwc, v = self.dwc, tensors[2]
-        if dwc is not None and self._runs_triton(call.x) and not (dwc._forward_hooks or dwc._forward_pre_hooks):
-            out = triton_attention(*tensors, **arguments, convolution=dwc.fused_weight(), grids=call.grids)
+        backend = self._backend(call.x)
+        weights = self._plain_weights(call)
+        if weights is None:
+            y = self.proj(self._attention(call, backend))
         else:
-            out = attend(self.backend, *tensors, **arguments)
-            if dwc is not None:
-                assert v is not None
-                out = dwc(out, v if call.mask is None else v.masked_fill(~call.mask[..., None], 0), call.grids)
-        return self._finished(self.proj(out), call)
-
-    def _finished(self, y: Tensor, call: _Call) -> Tensor:
-        y = self.proj_drop(y)
-        return y if call.mask is None else y.masked_fill(~call.mask[..., None], 0)
+            y = backend.layer(call.x, weights, self.options, mask=call.mask, cu_seqlens=call.cu_seqlens)
+        return call.visible(self.proj_drop(y))
 
     def routing(self, x: Tensor, mask: Tensor | None = None) -> Routing:
         """The routing decisions that the forward pass takes for these tokens, and how often each choice is taken.
@@ -188,7 +198,7 @@ class DyDiLAttention(nn.Module):
         """
         call = self._checked(x, mask, needs_grid=False)
         with torch.no_grad():
-            return routing.routing_of(self, call.x, call.mask)
+            return routing.routing_of(self, call.x, call.mask, self._backend(call.x))
 
     def balance_loss(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """A loss () that evens the usage of the routers; add a small multiple, say 0.01, to the training loss.
@@ -204,7 +214,7 @@ class DyDiLAttention(nn.Module):
                 "balance_loss needs router_gradient='straight_through'; got 'none', whose routers are fixed"
             )
         call = self._checked(x, mask, needs_grid=False)
-        return routing.balance_loss_of(self, call.x, call.mask)
+        return routing.balance_loss_of(self, call.x, call.mask, self._backend(call.x))
 
     def load_attention(self, state_dict: Mapping[str, Tensor]) -> list[str]:
         """Loads ``qkv`` and ``proj`` of a timm or DiT attention, and names the parameters that stay new.
@@ -267,7 +277,7 @@ class DyDiLAttention(nn.Module):
     def extra_repr(self) -> str:
         text = (
             f"{self.dim}, num_heads={self.num_heads}, normalization={self.normalization!r}, "
-            f"router_gradient={self.router_gradient!r}, differential={self.differential_mode!r}, "
+            f"router_gradient={self.router_gradient!r}, differential={self.differential_kind!r}, "
             f"num_prefix_tokens={self.num_prefix_tokens}, backend={self.backend!r}"
         )
         return text + ", fused" if self.fused else text
@@ -280,15 +290,17 @@ class DyDiLAttention(nn.Module):
         cu_seqlens: Tensor | Sequence[int] | None = None,
         *,
         needs_grid: bool = True,
-    ) -> _Call:
+    ) -> CheckedArgs:
         checks.not_traced()
         checks.tokens("x", x, self.dim)
-        weight = self.proj.weight
-        if torch_backend.autocast_dtype(x.device) is None and x.dtype != weight.dtype and weight.dtype in checks.DTYPES:
-            raise TypeError(f"x must have the dtype of the weights, {weight.dtype}, outside autocast; got {x.dtype}")
+        # A hooked or replaced projection may have weights of any kind, or none.
+        plain = is_plain(self.proj, nn.Linear) and autocast_dtype(x.device) is None
+        if plain and x.dtype != self.proj.weight.dtype:
+            raise TypeError(
+                f"x must have the dtype of the weights, {self.proj.weight.dtype}, outside autocast; got {x.dtype}"
+            )
         if self.fused and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             raise RuntimeError("a layer cannot train after fuse(), but some of its parameters require a gradient")
-        self._backend(x)
         if mask is not None:
             checks.mask(mask, x)
         bounds = None
@@ -299,45 +311,71 @@ class DyDiLAttention(nn.Module):
         grids = []
         if needs_grid and (HW is not None or self.dwc is not None):
             grids = checks.grids(HW, x.shape[1], bounds, self.num_prefix_tokens)
-        return _Call(x if mask is None else x.masked_fill(~mask[..., None], 0), mask, grids, bounds)
+        return CheckedArgs(x if mask is None else x.masked_fill(~mask[..., None], 0), mask, grids, bounds)
 
-    def _backend(self, x: Tensor) -> str:
-        """ "triton" or "torch"; raises RuntimeError where "triton" was asked for and cannot run."""
-        dtype = torch_backend.autocast_dtype(x.device) or x.dtype
-        return choose_backend(self.backend, x.device, dtype, self.most_choices)
+    @property
+    def options(self) -> Options:
+        """What the core is told beside tensors."""
+        return Options(self.num_heads, self.normalization, self.router_gradient, self.differential_kind)
 
-    def _runs_triton(self, x: Tensor) -> bool:
-        return self._backend(x) == "triton" and not torch_backend.is_transformed()
+    def _backend(self, x: Tensor) -> Backend:
+        """Raises RuntimeError where "triton" was asked for and cannot run."""
+        return backend_of(self.backend, x.device, autocast_dtype(x.device) or x.dtype, self.max_table_size)
 
-    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """The tokens to measure and the values: q, k, v, q', k' (Eqs. 1-2)."""
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        if self.projection_q is None or self.projection_k is None:
-            return q, k, v, None, None
-        if self._runs_triton(x):
-            from dydila_kernels.ops import library
-
-            indices = library.route(x, [self.projection_q.router, self.projection_k.router])
-            q_redundant, k_redundant = self.projection_q(x, indices[0]), self.projection_k(x, indices[1])
-        else:
-            q_redundant, k_redundant = self.projection_q(x), self.projection_k(x)
-        return (
-            (q, k, v, q_redundant, k_redundant)
-            if self.differential is not None
-            else (q_redundant, k_redundant, v, None, None)
+    def _plain_weights(self, call: CheckedArgs) -> LayerWeights | None:
+        """All weights, where nothing asks for the tensors in between: no gradient, autocast, tracer, or module whose
+        call is more than its equation."""
+        x, linears, dwc = call.x, (self.qkv, self.proj), self.dwc
+        if torch.is_grad_enabled() or autocast_dtype(x.device) is not None or takes_plain_path(x):
+            return None
+        projections = [p for p in (self.projection_q, self.projection_k) if p is not None]
+        if not all(is_plain(linear, nn.Linear) for linear in linears):
+            return None
+        if not all(is_plain(projection, DynamicProjection) for projection in projections):
+            return None
+        if dwc is not None and not dwc.is_plain():
+            return None
+        multiplied = [linear.weight for linear in linears] + [projection.weight for projection in projections]
+        if any(weight.dtype != x.dtype for weight in multiplied):
+            return None
+        return LayerWeights(
+            Linear(self.qkv.weight, self.qkv.bias),
+            tuple(Projector(projection.weight, projection.router) for projection in projections),
+            self._tables(),
+            None if dwc is None else Convolution(*dwc.fused_weight(), call.grids),
+            Linear(self.proj.weight, self.proj.bias),
         )
 
-    def _core_arguments(self) -> dict[str, Any]:
-        """The keyword arguments of :func:`dydila_attention` that this layer owns."""
-        differential = self.differential
-        return {
-            "gamma": self.measure.gamma,
-            "lam": None if differential is None else differential.lam,
-            "kernel_routers": self.measure.routers(),
-            "differential_routers": None if differential is None else differential.routers(),
-            "num_heads": self.num_heads,
-            "normalization": self.normalization,
-            "router_gradient": self.router_gradient,
-            "differential": self.differential_mode,
-            "backend": self.backend,
-        }
+    def _attention(self, call: CheckedArgs, backend: Backend) -> Tensor:
+        """Eqs. 1-9: (B, N, d)."""
+        inputs, dwc = self._core_inputs(call.x, backend), self.dwc
+        arguments: dict[str, Any] = {"mask": call.mask, "cu_seqlens": call.cu_seqlens}
+        if dwc is not None and dwc.is_plain():
+            arguments["convolution"] = Convolution(*dwc.fused_weight(), call.grids)
+        out = backend.attend(inputs, self.options, **arguments)
+        if dwc is not None and not dwc.is_plain():
+            out = dwc(out, call.visible(inputs.v), call.grids)
+        return out
+
+    def _core_inputs(self, x: Tensor, backend: Backend) -> CoreInputs:
+        """Q, K, V, Q', K' of Eqs. 1-2, and the tables."""
+        tokens = self.qkv(x).chunk(3, dim=-1)
+        inputs = core_inputs(tokens, self._redundant(x, backend), self._tables(), self.differential_kind)
+        return agreeing(inputs, x.shape)
+
+    def _redundant(self, x: Tensor, backend: Backend) -> list[Tensor]:
+        """Q', K' of Eq. 2, or nothing where the layer has no projectors."""
+        projections = [p for p in (self.projection_q, self.projection_k) if p is not None]
+        if projections and all(is_plain(p, DynamicProjection) for p in projections):
+            indices = backend.route(x, [p.router for p in projections])  # in one pass over x
+            return [p(x, index, backend) for p, index in zip(projections, indices, strict=True)]
+        # A replaced forward knows of x alone.
+        return [p(x) if checks.is_replaced(p, DynamicProjection) else p(x, None, backend) for p in projections]
+
+    def _tables(self) -> Tables:
+        lam, differential_routers = (None, None) if self.differential is None else self.differential()
+        gamma, kernel_routers = self.measure()
+        return gamma, lam, kernel_routers, differential_routers
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise RuntimeError("torch.jit.script is not supported; use torch.compile or torch.export.export")

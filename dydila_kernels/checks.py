@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from dydila_kernels.torch_backend import Grid
+from dydila_kernels.types import Grid
 
 NORMALIZATIONS = ("length", "none", "denominator")
 ROUTER_GRADIENTS = ("none", "straight_through")
 DIFFERENTIALS = ("token", "map", "off")
 BACKENDS = ("auto", "triton", "torch")
 BRANCHES = ("3x3", "1x3", "3x1", "1x1", "identity")
+MOST_PREFIX_TOKENS = 16
+"""So many tokens beyond a square are taken for prefix tokens in the words of an error."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -34,11 +38,18 @@ def choice(name: str, value: object, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 
-def integer(name: str, value: object, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an int; got {type(value).__name__} {value!r}")
+def integer(name: str, value: Any, minimum: int) -> int:
+    """The value as an int, of whatever integer type it is (numpy's too), or as the symbol that it is."""
+    if not isinstance(value, (int, torch.SymInt)):
+        try:
+            value = operator.index(value)
+        except TypeError:
+            raise TypeError(f"{name} must be an int; got {type(value).__name__} {value!r}") from None
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an int; got bool {value!r}")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}; got {value}")
+    return value
 
 
 def boolean(name: str, value: object) -> None:
@@ -54,16 +65,18 @@ def number(name: str, value: object, *, above: float = -math.inf) -> None:
         raise ValueError(f"{name} must be a finite number{bound}; got {value}")
 
 
-def heads(dim: int, num_heads: object, dim_name: str = "dim") -> None:
-    integer("num_heads", num_heads, 1)
-    assert isinstance(num_heads, int)
+def heads(dim: int, num_heads: Any, dim_name: str = "dim") -> int:
+    num_heads = integer("num_heads", num_heads, 1)
     if dim % num_heads:
         raise ValueError(f"{dim_name} must be divisible by num_heads; got {dim_name}={dim}, num_heads={num_heads}")
+    return num_heads
 
 
 def floating(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
+    if value.is_nested:
+        raise TypeError(f"{name} must be a dense tensor; got a nested one: pack images in one row, with cu_seqlens")
     if value.dtype not in DTYPES:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"{name} must have one of the dtypes {expected}; got {str(value.dtype).removeprefix('torch.')}")
@@ -89,12 +102,18 @@ def shaped(name: str, value: object, shape: tuple[int, ...], meaning: str) -> No
 
 def mask(value: object, like: Tensor) -> None:
     """A bool tensor (B, N), True where there is a token."""
+    if isinstance(value, Sequence) and len(value) == 2 and all(isinstance(n, int) for n in value):
+        raise TypeError(f"mask must be a bool tensor (B, N); got {value!r}, which looks like HW: say HW={value!r}")
     if not isinstance(value, Tensor):
         raise TypeError(f"mask must be a bool tensor (B, N); got {type(value).__name__}")
     if value.dtype != torch.bool:
-        raise TypeError(
-            f"mask must be bool, True for a token that counts; got {str(value.dtype).removeprefix('torch.')}"
-        )
+        found = f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
+        if value.dim() == 3:
+            raise TypeError(
+                "mask, the second argument, must be a bool tensor (B, N): the layer is called with one tensor x and "
+                f"makes queries, keys and values of it; got {found}"
+            )
+        raise TypeError(f"mask must be bool, True for a token that counts; got {found}")
     if value.shape != like.shape[:2]:
         raise ValueError(f"mask must have the shape (B, N) = {tuple(like.shape[:2])}; got {tuple(value.shape)}")
     if value.device != like.device:
@@ -112,9 +131,7 @@ def cu_seqlens(value: Tensor | Sequence[int], like: Tensor) -> list[int]:
         value = value.tolist()
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise TypeError(f"cu_seqlens must be a one-dimensional integer tensor or a list of ints; got {value!r}")
-    bounds = list(value)
-    for bound in bounds:
-        integer("cu_seqlens", bound, 0)
+    bounds = [integer("cu_seqlens", bound, 0) for bound in value]
     batch, length = like.shape[:2]
     if batch != 1:
         raise ValueError(f"cu_seqlens packs images in one row, so the batch size must be 1; got {batch}")
@@ -139,13 +156,15 @@ def grid(value: object, length: int, num_prefix_tokens: int, where: str = "") ->
     if value is None:
         side = torch.sym_int(count**0.5)  # as math.isqrt, which torch.compile cannot trace for a dynamic N
         if side * side != count:
-            raise ValueError(f"HW=(rows, columns) is needed where N is no square; got N = {count}{prefix}{where}")
+            hint = ""
+            if not num_prefix_tokens and 0 < count - side * side <= MOST_PREFIX_TOKENS:
+                extra = count - side * side
+                hint = f"; {side} x {side} and {extra} class or register tokens need num_prefix_tokens={extra}"
+            raise ValueError(f"HW=(rows, columns) is needed where N is no square; got N = {count}{prefix}{where}{hint}")
         return side, side
-    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
+    if isinstance(value, str) or not hasattr(value, "__len__") or len(value) != 2:
         raise TypeError(f"HW must be (rows, columns){where}; got {value!r}")
-    rows, columns = value
-    integer("HW[0]", rows, 0)
-    integer("HW[1]", columns, 0)
+    rows, columns = integer("HW[0]", value[0], 0), integer("HW[1]", value[1], 0)  # type: ignore[index]
     if rows * columns != count:
         raise ValueError(f"HW must multiply to N = {count}{prefix}{where}; got {rows} x {columns} = {rows * columns}")
     return rows, columns
@@ -156,7 +175,7 @@ def grids(HW: Any, length: int, bounds: Sequence[int] | None, num_prefix_tokens:
     if bounds is None:
         return [Grid(num_prefix_tokens, *grid(HW, length, num_prefix_tokens))]
     count = len(bounds) - 1
-    if HW is not None and (not isinstance(HW, Sequence) or len(HW) != count or any(isinstance(g, int) for g in HW)):
+    if HW is not None and (not hasattr(HW, "__len__") or len(HW) != count or any(isinstance(g, int) for g in HW)):
         raise ValueError(f"HW must be a list of {count} (rows, columns), one for each image of cu_seqlens; got {HW!r}")
     found = []
     for i, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
@@ -197,3 +216,42 @@ def warn_of_mask_beside_packing(mask: Tensor | None) -> None:
     """``cu_seqlens`` says which tokens there are; a mask beside it is dropped, and that is said."""
     if mask is not None:
         warnings.warn("mask is ignored where cu_seqlens is given: packed rows hold no padding", stacklevel=4)
+
+
+EXPLAINED = {
+    "key": "the layer makes queries, keys and values of x",
+    "value": "the layer makes queries, keys and values of x",
+    "key_padding_mask": "say mask, True for a token that counts: mask=~key_padding_mask",
+    "need_weights": "there is no matrix of weights, and the output is one tensor",
+    "average_attn_weights": "there is no matrix of weights, and the output is one tensor",
+    "rope": "rotary embeddings are not supported",
+    "image_rotary_emb": "rotary embeddings are not supported",
+    "encoder_hidden_states": "the layer attends to its own tokens alone",
+}
+"""Why a layer has no use for arguments that others take."""
+
+
+def unused(arguments: Mapping[str, object]) -> None:
+    """Arguments by name that are not the layer's: None, or False for ``need_weights``, asks for nothing."""
+    for name, value in arguments.items():
+        if value is not None and not (name == "need_weights" and value is False):
+            reason = EXPLAINED.get(name, "DyDiLAttention has no such argument")
+            raise TypeError(f"{name} must be None: {reason}; got {type(value).__name__}")
+
+
+def is_replaced(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the module's ``forward`` is not that of its ``kind``, as FSDP's subclasses have it: some tools put
+    another in its place."""
+    return "forward" in module.__dict__ or type(module).forward is not kind.forward
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling the module does what ``kind.forward`` does with its parameters, and nothing else.
+
+    Not so for subclasses, hooks of any kind, replaced forwards, and parameters that are no plain tensors.
+    """
+    if type(module) is not kind or "forward" in module.__dict__ or _has_any_global_hook():
+        return False
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    return all(p is None or type(p) in (nn.Parameter, Tensor) for p in module._parameters.values())

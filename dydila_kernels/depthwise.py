@@ -9,10 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dydila_kernels import checks, torch_backend
+from dydila_kernels import checks
+from dydila_kernels.torch_backend import accumulation_dtype, depthwise
+from dydila_kernels.types import Convolution, Grid
 
 SIZES = {"3x3": (3, 3), "1x3": (1, 3), "3x1": (3, 1), "1x1": (1, 1)}
 """Rows and columns of a branch's kernel; "identity" passes the tokens through and has none."""
+
+
+class Branches(nn.ParameterDict):
+    """The kernels by name.  Calling it gives them, so that hooks on whatever owns parameters fire, as in offloading."""
+
+    __call__ = nn.Module.__call__  # a ParameterDict refuses
+
+    def forward(self) -> dict[str, Tensor]:
+        return dict(self.items())
 
 
 class DepthwiseConv(nn.Module):
@@ -46,7 +57,7 @@ class DepthwiseConv(nn.Module):
             raise ValueError("branches must hold at least one branch; got none")
         self.dim, self.names = dim, tuple(branches)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.branches = nn.ParameterDict(
+        self.branches = Branches(
             {name: nn.Parameter(torch.empty(dim, 1, *SIZES[name], **factory)) for name in branches if name in SIZES}
         )
         self.weight: nn.Parameter | None
@@ -65,7 +76,7 @@ class DepthwiseConv(nn.Module):
 
     def fused_weight(self) -> tuple[Tensor, Tensor | None]:
         """The 3x3 kernel (d, 1, 3, 3) that equals the sum of the branches, and the bias (d,) or None."""
-        return (self.sum_of(dict(self.branches.items())) if self.weight is None else self.weight), self.bias
+        return (self.sum_of(self.branches()) if self.weight is None else self.weight), self.bias
 
     def sum_of(self, branches: Mapping[str, Tensor]) -> Tensor:
         """The branches, and the identity, as one kernel, in float32 at least."""
@@ -73,27 +84,31 @@ class DepthwiseConv(nn.Module):
         for name, weight in branches.items():
             rows, columns = SIZES[name]
             pad = ((3 - columns) // 2, (3 - columns) // 2, (3 - rows) // 2, (3 - rows) // 2)
-            kernel = F.pad(weight.to(torch_backend.accumulation_dtype(weight.dtype)), pad)
+            kernel = F.pad(weight.to(accumulation_dtype(weight.dtype)), pad)
             total = kernel if total is None else total + kernel
         assert total is not None
         return total + F.pad(torch.ones_like(total[..., 1:2, 1:2]), (1, 1, 1, 1)) if "identity" in self.names else total
 
+    def is_plain(self) -> bool:
+        """Whether calling this module is Eq. 9 with :meth:`fused_weight` and nothing else."""
+        return checks.is_plain(self, DepthwiseConv) and checks.is_plain(self.branches, Branches)
+
     def fuse(self) -> DepthwiseConv:
         """Holds the summed kernel in place of the branches, for inference; asking twice changes nothing."""
         if self.weight is None:
-            weight = self.fused_weight()[0].detach()
-            self.branches = nn.ParameterDict()
-            self.weight = nn.Parameter(weight, requires_grad=False)
+            with torch.inference_mode(False):  # what inference mode makes cannot be loaded into
+                self.weight = nn.Parameter(self.fused_weight()[0].detach(), requires_grad=False)
+            self.branches = Branches()
             if self.bias is not None:
                 self.bias.requires_grad_(False)
         return self
 
-    def forward(self, out: Tensor, v: Tensor, grids: Sequence[torch_backend.Grid]) -> Tensor:
-        """Eq. 9: ``out + DWC(V)`` on each grid, where possible written into ``out``.  out, v (B, N, d) -> (B, N, d).
+    def forward(self, out: Tensor, v: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Eq. 9: ``out + DWC(V)`` on each grid.  out, v (B, N, d) -> (B, N, d).
 
         A grid is (first token, rows, columns); tokens outside of all grids keep their value.
         """
-        return torch_backend.depthwise(out, v, *self.fused_weight(), grids)
+        return depthwise(out, v, Convolution(*self.fused_weight(), grids))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         fused, branches = f"{prefix}weight", f"{prefix}branches."

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from typing import Any, Literal, TypeVar
 from zlib import crc32
@@ -21,10 +22,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 
-from dydila_kernels import checks, torch_backend
-from dydila_kernels.attention import DyDiLAttention
-from dydila_kernels.functional import runs_triton, triton_arguments, validated
+from dydila_kernels import checks
+from dydila_kernels.attention import CheckedArgs, DyDiLAttention
+from dydila_kernels.torch_backend import accumulation_dtype, autocast_dtype, takes_plain_path
+from dydila_kernels.types import Grid
 
 Module = TypeVar("Module", bound=nn.Module)
 Range = tuple[int, int]
@@ -90,7 +93,7 @@ class Group:
 
 @dataclass
 class SharedTokens:
-    """What a backend asks of a call's ranks, see :class:`dydila_kernels.ranks.Ranks`."""
+    """What a backend asks of a call's ranks, see :class:`dydila_kernels.types.Ranks`."""
 
     group: Group
     length: int
@@ -98,7 +101,7 @@ class SharedTokens:
 
     def reduce_(self, tensors: Sequence[Tensor], operation: Literal["sum", "max"]) -> None:
         # In one message, and as exact as the arithmetic around it, whatever the dtype of the tokens.
-        dtype = torch_backend.accumulation_dtype(tensors[0].dtype)
+        dtype = accumulation_dtype(tensors[0].dtype)
         flat = torch.cat([t.reshape(-1).to(dtype) for t in tensors])
         dist.all_reduce(flat, dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX, group=self.group.group)
         for t, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
@@ -142,7 +145,7 @@ class Fetch(torch.autograd.Function):
         return total, None, None, None
 
 
-def rows_around(tokens: Range, grid: torch_backend.Grid) -> Range:
+def rows_around(tokens: Range, grid: Grid) -> Range:
     """The rows of the grid that a 3x3 convolution reads for those tokens of a range that are in the grid."""
     first, last = max(tokens[0], grid.start) - grid.start, min(tokens[1], grid.stop) - grid.start
     if first >= last:
@@ -167,6 +170,7 @@ class SequenceParallelAttention(DyDiLAttention):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
         cu_seqlens: None = None,
+        **others: None,
     ) -> Tensor:
         """Attend to the tokens of all ranks.  All ranks call this at once, and later ``backward``.
 
@@ -180,6 +184,7 @@ class SequenceParallelAttention(DyDiLAttention):
             attn_mask: another name for ``mask``.
             is_causal: must be False; the attention is bidirectional.
             cu_seqlens: must be None; packed images cannot be spread.
+            others: what callers of other layers pass by name; must be None.
 
         Returns:
             (B, n, d), the rows of the whole output that are this rank's.
@@ -190,13 +195,14 @@ class SequenceParallelAttention(DyDiLAttention):
         """
         call, refusal = None, None
         try:
+            checks.unused(others)
             if is_causal:
                 raise ValueError("is_causal must be False: DyDiLA is bidirectional; got True")
             if cu_seqlens is not None:
                 raise ValueError("cu_seqlens must be None where the tokens of an image are spread over ranks")
             if attn_mask is not None and mask is not None:
                 raise ValueError("attn_mask is another name for mask; got both")
-            if torch_backend.takes_plain_path(x):
+            if takes_plain_path(x):
                 raise RuntimeError("tokens on several ranks take no torch.func, forward-mode AD or meta tensors")
             call = self._checked(x, attn_mask if mask is None else mask, needs_grid=False)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -214,28 +220,21 @@ class SequenceParallelAttention(DyDiLAttention):
         if call.mask is not None and self.normalization == "length":
             counts = call.mask.sum(-1)
             dist.all_reduce(counts, group=self.group.group)
-        ranks = SharedTokens(self.group, length, counts)
-        x, mask, n = call.x, call.mask, call.x.shape[1]
+        call = call._replace(grids=grids)
+        out = self._over_ranks(call, SharedTokens(self.group, length, counts), ranges_of(lengths))
+        return call.visible(self.proj_drop(self.proj(out)))
+
+    def _over_ranks(self, call: CheckedArgs, ranks: SharedTokens, held: Sequence[Range]) -> Tensor:
+        """Eqs. 1-9 for this rank's tokens."""
+        x, mask, n, backend = call.x, call.mask, call.x.shape[1], self._backend(call.x)
         if not n:
             # A token that does not count, so that no stage has to do without any.
             x, mask = F.pad(x, (0, 0, 0, 1)), x.new_zeros((x.shape[0], 1), dtype=torch.bool)
-        tensors, arguments = validated(*self._projected(x), mask=mask, **self._core_arguments())
-        if runs_triton(self.backend, *tensors):
-            from dydila_kernels.ops import library
+        inputs = self._core_inputs(x, backend)
+        out = backend.attend(inputs, self.options, mask=mask, ranks=ranks)[:, :n]
+        return out if self.dwc is None else self._convolved(out, call.visible(inputs.v[:, :n]), held, call.grids[0])
 
-            out = library.dydila_attention(*triton_arguments(*tensors, **arguments), ranks)
-        else:
-            out = torch_backend.dydila_attention(*tensors, **arguments, ranks=ranks)
-        v = tensors[2]
-        assert v is not None
-        if not n:
-            out, v = out[:, :0], v[:, :0]
-        if self.dwc is not None:
-            v = v if call.mask is None else v.masked_fill(~call.mask[..., None], 0)
-            out = self._convolved(out, v, ranges_of(lengths), grids[0])
-        return self._finished(self.proj(out), call)
-
-    def _convolved(self, out: Tensor, v: Tensor, held: Sequence[Range], grid: torch_backend.Grid) -> Tensor:
+    def _convolved(self, out: Tensor, v: Tensor, held: Sequence[Range], grid: Grid) -> Tensor:
         """Eq. 9: ``out + DWC(V)`` for this rank's tokens."""
         assert self.dwc is not None
         wanted = [rows_around(tokens, grid) for tokens in held]
@@ -245,7 +244,7 @@ class SequenceParallelAttention(DyDiLAttention):
         prefix, before = overlap(own, (0, grid.start)).stop, max(own[0] - start, 0)
         rows = F.pad(rows, (0, 0, prefix, 0)) if prefix else rows
         padded = F.pad(out, (0, 0, before, rows.shape[1] - before - out.shape[1]))
-        grids = [torch_backend.Grid(prefix, (stop - start) // max(1, grid.columns), grid.columns)]
+        grids = [Grid(prefix, (stop - start) // max(1, grid.columns), grid.columns)]
         return self.dwc(padded, rows, grids)[:, before : before + out.shape[1]]
 
     def _facts(self, call: Any, HW: Any) -> dict[str, object]:
@@ -257,7 +256,7 @@ class SequenceParallelAttention(DyDiLAttention):
         facts = (
             call.x.shape[0],
             call.x.dtype,
-            torch_backend.autocast_dtype(call.x.device),
+            autocast_dtype(call.x.device),
             call.mask is not None,
             tuple(HW) if isinstance(HW, Sequence) else HW,
             torch.is_grad_enabled() and trained,
@@ -294,16 +293,24 @@ def sequence_parallel(module: Module, group: dist.ProcessGroup | DeviceMesh | No
     if not found:
         raise ValueError(f"module must hold a DyDiLAttention; got a {type(module).__name__} without")
     for layer in found:
-        if type(layer) not in (DyDiLAttention, SequenceParallelAttention):
-            raise TypeError(
-                "module must hold DyDiLAttention itself, not a subclass, as fully_shard makes one: "
-                f"call sequence_parallel before it; got {type(layer).__name__}"
-            )
+        if isinstance(layer, FSDPModule):
+            raise TypeError(f"module must not be sharded yet: fully_shard comes after sequence_parallel; got {type(layer).__name__}")
     ranks = Group(group)
     for layer in found:
-        layer.__class__ = SequenceParallelAttention
+        layer.__class__ = parallel_class(type(layer))  # type: ignore[arg-type]
         layer.group = ranks  # type: ignore[assignment]
     return module
+
+
+@cache
+def parallel_class(kind: type[DyDiLAttention]) -> type[DyDiLAttention]:
+    """SequenceParallelAttention; for a subclass of DyDiLAttention, such as those of :mod:`dydila_kernels.convert`, one
+    that calls it where the subclass calls DyDiLAttention."""
+    if issubclass(kind, SequenceParallelAttention):
+        return kind
+    if kind is DyDiLAttention:
+        return SequenceParallelAttention
+    return type(f"SequenceParallel{kind.__name__}", (kind, SequenceParallelAttention), {})
 
 
 def shard_tokens(

@@ -6,15 +6,16 @@ import os
 import warnings
 from collections.abc import Sequence
 from importlib import metadata
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dydila_kernels import checks, torch_backend
+from dydila_kernels.types import DIFFERENTIAL_SIDES, Backend, CoreInputs, Options
 
 OLDEST_TRITON = (3, 6)
-MOST_CHOICES = 128
+MAX_TABLE_SIZE = 128
 """Entries of a table, or projectors, that the int8 indices of the kernels can tell apart."""
 
 
@@ -33,8 +34,8 @@ _said: set[str] = set()
 """Reasons for the torch backend that a warning has told."""
 
 
-def why_not_triton(device: torch.device, dtype: torch.dtype, choices: int = 1) -> str | None:
-    """Why the Triton backend cannot run on this device with this dtype and tables of so many choices; None: it can."""
+def why_not_triton(device: torch.device, dtype: torch.dtype, table_size: int = 1) -> str | None:
+    """Why the Triton backend cannot run on this device with this dtype and tables of this size; None: it can."""
     if TRITON is None:
         return "Triton is not installed (pip install dydila-kernels[triton])"
     if TRITON < OLDEST_TRITON:
@@ -46,8 +47,8 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, choices: int = 1) -
         return "the kernels run on CUDA and ROCm devices"
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"the kernels take float16, bfloat16 and float32, not {dtype}"
-    if choices > MOST_CHOICES:
-        return f"the kernels choose among {MOST_CHOICES} factors or projectors at most, not {choices}"
+    if table_size > MAX_TABLE_SIZE:
+        return f"the kernels choose among {MAX_TABLE_SIZE} factors or projectors at most, not {table_size}"
     if device.type == "cuda" and torch.version.hip is None and not torch.compiler.is_compiling():
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):
@@ -55,7 +56,7 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, choices: int = 1) -
     return None
 
 
-def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, choices: int = 1) -> str:
+def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, table_size: int = 1) -> str:
     """ "triton" or "torch".  Raises RuntimeError where "triton" was asked for and cannot run.
 
     "auto" takes Triton on a GPU, and where that cannot run it warns once and takes torch.  Triton's interpreter
@@ -65,13 +66,22 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, choic
     checks.choice("backend", backend, checks.BACKENDS)
     if backend == "torch" or (backend == "auto" and device.type != "cuda"):
         return "torch"
-    reason = why_not_triton(device, dtype, choices)
+    reason = why_not_triton(device, dtype, table_size)
     if backend == "triton" and reason is not None:
         raise RuntimeError(f"backend='triton' cannot run on {device} with {dtype}: {reason}; backend='torch' can")
     if reason is not None and reason not in _said and not torch.compiler.is_compiling():
         _said.add(reason)
         warnings.warn(f"backend='auto' takes the torch backend on {device}: {reason}", stacklevel=3)
     return "torch" if reason is not None else "triton"
+
+
+def backend_of(name: str, device: torch.device, dtype: torch.dtype, table_size: int = 1) -> Backend:
+    """The backend of a call: as :func:`choose_backend` says, but torch.func and forward-mode AD are the torch one's."""
+    if choose_backend(name, device, dtype, table_size) == "torch" or torch_backend.is_transformed():
+        return torch_backend
+    from dydila_kernels.ops import backend
+
+    return backend
 
 
 def dydila_attention(
@@ -126,7 +136,7 @@ def dydila_attention(
         TypeError, ValueError: an argument is not as described; the message names it, its value and what was expected.
         RuntimeError: ``backend="triton"`` where it cannot run.
     """
-    tensors, options = validated(
+    core = validated(
         q,
         k,
         v,
@@ -144,67 +154,21 @@ def dydila_attention(
         cu_seqlens=cu_seqlens,
         backend=backend,
     )
-    return attend(backend, *tensors, **options)
+    return core.backend.attend(core.inputs, core.options, mask=core.mask, cu_seqlens=core.cu_seqlens)
 
 
-def attend(
-    backend: str,
-    *tensors: Tensor | None,
-    options: torch_backend.Options,
-    mask: Tensor | None,
-    cu_seqlens: Sequence[int] | None,
-) -> Tensor:
-    """The core for what :func:`validated` returns."""
-    if runs_triton(backend, *tensors):
-        return triton_attention(*tensors, options=options, mask=mask, cu_seqlens=cu_seqlens)
-    return torch_backend.dydila_attention(*tensors, options=options, mask=mask, cu_seqlens=cu_seqlens)
+class CoreCall(NamedTuple):
+    """A call of the core after the checks, and who takes it."""
 
+    backend: Backend
+    inputs: CoreInputs
+    options: Options
+    mask: Tensor | None
+    cu_seqlens: list[int] | None
 
-def runs_triton(backend: str, *tensors: Tensor | None) -> bool:
-    """Whether the kernels take this call; torch.func and forward-mode AD are the torch backend's."""
-    q, gamma, lam = tensors[0], tensors[5], tensors[6]
-    assert q is not None and gamma is not None
-    choices = max(len(gamma), 0 if lam is None else len(lam))
-    if choose_backend(backend, q.device, q.dtype, choices) != "triton":
-        return False
-    return not torch_backend.is_transformed()
-
-
-def triton_arguments(
-    *tensors: Tensor | None,
-    options: torch_backend.Options,
-    mask: Tensor | None,
-    cu_seqlens: Sequence[int] | None,
-    convolution: tuple[Tensor, Tensor | None] | None = None,
-    grids: Sequence[torch_backend.Grid] = (),
-) -> tuple[Any, Any]:
-    """What the operators of :mod:`dydila_kernels.ops.library` take; ``convolution`` is weight (d, 1, 3, 3) and bias."""
-    from dydila_kernels.ops.core import Inputs, Settings
-
-    weight, bias = (None, None) if convolution is None else convolution
-    weight = None if weight is None else weight.float().flatten(1).t().contiguous()
-    inputs = Inputs(*tensors, weight, None if bias is None else bias.float())  # type: ignore[arg-type,call-arg]
-    flat = [] if weight is None else [n for grid in grids for n in grid]
-    straight_through = options.router_gradient == "straight_through"
-    return inputs, Settings(
-        mask, cu_seqlens, flat, options.num_heads, options.normalization, options.differential, straight_through
-    )
-
-
-def triton_attention(*tensors: Tensor | None, **arguments: Any) -> Tensor:
-    """Eqs. 5-8 (or 10), and with ``convolution`` Eq. 9 except at masked tokens, which get zero."""
-    from dydila_kernels.ops import library
-
-    return library.dydila_attention(*triton_arguments(*tensors, **arguments))
-
-
-def decisions_of(backend: str, *tensors: Tensor | None, **arguments: Any) -> dict[str, Tensor]:
-    """The routing decisions that :func:`attend` takes for the same arguments, (B, N) integers each."""
-    if not runs_triton(backend, *tensors):
-        return torch_backend.routing_indices(*tensors, **arguments)
-    from dydila_kernels.ops import library
-
-    return library.routing_indices(*triton_arguments(*tensors, **arguments))
+    def decisions(self) -> dict[str, Tensor]:
+        """The routing decisions that the call takes, (B, N) integers each."""
+        return self.backend.decisions(self.inputs, self.options, mask=self.mask, cu_seqlens=self.cu_seqlens)
 
 
 def validated(
@@ -225,8 +189,8 @@ def validated(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     backend: str = "auto",
-) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
-    """The arguments of :func:`dydila_attention`, checked: the tensors and the keyword arguments of the backend."""
+) -> CoreCall:
+    """The arguments of :func:`dydila_attention`, checked, in the autocast dtype where there is one."""
     checks.not_traced()
     checks.choice("normalization", normalization, checks.NORMALIZATIONS)
     checks.choice("router_gradient", router_gradient, checks.ROUTER_GRADIENTS)
@@ -238,7 +202,7 @@ def validated(
     for name, value in {"k": k, "v": v, **({} if differential == "off" else redundant)}.items():
         checks.shaped(name, value, tuple(q.shape), "that of q")
 
-    sides = {"token": 2, "map": 1, "off": 0}[differential]
+    sides = DIFFERENTIAL_SIDES[differential]
     checks.vector("gamma", gamma, "n_F")
     checks.shaped("kernel_routers", kernel_routers, (4 if sides else 2, dim, len(gamma)), "(routers, d, n_F)")
     if sides:
@@ -258,22 +222,27 @@ def validated(
         checks.warn_of_mask_beside_packing(mask)
         mask = None
 
-    dtype = torch_backend.autocast_dtype(q.device)
-    tokens = [q, k, v, q_redundant, k_redundant]
-    if dtype is not None:
-        tokens = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tokens]
-    checks.same(
-        "dtype", {"q": tokens[0], "k": tokens[1], "v": tokens[2], "q_redundant": tokens[3], "k_redundant": tokens[4]}
+    inputs = agreeing(
+        CoreInputs(q, k, v, q_redundant, k_redundant, gamma, lam, kernel_routers, differential_routers), q.shape
     )
-    checks.same(
-        "device",
-        {"q": q, "k": k, "v": v, **redundant, "gamma": gamma, "lam": lam, "kernel_routers": kernel_routers,
-         "differential_routers": differential_routers},
-    )  # fmt: skip
-    assert tokens[0] is not None
-    choose_backend(backend, q.device, tokens[0].dtype, max(len(gamma), 0 if lam is None else len(lam)))
-    return (*tokens, gamma, lam, kernel_routers, differential_routers), {
-        "options": torch_backend.Options(num_heads, normalization, router_gradient, differential),
-        "mask": mask,
-        "cu_seqlens": bounds,
-    }
+    table_size = max(len(gamma), 0 if lam is None else len(lam))
+    chosen = backend_of(backend, q.device, inputs.q.dtype, table_size)
+    return CoreCall(chosen, inputs, Options(num_heads, normalization, router_gradient, differential), mask, bounds)
+
+
+def agreeing(inputs: CoreInputs, shape: Sequence[int]) -> CoreInputs:
+    """The same, tokens in the autocast dtype where there is one.
+
+    Raises ValueError where tokens have another shape than this or differ in dtype, or tensors in device.
+    """
+    dtype = torch_backend.autocast_dtype(inputs.q.device)
+    tokens: dict[str, Tensor | None] = dict(zip(CoreInputs._fields[:5], inputs[:5], strict=True))
+    if dtype is not None:
+        tokens = {name: t if t is None or t.dtype == torch.float64 else t.to(dtype) for name, t in tokens.items()}
+        inputs = inputs._replace(**tokens)  # type: ignore[arg-type]
+    for name, t in tokens.items():
+        if t is not None:
+            checks.shaped(name, t, tuple(shape), "(B, N, d)")
+    checks.same("dtype", tokens)
+    checks.same("device", inputs._asdict())
+    return inputs

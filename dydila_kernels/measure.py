@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dydila_kernels.routers import RoutedFactors, init_router_, router_parameter
 
@@ -45,6 +45,9 @@ class DynamicMeasureKernel(RoutedFactors):
         nn.init.constant_(self.gamma, self.gamma_init)
         for name in self.router_names:
             init_router_(getattr(self, name), self.dim)
+
+    def table(self) -> Tensor:
+        return self.gamma
 
     def extra_repr(self) -> str:
         return f"{self.dim}, num_factors={self.num_factors}, routers={len(self.router_names)}"

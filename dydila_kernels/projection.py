@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dydila_kernels import reference, torch_backend
+from dydila_kernels import torch_backend
 from dydila_kernels.routers import init_router_, router_parameter
+from dydila_kernels.types import Backend
 
 
 class DynamicProjection(nn.Module):
@@ -43,27 +44,19 @@ class DynamicProjection(nn.Module):
         """The router's logits (B, N, n_P), in float32 at least; their argmax is Eq. 1."""
         return torch_backend.projection_logits(x, self.router)
 
-    def forward(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, index: Tensor | None = None, backend: Backend = torch_backend) -> Tensor:
         """x (B, N, d) -> (B, N, d) in the dtype that ``nn.Linear`` would give.
 
-        With ``index`` (B, N) int8, the choices of the router where these are known, the Triton kernels do the work.
+        ``index`` (B, N): what ``backend.route`` chose with this router, where that is known.
         """
         weight: Tensor = self.weight
-        logits = self.logits(x) if index is None or self.trainable_routers else None
+        logits = self.logits(x) if self.trainable_routers else None
+        if index is None:
+            index = backend.route(x, [self.router])[0]
         dtype = torch_backend.autocast_dtype(x.device)
         if dtype is not None and x.dtype != torch.float64:
             x, weight = x.to(dtype), weight.to(dtype)
-        if index is None:
-            assert logits is not None
-            trained = logits if self.trainable_routers else None
-            return torch_backend.routed_projection(x, weight, logits.argmax(-1), trained)
-
-        from dydila_kernels.ops import library
-
-        out = library.routed_projection(x, weight, index)
-        if logits is None:
-            return out
-        return out * reference.straight_through_one(logits, index.long()).to(out.dtype)
+        return backend.project(x, weight, index, logits)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, num_projectors={self.num_projectors}"

@@ -24,28 +24,42 @@ def init_router_(router: nn.Parameter, dim: int) -> None:
 
 
 class RoutedFactors(nn.Module):
-    """Base of the modules that own a table of factors and a few routers of one shape."""
+    """Base of the modules that own a table of factors and a few routers of one shape.
+
+    The layer calls it for its tensors, so that hooks on whatever owns parameters fire, as in offloading.
+    """
 
     router_names: tuple[str, ...]
-    packed: Tensor | None
+    packed: Tensor
 
     def __init__(self, router_names: tuple[str, ...]) -> None:
         super().__init__()
         self.router_names = router_names
-        self.register_buffer("packed", None, persistent=False)
+
+    def table(self) -> Tensor:
+        """The factors (n,)."""
+        raise NotImplementedError
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """The table (n,) and the :meth:`routers`."""
+        return self.table(), self.routers()
+
+    def routers(self) -> Tensor:
+        """The routers (routers, rows, n) in the order of ``router_names``."""
+        return self.packed if self.is_packed() else self.stacked()
 
     def stacked(self) -> Tensor:
         return torch.stack([getattr(self, name) for name in self.router_names])
 
-    def routers(self) -> Tensor:
-        """The routers (routers, rows, choices) in the order of ``router_names``."""
-        return self.stacked() if self.packed is None else self.packed
+    def is_packed(self) -> bool:
+        return "packed" in self._buffers
 
     def pack(self) -> None:
         """Stacks the routers once instead of in every call, for inference."""
-        self.packed = self.stacked().detach()
+        with torch.inference_mode(False), torch.no_grad():  # what inference mode makes cannot be loaded into
+            self.register_buffer("packed", self.stacked(), persistent=False)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        if self.packed is not None:
+        if self.is_packed():
             self.pack()

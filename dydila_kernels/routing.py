@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dydila_kernels import reference, torch_backend
-from dydila_kernels.functional import decisions_of, validated
+from dydila_kernels import reference
+from dydila_kernels.torch_backend import accumulation_dtype, no_autocast
+from dydila_kernels.types import Backend
 
 if TYPE_CHECKING:
     from dydila_kernels.attention import DyDiLAttention
@@ -25,7 +26,7 @@ class Routing:
 
     Attributes:
         indices: (B, N) int64 each.
-        usage: (n,) float32 each, the share of the (unmasked) tokens that took each choice.
+        usage: (n,) float32 each, the fraction of the (unmasked) tokens that took each choice.
     """
 
     indices: dict[str, Tensor]
@@ -34,27 +35,22 @@ class Routing:
     def __str__(self) -> str:
         width = max(map(len, self.usage))
         return "\n".join(
-            f"{name:{width}}  " + " ".join(f"{share:4.0%}" for share in usage.tolist())
+            f"{name:{width}}  " + " ".join(f"{fraction:4.0%}" for fraction in usage.tolist())
             for name, usage in self.usage.items()
         )
 
 
-def routing_of(attn: DyDiLAttention, x: Tensor, mask: Tensor | None) -> Routing:
+def routing_of(attn: DyDiLAttention, x: Tensor, mask: Tensor | None, backend: Backend) -> Routing:
     """The decisions of ``attn`` for tokens x (B, N, d), and their usage."""
     indices, choices = {}, {}
-    triton = attn._runs_triton(x)
-    projections = [name for name in ("projection_q", "projection_k") if getattr(attn, name) is not None]
-    routers = [getattr(attn, name).router for name in projections]
-    if triton and routers:
-        from dydila_kernels.ops import library
-
-        decided = list(library.route(x, routers))
-    else:
-        decided = [getattr(attn, name).logits(x).argmax(-1) for name in projections]
-    for name, index in zip(projections, decided, strict=True):
-        indices[name], choices[name] = index.long(), getattr(attn, name).num_projectors
-    tensors, arguments = validated(*attn._projected(x), mask=mask, **attn._core_arguments())
-    for name, index in decisions_of(attn.backend, *tensors, **arguments).items():
+    projections = {
+        name: projection for name in ("projection_q", "projection_k") if (projection := getattr(attn, name)) is not None
+    }
+    if projections:
+        decided = backend.route(x, [projection.router for projection in projections.values()])
+        for (name, projection), index in zip(projections.items(), decided, strict=True):
+            indices[name], choices[name] = index.long(), projection.num_projectors
+    for name, index in backend.decisions(attn._core_inputs(x, backend), attn.options, mask=mask).items():
         indices[name] = index.long()
         owner = attn.measure if name.startswith("measure") else attn.differential
         assert owner is not None
@@ -63,7 +59,7 @@ def routing_of(attn: DyDiLAttention, x: Tensor, mask: Tensor | None) -> Routing:
 
 
 def usage_of(index: Tensor, choices: int, mask: Tensor | None) -> Tensor:
-    """The share of tokens that took each of the choices: (n,) float32, all zero where there is no token."""
+    """The fraction of tokens that took each of the choices: (n,) float32, all zero where there is no token."""
     chosen = index[..., None] == torch.arange(choices, device=index.device)
     return mean_over_tokens(chosen.float(), mask)
 
@@ -75,35 +71,34 @@ def mean_over_tokens(t: Tensor, mask: Tensor | None) -> Tensor:
     return t.masked_fill(~mask[..., None], 0).sum((0, 1)) / mask.sum().clamp(min=1)
 
 
-def logits_of(attn: DyDiLAttention, x: Tensor) -> dict[str, Tensor]:
+def logits_of(attn: DyDiLAttention, x: Tensor, backend: Backend) -> dict[str, Tensor]:
     """The logits (B, N, n) of every router of the layer, differentiable, by the reference equations."""
-    (q, k, _, q_redundant, k_redundant, gamma, *_), _ = validated(*attn._projected(x), **attn._core_arguments())
+    inputs = attn._core_inputs(x, backend)
     logits = {}
     for name in ("projection_q", "projection_k"):
         projection = getattr(attn, name)
         if projection is not None:
             logits[name] = projection.logits(x)
-    assert q is not None and gamma is not None
-    dtype = torch_backend.accumulation_dtype(q.dtype)
+    dtype = accumulation_dtype(inputs.q.dtype)
     measured = {}
-    names = {"q": q, "k": k, "q_redundant": q_redundant, "k_redundant": k_redundant}
-    for (name, tokens), router in zip(names.items(), attn.measure.routers().to(dtype), strict=False):
-        assert tokens is not None
+    names = ("q", "k", "q_redundant", "k_redundant")
+    for name, router in zip(names, inputs.kernel_routers.to(dtype), strict=False):
+        tokens = getattr(inputs, name)
         logits[f"measure_{name}"] = tokens.to(dtype) @ router
-        chosen = gamma.to(dtype)[logits[f"measure_{name}"].argmax(-1)]
+        chosen = inputs.gamma.to(dtype)[logits[f"measure_{name}"].argmax(-1)]
         measured[name] = reference.power(tokens.to(dtype), chosen)
-    if attn.differential is not None:
-        for side, router in zip("qk", attn.differential.routers().to(dtype), strict=False):
+    if inputs.differential_routers is not None:
+        for side, router in zip("qk", inputs.differential_routers.to(dtype), strict=False):
             pair = torch.cat([measured[side], measured[f"{side}_redundant"]], -1)
             logits[f"differential_{side}"] = pair @ router
     return logits
 
 
-def balance_loss_of(attn: DyDiLAttention, x: Tensor, mask: Tensor | None) -> Tensor:
+def balance_loss_of(attn: DyDiLAttention, x: Tensor, mask: Tensor | None, backend: Backend) -> Tensor:
     """The mean over the routers of n sum_f usage_f probability_f, where the gradient goes through the probabilities."""
-    with torch_backend.no_autocast(x.device):
+    with no_autocast(x.device):
         losses = []
-        for logits in logits_of(attn, x).values():
+        for logits in logits_of(attn, x, backend).values():
             usage = usage_of(logits.argmax(-1), logits.shape[-1], mask)
             mean = mean_over_tokens(logits.softmax(-1), mask)
             losses.append(len(usage) * (usage.to(mean) * mean).sum())

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from dydila_kernels import reference
 from dydila_kernels.attention import DyDiLAttention
-from dydila_kernels.functional import decisions_of, validated
+from dydila_kernels.functional import validated
+from dydila_kernels.types import DIFFERENTIAL_SIDES
 
 Tensors = dict[str, Tensor]
 
@@ -44,7 +45,7 @@ def core_inputs(
         return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(device, dtype)
 
     off = differential == "off"
-    sides = {"token": 2, "map": 1, "off": 0}[differential]
+    sides = DIFFERENTIAL_SIDES[differential]
     inputs = {name: normal(batch, length, dim) for name in (TOKENS[:3] if off else TOKENS)}
     inputs["gamma"] = torch.linspace(*gamma, num_kernel_factors, dtype=torch.float64).to(device, dtype)
     inputs["kernel_routers"] = normal(2 if off else 4, dim, num_kernel_factors, scale=dim**-0.5)
@@ -62,9 +63,7 @@ def away_from_kinks(inputs: Mapping[str, Tensor], margin: float = 0.2) -> Tensor
 def decisions(inputs: Mapping[str, Tensor], **options: Any) -> Tensors:
     """The routing decisions that the backend takes for these arguments of the core, (B, N) int64 each."""
     arguments: dict[str, Any] = {**inputs, **options}
-    tensors, checked = validated(**arguments)
-    backend = arguments.get("backend", "auto")
-    return {name: index.long() for name, index in decisions_of(backend, *tensors, **checked).items()}
+    return {name: index.long() for name, index in validated(**arguments).decisions().items()}
 
 
 def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensors:
@@ -204,7 +203,7 @@ def equations(
         num_heads=attn.num_heads,
         normalization=attn.normalization,
         router_gradient=attn.router_gradient,
-        differential=attn.differential_mode,
+        differential=attn.differential_kind,
         mask=mask,
         cu_seqlens=cu_seqlens,
         indices=indices,

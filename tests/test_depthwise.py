@@ -11,8 +11,9 @@ from torch import Tensor
 from dydila_kernels import reference, torch_backend
 from dydila_kernels.depthwise import DepthwiseConv
 from dydila_kernels.testing import Tensors, assert_agree, output_and_gradients, relative_error
+from dydila_kernels.types import Convolution, Grid
 
-GRIDS = [torch_backend.Grid(2, 5, 3), torch_backend.Grid(17, 1, 4), torch_backend.Grid(23, 4, 1)]
+GRIDS = [Grid(2, 5, 3), Grid(17, 1, 4), Grid(23, 4, 1)]
 LENGTH = 27
 """Prefix tokens at 0, 1, 21 and 22 belong to no grid."""
 
@@ -39,7 +40,7 @@ def test_equals_the_reference(elements: int, bias: bool, block_of: Callable[[int
         inputs["bias"] = torch.randn(4, dtype=torch.float64)
 
     def convolve(t: Tensors) -> Tensor:
-        return torch_backend.depthwise(t["out"] * 1, t["v"], t["weight"], t.get("bias"), GRIDS)
+        return torch_backend.depthwise(t["out"], t["v"], Convolution(t["weight"], t.get("bias"), GRIDS))
 
     assert_agree(output_and_gradients(convolve, inputs), output_and_gradients(expected_of, inputs))
 

@@ -433,5 +433,5 @@ class TestOneRank:
             sequence_parallel(layer, dist.GroupMember.NON_GROUP_MEMBER)
         with pytest.raises(ValueError, match="lengths must sum to N = 5"):
             shard_tokens(torch.randn(1, 5, 2), lengths=[4])
-        with pytest.raises(TypeError, match="call sequence_parallel before it; got FSDPDyDiLAttention"):
+        with pytest.raises(TypeError, match="fully_shard comes after sequence_parallel; got FSDPDyDiLAttention"):
             sequence_parallel(fully_shard(layer))

@@ -13,6 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from dydila_kernels import dydila_attention, reference, torch_backend
 from dydila_kernels.testing import away_from_kinks, core_inputs
 from dydila_kernels.torch_backend.tokens import Power
+from dydila_kernels.types import Convolution, Grid
 
 NORMALIZATIONS = ["length", "none", "denominator"]
 DIFFERENTIALS = ["token", "map", "off"]
@@ -60,8 +61,8 @@ def test_routed_projection(block_of: Callable[[int], None]) -> None:
     block_of(8)
     index = torch.tensor([[0, 1, 1], [1, 0, 1]])
     tensors = (normal(2, 3, 4), normal(3, 4, 4))
-    assert gradcheck(lambda x, weight: torch_backend.routed_projection(x, weight, index), tensors)
-    assert gradgradcheck(lambda x, weight: torch_backend.routed_projection(x, weight, index), tensors)
+    assert gradcheck(lambda x, weight: torch_backend.project(x, weight, index), tensors)
+    assert gradgradcheck(lambda x, weight: torch_backend.project(x, weight, index), tensors)
 
 
 def test_projection_logits(block_of: Callable[[int], None]) -> None:
@@ -97,10 +98,10 @@ def test_reference_depthwise(bias: bool) -> None:
 def test_depthwise(elements: int, bias: bool, block_of: Callable[[int], None]) -> None:
     """Two grids among the tokens, a prefix token before each."""
     block_of(elements)
-    grids = [torch_backend.Grid(1, 3, 2), torch_backend.Grid(8, 1, 3)]
+    grids = [Grid(1, 3, 2), Grid(8, 1, 3)]
 
     def convolve(out: Tensor, v: Tensor, weight: Tensor, offset: Tensor | None) -> Tensor:
-        return torch_backend.depthwise(out * 1, v, weight, offset, grids)  # written into, so not the leaf itself
+        return torch_backend.depthwise(out, v, Convolution(weight, offset, grids))
 
     tensors = (normal(2, 11, 2), normal(2, 11, 2), normal(2, 1, 3, 3), normal(2) if bias else None)
     assert gradcheck(convolve, tensors)

@@ -14,6 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from dydila_kernels import DyDiLAttention, dydila_attention, torch_backend
 from dydila_kernels.testing import TOKENS, core_inputs
+from dydila_kernels.torch_backend import blocks
+from dydila_kernels.torch_backend.depthwise import depthwise_
+from dydila_kernels.types import Convolution, Grid
 
 ELEMENTS = 2**11
 LENGTH, DIM = 8192, 32
@@ -64,7 +67,7 @@ layouts = pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced
 @pytest.fixture(autouse=True)
 def small_blocks(block_of: Callable[[int], None]) -> None:
     block_of(ELEMENTS)
-    torch_backend.scratch.kept.clear()  # which counts where it is made, and may be that of larger blocks
+    blocks.idle.stack.clear()  # which counts where it is made, and may be that of larger blocks
 
 
 def test_the_count_sees_a_copy() -> None:
@@ -109,10 +112,10 @@ def test_stages_without_gradients(layout: str, stage: str) -> None:
     weight, router = torch.randn(3, DIM, DIM), torch.randn(DIM, 3)
     kernel, out = torch.randn(DIM, 1, 3, 3), torch.zeros(1, LENGTH, DIM)
     index = torch_backend.projection_logits(x, router).argmax(-1)
-    grids = [torch_backend.Grid(0, LENGTH // 16, 16)]
+    grids = [Grid(0, LENGTH // 16, 16)]
     functions: dict[str, tuple[Callable[[], Tensor], int]] = {
-        "projection": (lambda: torch_backend.routed_projection(x, weight, index), WHOLE),
-        "depthwise": (lambda: torch_backend.depthwise(out, x, kernel, None, grids), 0),
+        "projection": (lambda: torch_backend.project(x, weight, index), WHOLE),
+        "depthwise": (lambda: depthwise_(out, x, Convolution(kernel, None, grids)), 0),
     }
     function, allowed = functions[stage]
     with torch.no_grad():

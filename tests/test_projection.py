@@ -27,11 +27,11 @@ def test_equals_the_reference(elements: int, choices: int, block_of: Callable[[i
     logits = torch_backend.projection_logits(inputs["x"], inputs["router"])
     assert relative_error(logits, inputs["x"] @ inputs["router"]) < 1e-14 and torch.equal(logits.argmax(-1), index)
 
-    found = output_and_gradients(lambda t: torch_backend.routed_projection(t["x"], t["weight"], index), inputs)
+    found = output_and_gradients(lambda t: torch_backend.project(t["x"], t["weight"], index), inputs)
     assert_agree(found, output_and_gradients(lambda t: reference.project(t["x"], t["weight"], index), inputs))
 
     found = output_and_gradients(
-        lambda t: torch_backend.routed_projection(
+        lambda t: torch_backend.project(
             t["x"], t["weight"], index, torch_backend.projection_logits(t["x"], t["router"])
         ),
         inputs,

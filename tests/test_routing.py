@@ -113,7 +113,7 @@ def test_balance_loss_is_its_formula(masked: bool) -> None:
     mask = torch.rand(2, 16) < 0.6 if masked else None
     seen = torch.ones(2, 16, dtype=torch.bool) if mask is None else mask
     losses = []
-    for tokens, router in zip(attn.qkv(x).chunk(3, -1), attn.measure.routers(), strict=False):
+    for tokens, router in zip(attn.qkv(x).chunk(3, -1), attn.measure()[1], strict=False):
         usage = reference.route(tokens, router)[seen].bincount(minlength=4) / seen.sum()
         losses.append(4 * (usage * (tokens @ router).softmax(-1)[seen].mean(0)).sum())
     assert attn.balance_loss(x, mask).item() == pytest.approx(sum(losses).item() / 2, rel=1e-12)

@@ -7,7 +7,8 @@ import torch
 
 from dydila_kernels import reference
 from dydila_kernels.testing import assert_agree, output_and_gradients, relative_error
-from dydila_kernels.torch_backend.tokens import Options, Power, power_
+from dydila_kernels.torch_backend.tokens import Power, power_
+from dydila_kernels.types import Options
 
 GAMMAS = [0.5, 1.0, 3.0, 64.0]
 

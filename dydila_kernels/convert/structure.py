@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from dydila_kernels import checks, inference
+from dydila_kernels import checks
 from dydila_kernels.attention import DyDiLAttention
 from dydila_kernels.convert.layers import DiffusersAttention, ReplacedAttention, VisionAttention
 
@@ -201,7 +201,7 @@ def require_linears(weights: Weights, owners: Counter[int]) -> None:
     dim = weights.proj.out_features
     shapes = [(3 * dim if len(weights.qkv) == 1 else dim, dim)] * len(weights.qkv) + [(dim, dim)]
     for linear, shape in zip(linears, shapes, strict=True):
-        if not inference.is_plain(linear):
+        if not checks.is_plain(linear, nn.Linear):
             raise Unfit(f"a projection is a {type(linear).__name__} of a {type(linear.weight).__name__}, not plain")
         if tuple(linear.weight.shape) != shape:
             raise Unfit(f"a projection has the shape {tuple(linear.weight.shape)}, not {shape}")

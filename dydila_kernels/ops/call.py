@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dydila_kernels.ops.depthwise import Geometry
 from dydila_kernels.ops.tiles import INTERPRETED, check_rows, upload
-from dydila_kernels.ranks import Ranks
+from dydila_kernels.types import Ranks
 
 PROGRAMS = 264
 """Programs to split a sum over where the device does not say how many fit: two for each processor of an H200."""

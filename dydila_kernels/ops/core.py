@@ -30,7 +30,7 @@ from dydila_kernels.ops.gradients import Incoming, TableGradients, gradients, ma
 from dydila_kernels.ops.linear_attention import correlation, readout, state
 from dydila_kernels.ops.tiles import power_of_two
 from dydila_kernels.ops.tokens import tokens
-from dydila_kernels.ranks import Ranks
+from dydila_kernels.types import Ranks
 
 
 class Inputs(NamedTuple):

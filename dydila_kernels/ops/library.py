@@ -26,7 +26,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dydila_kernels.ops import core, flops, projection
 from dydila_kernels.ops.core import Inputs, Kept, Settings
-from dydila_kernels.ranks import Ranks
+from dydila_kernels.types import Ranks
 
 INPUTS, KEPT = len(Inputs._fields), len(Kept._fields)
 

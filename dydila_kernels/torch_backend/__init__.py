@@ -1,9 +1,9 @@
 """The layer in plain PyTorch over blocks of rows: right on every device, linear in time, bounded in memory.
 
-One file per stage, named as the stage is everywhere else.  Each stage works through its input in blocks that fit the
-caches, and its backward pass walks the same blocks, rebuilding what it needs from the inputs; sums run in a fixed
-order, so repeats are equal to the bit.  All arithmetic is in float32 (float64 for float64 inputs); only inputs and
-outputs are in a lower dtype.
+A :class:`dydila_kernels.types.Backend`.  One file per stage, named as the stage is everywhere else.  Each stage works
+through its input in blocks that fit the caches, and its backward pass walks the same blocks, rebuilding what it needs
+from the inputs; sums run in a fixed order, so repeats are equal to the bit.  All arithmetic is in float32 (float64 for
+float64 inputs); only inputs and outputs are in a lower dtype.
 
 ``torch.compile``, ``torch.export``, ``torch.func`` transforms, forward-mode AD and second derivatives take the
 equations of :mod:`dydila_kernels.reference` in one piece instead, in the same arithmetic.
@@ -12,37 +12,26 @@ equations of :mod:`dydila_kernels.reference` in one piece instead, in the same a
 from dydila_kernels.torch_backend.blocks import (
     accumulation_dtype,
     autocast_dtype,
-    choices_of_two,
     is_transformed,
     no_autocast,
-    scratch,
     takes_plain_path,
 )
-from dydila_kernels.torch_backend.core import At, Block, Call, dydila_attention, routing_indices
-from dydila_kernels.torch_backend.depthwise import Grid, ValueBlocks, depthwise
-from dydila_kernels.torch_backend.linear_attention import states_pay
-from dydila_kernels.torch_backend.projection import project_block, projection_logits, routed_projection
-from dydila_kernels.torch_backend.tokens import Options
+from dydila_kernels.torch_backend.core import attend, decisions
+from dydila_kernels.torch_backend.depthwise import depthwise
+from dydila_kernels.torch_backend.layer import layer
+from dydila_kernels.torch_backend.projection import project, projection_logits, route
 
 __all__ = [
-    "At",
-    "Block",
-    "Call",
-    "Grid",
-    "Options",
-    "ValueBlocks",
     "accumulation_dtype",
+    "attend",
     "autocast_dtype",
-    "choices_of_two",
+    "decisions",
     "depthwise",
-    "dydila_attention",
     "is_transformed",
+    "layer",
     "no_autocast",
-    "project_block",
+    "project",
     "projection_logits",
-    "routed_projection",
-    "routing_indices",
-    "scratch",
-    "states_pay",
+    "route",
     "takes_plain_path",
 ]

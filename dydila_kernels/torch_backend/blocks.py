@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -18,34 +18,54 @@ DEVICE_BLOCK = 2**25
 ROW_TILE = 64
 """The rows of a block are a multiple of this, but for the last one of an image."""
 
+FAKE = torch._C._TorchDispatchModeKey.FAKE
+
 ImageRanges = tuple[slice, list[slice]]
 """Images to take together, and the row ranges to take them in."""
 
 
-class Scratch(threading.local):
-    """Memory for the temporaries of a block, kept for the next one.
+class Workspace:
+    """Memory for the temporaries of the blocks of one call.  A name stands for what is held at one time.
 
-    On a CPU the page faults of fresh memory take longer than most of the arithmetic on it.  Each thread keeps one block
-    for each name, of 4 MiB in float32; a name stands for what is held at one time.
+    On a CPU the page faults of fresh memory take longer than most of the arithmetic on it.
     """
 
     def __init__(self) -> None:
-        self.kept: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def take(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised contiguous tensor, good until the same name is taken again."""
+        """An uninitialised contiguous tensor, good until the same name is taken again or the call ends."""
         size = math.prod(shape)
-        # Fresh memory is also what torch fills with NaN where deterministic algorithms are asked for.
-        if device.type != "cpu" or size > 2 * CPU_BLOCK or torch.are_deterministic_algorithms_enabled():
+        # Fresh memory is also what torch fills with NaN where deterministic algorithms are asked for, and a tensor made
+        # under a dispatch mode is the mode's.
+        kept_out = torch.are_deterministic_algorithms_enabled() or torch._C._len_torch_dispatch_stack() > 0
+        if device.type != "cpu" or size > 2 * CPU_BLOCK or kept_out:
             return torch.empty(shape, dtype=dtype, device=device)
-        kept = self.kept.get((name, dtype))
-        if kept is None or kept.numel() < size:
+        buffer = self.buffers.get((name, dtype))
+        if buffer is None or buffer.numel() < size:
             with torch.inference_mode(False):  # what inference mode makes cannot be written outside of it
-                kept = self.kept[name, dtype] = torch.empty(size, dtype=dtype)
-        return kept[:size].view(shape)
+                buffer = self.buffers[name, dtype] = torch.empty(size, dtype=dtype, device=device)
+        return buffer[:size].view(shape)
 
 
-scratch = Scratch()
+class IdleWorkspaces(threading.local):
+    """Those of this thread that no call holds: one, unless a layer was called within another's call."""
+
+    def __init__(self) -> None:
+        self.stack: list[Workspace] = []
+
+
+idle = IdleWorkspaces()
+
+
+@contextmanager
+def workspace() -> Iterator[Workspace]:
+    """A workspace that is this call's alone until it ends; what it holds stays for a later call of the thread."""
+    taken = idle.stack.pop() if idle.stack else Workspace()
+    try:
+        yield taken
+    finally:
+        idle.stack.append(taken)
 
 
 def block_rows(dim: int, device: torch.device) -> int:
@@ -84,8 +104,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def takes_plain_path(*tensors: Tensor | None) -> bool:
-    """Whether plain operations are called for: by a tracer, torch.func, forward-mode AD or meta tensors."""
-    if torch.compiler.is_compiling() or is_transformed():
+    """Whether plain operations are called for: by a tracer, torch.func, forward-mode AD, fake or meta tensors."""
+    if torch.compiler.is_compiling() or is_transformed() or torch._C._get_dispatch_mode(FAKE) is not None:
         return True
     return any(t is not None and t.device.type == "meta" for t in tensors)
 
@@ -153,9 +173,14 @@ def router_choices(*products: tuple[Tensor, Tensor]) -> Tensor:
     return choices_of_parts(parts_of_logits(*products), products[0][0])
 
 
-def choices_of_two(tokens: Tensor, routers: Tensor) -> list[Tensor]:
-    """The choices (b, n) of two routers side by side, (d, 2 choices), which read the tokens once."""
-    return [choices_of_parts(parts, tokens) for parts in parts_of_logits((tokens, routers)).tensor_split(2, 1)]
+def choices_of_each(tokens: Tensor, routers: Tensor, count: int) -> list[Tensor]:
+    """The choices (b, n) of ``count`` routers side by side, (d, count choices), which read the tokens once."""
+    return [choices_of_parts(parts, tokens) for parts in parts_of_logits((tokens, routers)).tensor_split(count, 1)]
+
+
+def side_by_side(routers: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Routers (d, choices) as one (d, count choices), laid out for :func:`parts_of_logits`."""
+    return torch.cat([router.to(dtype) for router in routers], 1).mT.contiguous().mT
 
 
 def choices_of_parts(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -18,25 +18,14 @@ from torch.nn import grad as grad_of
 
 from dydila_kernels import reference
 from dydila_kernels.torch_backend.blocks import (
+    Workspace,
     accumulation_dtype,
     block_rows,
     differentiable_gradients,
     no_autocast,
-    scratch,
     takes_plain_path,
 )
-
-
-class Grid(NamedTuple):
-    """An image among the N tokens of a row: tokens ``start`` to ``start + rows * columns``."""
-
-    start: int
-    rows: int
-    columns: int
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.rows * self.columns
+from dydila_kernels.types import Convolution, Grid
 
 
 class Strip(NamedTuple):
@@ -103,7 +92,10 @@ def add_convolution(
 
 
 class Depthwise(torch.autograd.Function):
-    """``out + DWC(V)``, written into ``out``, and its gradients.  Weight and bias are in the accumulation dtype."""
+    """``out + DWC(V)``, written into ``out``, and its gradients.  Weight and bias are in the accumulation dtype.
+
+    Only for an ``out`` that nobody else holds: hooks, and FSDP's, make views of what passes through a module.
+    """
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, grids: Sequence[Grid]) -> Tensor:
@@ -168,17 +160,23 @@ def plain_depthwise(out: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None,
     return torch.cat([*parts, out[:, position:]], 1)
 
 
-def depthwise(out: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, grids: Sequence[Grid]) -> Tensor:
-    """``out + DWC(V)``, where possible written into ``out``: out, v (B, N, d), weight (d, 1, 3, 3), bias (d,) or None.
+def depthwise_(out: Tensor, v: Tensor, convolution: Convolution) -> Tensor:
+    """``out + DWC(V)``, (B, N, d), for an ``out`` that may be overwritten and is nobody else's; v (B, N, d).
 
     Tokens outside of the grids keep what ``out`` holds.
     """
     dtype = accumulation_dtype(v.dtype)
-    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    weight, bias = (None if t is None else t.to(dtype) for t in convolution[:2])
+    assert weight is not None
     with no_autocast(v.device):
         if takes_plain_path(out, v, weight, bias):
-            return plain_depthwise(out, v, weight, bias, grids)
-        return Depthwise.apply(out, v, weight, bias, grids)
+            return plain_depthwise(out, v, weight, bias, convolution.grids)
+        return Depthwise.apply(out, v, weight, bias, convolution.grids)
+
+
+def depthwise(out: Tensor, v: Tensor, convolution: Convolution) -> Tensor:
+    """``out + DWC(V)``, (B, N, d), on each grid; ``out`` stays as it is, and so do tokens outside of all grids."""
+    return depthwise_(out.clone(), v, convolution)
 
 
 class ValueBlocks:
@@ -187,9 +185,13 @@ class ValueBlocks:
     Of the values no more is kept than a block, the rows that wait, and their neighbours.
     """
 
-    def __init__(self, out: Tensor, weight: Tensor, bias: Tensor | None, grids: Sequence[Grid]) -> None:
-        """``out`` (B, N, d) gets DWC(V), and zeros at prefix tokens; weight and bias in the accumulation dtype."""
-        self.out, self.weight, self.bias, self.grids = out, weight, bias, grids
+    def __init__(self, out: Tensor, convolution: Convolution, workspace: Workspace) -> None:
+        """``out`` (B, N, d) gets DWC(V), and zeros at prefix tokens."""
+        dtype = accumulation_dtype(out.dtype)
+        self.weight, self.bias = convolution.weight.to(dtype), None
+        if convolution.bias is not None:
+            self.bias = convolution.bias.to(dtype)
+        self.out, self.grids, self.workspace = out, convolution.grids, workspace
         self.images, self.start, self.stop, self.done = slice(0), 0, 0, 0
         self.window = out[:0]
 
@@ -202,7 +204,7 @@ class ValueBlocks:
         waiting = self.window[:, first - self.start : self.stop - self.start].clone() if first < self.stop else None
         self.images, self.start, self.stop = images, min(first, rows.start), rows.stop
         shape = len(self.out[images]), self.stop - self.start, self.out.shape[-1]
-        self.window = scratch.take("values", shape, self.out.dtype, self.out.device)
+        self.window = self.workspace.take("values", shape, self.out.dtype, self.out.device)
         if waiting is not None:
             self.window[:, : waiting.shape[1]] = waiting
         return self.window[:, rows.start - self.start :]

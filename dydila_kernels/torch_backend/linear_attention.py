@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dydila_kernels.torch_backend.blocks import scratch
-from dydila_kernels.torch_backend.tokens import Options, Tokens
+from dydila_kernels.torch_backend.blocks import Workspace
+from dydila_kernels.torch_backend.tokens import Tokens
+from dydila_kernels.types import Options
 
 
 def heads(tokens: Tensor, num_heads: int) -> Tensor:
@@ -37,31 +38,33 @@ def states_of(keys: Tokens, v: Tensor, scale: Tensor | float, options: Options) 
     return products + key_masses(keys, options)
 
 
-def readout(queries: Tokens, states: list[Tensor], options: Options) -> Tensor:
-    """Q S, normalised: (b, n, d)."""
+def readout(queries: Tokens, states: list[Tensor], options: Options, workspace: Workspace | None) -> Tensor:
+    """Q S, normalised: (b, n, d), in the workspace where there is one and the result is one product."""
     maps = len(queries.maps)
-    places = ("product", "second product")
+    names = ("product", "second product")
     products = [
-        read(q, state, place) for (q, _), state, place in zip(queries.maps, states[:maps], places, strict=False)
+        read(q, state, workspace, name) for (q, _), state, name in zip(queries.maps, states[:maps], names, strict=False)
     ]
     return combine(queries, products, states[maps:], options)
 
 
-def read(q: Tensor, state: Tensor, place: str) -> Tensor:
-    """Q S of each head: (b, n, d) and (b, H, e, e) -> (b, H, n, e), a view of tokens in scratch memory of that name."""
+def read(q: Tensor, state: Tensor, workspace: Workspace | None, name: str) -> Tensor:
+    """Q S of each head: (b, n, d) and (b, H, e, e) -> (b, H, n, e), a view of tokens (b, n, d)."""
     num_heads = state.shape[1]
-    if torch.is_grad_enabled():
+    if workspace is None:
         return heads(q, num_heads) @ state
-    products = heads(scratch.take(place, q.shape, q.dtype, q.device), num_heads)
+    products = heads(workspace.take(name, q.shape, q.dtype, q.device), num_heads)
     for image, image_state, product in zip(heads(q, num_heads), state, products, strict=True):
         torch.bmm(image, image_state, out=product)
     return products
 
 
-def whole_attention(queries: Tokens, keys: Tokens, v: Tensor, scale: Tensor | float, options: Options) -> Tensor:
-    """Attention of images that lie in the block as a whole, in the cheaper order of the two products."""
+def whole_attention(
+    queries: Tokens, keys: Tokens, v: Tensor, scale: Tensor | float, options: Options, workspace: Workspace | None
+) -> Tensor:
+    """Attention of images that lie in the block as a whole, in the cheaper order of the two products: (b, n, d)."""
     if states_pay(v.shape[1], v.shape[2], options.num_heads):
-        return readout(queries, states_of(keys, v, scale, options), options)
+        return readout(queries, states_of(keys, v, scale, options), options, workspace)
     values = heads(v, options.num_heads)
     products = [
         ((heads(q, options.num_heads) @ heads(k, options.num_heads).transpose(-2, -1)) * scale) @ values

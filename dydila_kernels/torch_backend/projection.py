@@ -2,11 +2,14 @@
 
 A block of tokens is sorted by projector, multiplied group by group and put back, so the work is that of one
 projection whatever n_P is, and a projector without a token costs nothing and gets a zero gradient.
+
+A tracer sees the operator ``dydila_kernels::grouped_projection``, so that a compiled or exported layer does no more;
+torch.func, forward-mode AD, and second derivatives take the reference equation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +17,17 @@ from torch import Tensor
 
 from dydila_kernels import reference
 from dydila_kernels.torch_backend.blocks import (
+    Workspace,
     accumulation_dtype,
     all_blocks,
+    choices_of_each,
     differentiable_gradients,
+    is_transformed,
     no_autocast,
     router_logits,
-    scratch,
+    side_by_side,
     takes_plain_path,
+    workspace,
 )
 
 
@@ -38,6 +45,23 @@ def projection_logits(x: Tensor, router: Tensor) -> Tensor:
         return images[0] if len(images) == 1 else torch.cat(images)
 
 
+@torch.no_grad()
+def route(x: Tensor, routers: Sequence[Tensor]) -> Tensor:
+    """Eq. 1 for routers (d, n_P) of one shape, which read x (B, N, d) once: (routers, B, N) int64."""
+    dtype = accumulation_dtype(x.dtype)
+    with no_autocast(x.device):
+        if takes_plain_path(x, *routers):
+            return torch.stack([(x.to(dtype) @ router.to(dtype)).argmax(-1) for router in routers])
+        index = torch.empty((len(routers), *x.shape[:2]), dtype=torch.int64, device=x.device)
+        beside = side_by_side(routers, dtype)
+        for images, ranges in all_blocks(x):
+            for rows in ranges:
+                block = x[images, rows].to(dtype)
+                for i, choices in enumerate(choices_of_each(block, beside, len(routers))):
+                    index[i, images, rows] = choices
+        return index
+
+
 def sorted_rows(index: Tensor, choices: int) -> tuple[Tensor, list[int]]:
     """The rows of a block, index (m,), in the order of their projectors, and how many each projector has."""
     return index.argsort(stable=True), index.bincount(minlength=choices).tolist()
@@ -51,12 +75,12 @@ def groups(index: Tensor, choices: int) -> Iterator[tuple[int, Tensor]]:
             yield u, rows
 
 
-def project_block(out: Tensor, x: Tensor, weight: Tensor, index: Tensor) -> None:
+def project_block(out: Tensor, x: Tensor, weight: Tensor, index: Tensor, memory: Workspace) -> None:
     """Writes Eq. 2 for a block of tokens x (b, n, d), routed by index (b, n), into the contiguous ``out`` (b, n, d)."""
     order, counts = sorted_rows(index.flatten(), len(weight))
     target = out.view(-1, out.shape[-1])
     sources = torch.index_select(x.flatten(0, 1), 0, order, out=target)
-    products = scratch.take("product", target.shape, out.dtype, out.device)
+    products = memory.take("product", target.shape, out.dtype, out.device)
     for w, source, product in zip(weight, sources.split(counts), products.split(counts), strict=True):
         torch.mm(source, w, out=product)
     # (On a CPU twice as fast as index_copy_.)
@@ -64,60 +88,131 @@ def project_block(out: Tensor, x: Tensor, weight: Tensor, index: Tensor) -> None
     torch.index_select(products, 0, places, out=target)
 
 
-class RoutedProjection(torch.autograd.Function):
-    """Eq. 2 and its gradients.  ``one`` (B, N, 1), or None, is the straight-through factor: it is 1 in value."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, index: Tensor, one: Tensor | None) -> Tensor:
-        out = x.new_empty((*x.shape[:2], weight.shape[-1]))
+def forward(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    """Eq. 2, block by block: (B, N, e), contiguous."""
+    out = x.new_empty((*x.shape[:2], weight.shape[-1]))
+    with workspace() as memory, torch.no_grad(), no_autocast(x.device):
         for images, ranges in all_blocks(x):
             for rows in ranges:
-                project_block(out[images, rows], x[images, rows], weight, index[images, rows])
-        ctx.save_for_backward(x, weight, index, one, None if one is None else out)
-        return out
+                project_block(out[images, rows], x[images, rows], weight, index[images, rows], memory)
+    return out
+
+
+def backward(
+    grad: Tensor, x: Tensor, weight: Tensor, index: Tensor, need_x: bool, need_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and of weight that are needed."""
+    dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if need_x else None
+    total = torch.zeros_like(weight, dtype=accumulation_dtype(weight.dtype)) if need_weight else None
+    with torch.no_grad(), no_autocast(grad.device):
+        for images, ranges in all_blocks(x):
+            for rows in ranges:
+                block, g = x[images, rows].flatten(0, 1), grad[images, rows].flatten(0, 1)
+                for u, members in groups(index[images, rows].flatten(), len(weight)):
+                    x_u, g_u = block.index_select(0, members), g.index_select(0, members)
+                    if dx is not None:
+                        dx[images, rows].view(-1, x.shape[-1]).index_copy_(0, members, g_u @ weight[u].T)
+                    if total is not None:
+                        total[u].addmm_(x_u.to(total.dtype).T, g_u.to(total.dtype))
+    return dx, None if total is None else total.to(weight.dtype)
+
+
+class GroupedProjection(torch.autograd.Function):
+    """Eq. 2 and its gradients, the second ones included."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, index)
+        return forward(x, weight, index)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, index, one, out = ctx.saved_tensors
-        need_x, need_weight, _, need_one = ctx.needs_input_grad
+        x, weight, index = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():
 
-            def plain(x: Tensor, weight: Tensor, one: Tensor | None) -> Tensor:
-                return plain_projection(x, weight, index, one)
+            def plain(x: Tensor, weight: Tensor) -> Tensor:
+                return reference.project(x, weight, index)
 
-            needed = (need_x, need_weight, need_one)
-            dx, dweight, done = differentiable_gradients(plain, (x, weight, one), needed, grad)
-            return dx, dweight, None, done
-
-        dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if need_x else None
-        total = torch.zeros_like(weight, dtype=accumulation_dtype(weight.dtype)) if need_weight else None
-        done = torch.empty_like(one) if need_one else None
-        with no_autocast(grad.device):
-            for images, ranges in all_blocks(x):
-                for rows in ranges:
-                    block, g = x[images, rows].flatten(0, 1), grad[images, rows].flatten(0, 1)
-                    for u, members in groups(index[images, rows].flatten(), len(weight)):
-                        x_u, g_u = block.index_select(0, members), g.index_select(0, members)
-                        if dx is not None:
-                            dx[images, rows].view(-1, x.shape[-1]).index_copy_(0, members, g_u @ weight[u].T)
-                        if total is not None:
-                            total[u].addmm_(x_u.to(total.dtype).T, g_u.to(total.dtype))
-                    if done is not None:
-                        product = grad[images, rows].to(done.dtype) * out[images, rows].to(done.dtype)
-                        done[images, rows] = product.sum(-1, keepdim=True)
-        return dx, None if total is None else total.to(weight.dtype), None, done
+            return *differentiable_gradients(plain, (x, weight), needed, grad), None
+        return *backward(grad, x, weight, index, *needed), None
 
 
-def plain_projection(x: Tensor, weight: Tensor, index: Tensor, one: Tensor | None) -> Tensor:
-    """The reference equation: every projector on every token, then the choice."""
-    out = reference.project(x, weight, index.long())
-    return out if one is None else (out * one).to(out.dtype)
+# What a tracer sees ---------------------------------------------------------------------------------------------------
+
+grouped_projection = torch.library.custom_op(
+    "dydila_kernels::grouped_projection",
+    forward,
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor index) -> Tensor",
+)
 
 
-def routed_projection(x: Tensor, weight: Tensor, index: Tensor, logits: Tensor | None = None) -> Tensor:
-    """Eq. 2; with ``logits`` (B, N, n_P) their gradient is the straight-through one, and the value the same."""
-    one = None if logits is None else reference.straight_through_one(logits, index)
+@torch.library.custom_op(
+    "dydila_kernels::grouped_projection_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor weight, Tensor index) -> (Tensor, Tensor)",
+)
+def grouped_projection_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, index: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    return backward(grad, x, weight, index, True, True)
+
+
+@grouped_projection.register_fake
+def _(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:2], weight.shape[-1]))
+
+
+@grouped_projection_backward.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *grouped_projection_backward(grad, *ctx.saved_tensors), None
+
+
+torch.library.register_autograd(grouped_projection, _differentiate, setup_context=_save)
+
+
+# Either ---------------------------------------------------------------------------------------------------------------
+
+
+class StraightThrough(torch.autograd.Function):
+    """``out`` itself; the gradient of ``one`` (B, N, 1), which is 1 in value, is that of ``out * one``.
+
+    The sum over channels is in the accumulation dtype, and nothing but ``out`` is kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, one: Tensor) -> Tensor:
+        ctx.save_for_backward(out, one)
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        out, one = ctx.saved_tensors
+        return grad * one.to(grad.dtype), (grad.to(one.dtype) * out.to(one.dtype)).sum(-1, keepdim=True)
+
+
+def project(x: Tensor, weight: Tensor, index: Tensor, logits: Tensor | None = None) -> Tensor:
+    """Eq. 2: x (B, N, d), weight (n_P, d, e), index (B, N) int64 -> (B, N, e) in the dtype of x.
+
+    With the ``logits`` (B, N, n_P) of the router their gradient is the straight-through one, and the value the same.
+    """
     with no_autocast(x.device):
-        if takes_plain_path(x, weight, one):
-            return plain_projection(x, weight, index, one)
-        return RoutedProjection.apply(x, weight, index, one)
+        if is_transformed() or x.is_meta or weight.is_meta:
+            out = reference.project(x, weight, index)
+        elif takes_plain_path(x, weight):
+            out = grouped_projection(x, weight, index)
+        else:
+            out = GroupedProjection.apply(x, weight, index)
+        if logits is None:
+            return out
+        one = reference.straight_through_one(logits, index)
+        return (out * one).to(out.dtype) if takes_plain_path(x, one) else StraightThrough.apply(out, one)

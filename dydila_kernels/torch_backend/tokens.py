@@ -13,18 +13,10 @@ from torch.autograd.function import once_differentiable
 
 from dydila_kernels import reference
 from dydila_kernels.torch_backend.blocks import router_choices, router_logits
+from dydila_kernels.types import Options
 
 Indices = dict[str, Tensor]
-"""Routing decisions by name, see :func:`index_names`."""
-
-
-class Options(NamedTuple):
-    """The choices of a call to the core, already validated."""
-
-    num_heads: int
-    normalization: str
-    router_gradient: str
-    differential: str
+"""Routing decisions (b, n) by name, see :func:`dydila_kernels.types.decision_names`."""
 
 
 class Tables(NamedTuple):
@@ -57,16 +49,6 @@ class Tokens(NamedTuple):
             for (hat, mass), scale in zip(self.maps, scales, strict=True)
         ]
         return Tokens(maps, self.lam)
-
-
-def index_names(differential: str) -> tuple[str, ...]:
-    """The routing decisions that the core takes, as :class:`dydila_kernels.Routing` names them."""
-    names: tuple[str, ...] = ("measure_q", "measure_k")
-    if differential != "off":
-        names += ("measure_q_redundant", "measure_k_redundant", "differential_q")
-    if differential == "token":
-        names += ("differential_k",)
-    return names
 
 
 class Power(torch.autograd.Function):
@@ -138,11 +120,17 @@ def needs_exact_zeros(gamma: Tensor, options: Options) -> bool:
 
 
 def tokens_of(
-    side: str, z: Tensor, redundant: Tensor | None, tables: Tables, options: Options, indices: Indices
+    side: str,
+    z: Tensor,
+    redundant: Tensor | None,
+    tables: Tables,
+    options: Options,
+    indices: Indices,
+    in_place: bool,
 ) -> Tokens:
     """The queries (side "q") or keys ("k") of a block.  Decisions not yet in ``indices`` are taken and put there.
 
-    Where gradients are off, z and redundant are overwritten.
+    ``in_place``: z and redundant are overwritten, and there are no gradients.
     """
     number = "qk".index(side)
 
@@ -160,9 +148,9 @@ def tokens_of(
 
     def measure(name: str, tokens: Tensor, router: Tensor) -> Tensor:  # Eq. 6
         gamma = reference.choose(tables.gamma, *decide(name, (tokens, router)))
-        if torch.is_grad_enabled():
-            return Power.apply(tokens, gamma[..., None])
-        return power_(tokens, gamma[..., None], tables.exact_zeros)
+        if in_place:
+            return power_(tokens, gamma[..., None], tables.exact_zeros)
+        return Power.apply(tokens, gamma[..., None])
 
     measured = measure(f"measure_{side}", z, tables.kernel_routers[number])
     if options.differential == "off":
@@ -179,7 +167,7 @@ def tokens_of(
     if options.differential == "map":
         return at_unit_scale(Tokens([(measured, measured), (other, other)], lam), side, options)
     mass = torch.addcmul(measured, lam.abs(), other) if options.normalization == "denominator" else None
-    subtract = torch.addcmul if torch.is_grad_enabled() else Tensor.addcmul_
+    subtract = Tensor.addcmul_ if in_place else torch.addcmul
     return at_unit_scale(Tokens([(subtract(measured, lam, other, value=-1), mass)]), side, options)
 
 

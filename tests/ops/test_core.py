@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dydila_kernels import dydila_attention
-from dydila_kernels.functional import triton_arguments, validated
-from dydila_kernels.ops import core, gemm, tiles
+from dydila_kernels.functional import validated
+from dydila_kernels.ops import backend, core, gemm, tiles
 from dydila_kernels.testing import TOKENS, Tensors, relative_error
 from tests.ops.helpers import (
     DEVICE,
@@ -150,9 +150,8 @@ def test_allocates_nothing_of_the_size_of_the_tokens_but_the_results(view: bool,
     inputs = inputs_of(batch, length, dim, torch.bfloat16)
     if view:
         inputs.update(zip(TOKENS[:3], torch.cat([inputs[name] for name in TOKENS[:3]], -1).chunk(3, -1), strict=True))
-    tensors, options = validated(**inputs, normalization=normalization, num_heads=2 if form == "fused" else 1,
-                                 backend="triton")  # fmt: skip
-    arguments = triton_arguments(*tensors, **options)
+    call = validated(**inputs, normalization=normalization, num_heads=2 if form == "fused" else 1, backend="triton")
+    arguments = backend.arguments(call.inputs, call.options, None, None, None)
     incoming = torch.randn_like(inputs["q"])
     known = [*inputs.values(), incoming]
     out, kept = core.attend(*arguments)

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dydila_kernels import DyDiLAttention, reference
-from dydila_kernels.functional import triton_arguments, validated
-from dydila_kernels.ops import flops, library
-from dydila_kernels.torch_backend import Grid
+from dydila_kernels.functional import validated
+from dydila_kernels.ops import backend, flops, library
+from dydila_kernels.types import Convolution, Grid
 from tests.interpreter import INTERPRETED
 from tests.ops.helpers import DEVICE, inputs_of, layer_of, tokens, use_gemm, use_tiles
 
@@ -29,9 +29,9 @@ def arguments_of(batch: int, length: int, dim: int, *, grids: tuple[Grid, ...] =
         batch, length, dim, differential=options.get("differential", "token"), num_kernel_factors=CHOICES,
         num_differential_factors=CHOICES,
     )  # fmt: skip
-    tensors, checked = validated(**inputs, **options, backend="triton")
-    convolution = (tokens(dim, 1, 3, 3), None) if grids else None
-    given, settings = triton_arguments(*tensors, **checked, convolution=convolution, grids=grids)
+    call = validated(**inputs, **options, backend="triton")
+    convolution = Convolution(tokens(dim, 1, 3, 3), None, grids) if grids else None
+    given, settings = backend.arguments(call.inputs, call.options, call.mask, call.cu_seqlens, convolution)
     return (*given, *settings)
 
 
@@ -209,6 +209,6 @@ def test_reference_agrees_with_the_formula_of_the_core() -> None:
     inputs = inputs_of(2, 9, 12, torch.float64)
     expected = flops_of(lambda: reference.dydila_attention(**inputs, num_heads=3))
     narrow = {name: t.float() for name, t in inputs.items()}
-    tensors, checked = validated(**narrow, num_heads=3, backend="triton")
-    given, settings = triton_arguments(*tensors, **checked)
+    call = validated(**narrow, num_heads=3, backend="triton")
+    given, settings = backend.arguments(call.inputs, call.options, None, None, None)
     assert flops_of(lambda: torch.ops.dydila_kernels.attention(*given, *settings)) == expected

@@ -18,10 +18,10 @@ from torch.export import Dim
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from dydila_kernels import DyDiLAttention
-from dydila_kernels.functional import triton_arguments, validated
-from dydila_kernels.ops import core, library, projection
+from dydila_kernels.functional import validated
+from dydila_kernels.ops import backend, core, library, projection
 from dydila_kernels.testing import Tensors, relative_error
-from dydila_kernels.torch_backend import Grid
+from dydila_kernels.types import Convolution, Grid
 from tests.ops.helpers import DEVICE, DTYPES, assert_same_bits, attend, inputs_of, layer_of, tokens, use_gemm
 from tests.test_export import OnImage
 
@@ -46,11 +46,10 @@ def arguments_of(
 ) -> tuple[Any, ...]:
     """Those of the operator ``attention``, all floating-point tensors in need of a gradient."""
     inputs = inputs_of(batch, length, 12, dtype, differential=options.get("differential", "token"))
-    tensors, checked = validated(**inputs, **options, backend="triton")
-    convolution = (torch.randn(12, 1, 3, 3, device=DEVICE), torch.randn(12, device=DEVICE)) if convolved else None
-    given, settings = triton_arguments(
-        *tensors, **checked, convolution=convolution, grids=[Grid(0, 2, length // 2)] if convolved else []
-    )
+    call = validated(**inputs, **options, backend="triton")
+    weight, bias = torch.randn(12, 1, 3, 3, device=DEVICE), torch.randn(12, device=DEVICE)
+    convolution = Convolution(weight, bias, [Grid(0, 2, length // 2)]) if convolved else None
+    given, settings = backend.arguments(call.inputs, call.options, call.mask, call.cu_seqlens, convolution)
     return (*(None if t is None else t.detach().requires_grad_() for t in given), *settings)
 
 

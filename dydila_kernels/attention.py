@@ -325,15 +325,13 @@ class DyDiLAttention(nn.Module):
     def _plain_weights(self, call: CheckedArgs) -> LayerWeights | None:
         """All weights, where nothing asks for the tensors in between: no gradient, autocast, tracer, or module whose
         call is more than its equation."""
-        x, linears, dwc = call.x, (self.qkv, self.proj), self.dwc
+        x, linears = call.x, (self.qkv, self.proj)
         if torch.is_grad_enabled() or autocast_dtype(x.device) is not None or takes_plain_path(x):
             return None
         projections = [p for p in (self.projection_q, self.projection_k) if p is not None]
         if not all(is_plain(linear, nn.Linear) for linear in linears):
             return None
         if not all(is_plain(projection, DynamicProjection) for projection in projections):
-            return None
-        if dwc is not None and not dwc.is_plain():
             return None
         multiplied = [linear.weight for linear in linears] + [projection.weight for projection in projections]
         if any(weight.dtype != x.dtype for weight in multiplied):
@@ -342,20 +340,14 @@ class DyDiLAttention(nn.Module):
             Linear(self.qkv.weight, self.qkv.bias),
             tuple(Projector(projection.weight, projection.router) for projection in projections),
             self._tables(),
-            None if dwc is None else Convolution(*dwc.fused_weight(), call.grids),
+            self._convolution(call.grids),
             Linear(self.proj.weight, self.proj.bias),
         )
 
     def _attention(self, call: CheckedArgs, backend: Backend) -> Tensor:
         """Eqs. 1-9: (B, N, d)."""
-        inputs, dwc = self._core_inputs(call.x, backend), self.dwc
-        arguments: dict[str, Any] = {"mask": call.mask, "cu_seqlens": call.cu_seqlens}
-        if dwc is not None and dwc.is_plain():
-            arguments["convolution"] = Convolution(*dwc.fused_weight(), call.grids)
-        out = backend.attend(inputs, self.options, **arguments)
-        if dwc is not None and not dwc.is_plain():
-            out = dwc(out, call.visible(inputs.v), call.grids)
-        return out
+        inputs, convolution = self._core_inputs(call.x, backend), self._convolution(call.grids)
+        return backend.attend(inputs, self.options, mask=call.mask, cu_seqlens=call.cu_seqlens, convolution=convolution)
 
     def _core_inputs(self, x: Tensor, backend: Backend) -> CoreInputs:
         """Q, K, V, Q', K' of Eqs. 1-2, and the tables."""
@@ -376,6 +368,12 @@ class DyDiLAttention(nn.Module):
         lam, differential_routers = (None, None) if self.differential is None else self.differential()
         gamma, kernel_routers = self.measure()
         return gamma, lam, kernel_routers, differential_routers
+
+    def _convolution(self, grids: list[Grid]) -> Convolution | None:
+        if self.dwc is None:
+            return None
+        weight, bias = self.dwc()
+        return Convolution(weight, bias, grids)
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise RuntimeError("torch.jit.script is not supported; use torch.compile or torch.export.export")

@@ -10,15 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dydila_kernels import checks
-from dydila_kernels.torch_backend import accumulation_dtype, depthwise
-from dydila_kernels.types import Convolution, Grid
+from dydila_kernels.torch_backend import accumulation_dtype
 
 SIZES = {"3x3": (3, 3), "1x3": (1, 3), "3x1": (3, 1), "1x1": (1, 1)}
 """Rows and columns of a branch's kernel; "identity" passes the tokens through and has none."""
 
 
 class Branches(nn.ParameterDict):
-    """The kernels by name.  Calling it gives them, so that hooks on whatever owns parameters fire, as in offloading."""
+    """The kernels by name.  The module is called for them, so that hooks on whatever owns parameters fire."""
 
     __call__ = nn.Module.__call__  # a ParameterDict refuses
 
@@ -89,10 +88,6 @@ class DepthwiseConv(nn.Module):
         assert total is not None
         return total + F.pad(torch.ones_like(total[..., 1:2, 1:2]), (1, 1, 1, 1)) if "identity" in self.names else total
 
-    def is_plain(self) -> bool:
-        """Whether calling this module is Eq. 9 with :meth:`fused_weight` and nothing else."""
-        return checks.is_plain(self, DepthwiseConv) and checks.is_plain(self.branches, Branches)
-
     def fuse(self) -> DepthwiseConv:
         """Holds the summed kernel in place of the branches, for inference; asking twice changes nothing."""
         if self.weight is None:
@@ -103,12 +98,10 @@ class DepthwiseConv(nn.Module):
                 self.bias.requires_grad_(False)
         return self
 
-    def forward(self, out: Tensor, v: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """Eq. 9: ``out + DWC(V)`` on each grid.  out, v (B, N, d) -> (B, N, d).
-
-        A grid is (first token, rows, columns); tokens outside of all grids keep their value.
-        """
-        return depthwise(out, v, Convolution(*self.fused_weight(), grids))
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        """As :meth:`fused_weight`: the layer calls the module for its tensors, so that hooks fire, and the backend
+        convolves."""
+        return self.fused_weight()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         fused, branches = f"{prefix}weight", f"{prefix}branches."

@@ -26,8 +26,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from dydila_kernels import checks
 from dydila_kernels.attention import CheckedArgs, DyDiLAttention
-from dydila_kernels.torch_backend import accumulation_dtype, autocast_dtype, takes_plain_path
-from dydila_kernels.types import Grid
+from dydila_kernels.torch_backend import accumulation_dtype, autocast_dtype, depthwise, takes_plain_path
+from dydila_kernels.types import Convolution, Grid
 
 Module = TypeVar("Module", bound=nn.Module)
 Range = tuple[int, int]
@@ -245,7 +245,8 @@ class SequenceParallelAttention(DyDiLAttention):
         rows = F.pad(rows, (0, 0, prefix, 0)) if prefix else rows
         padded = F.pad(out, (0, 0, before, rows.shape[1] - before - out.shape[1]))
         grids = [Grid(prefix, (stop - start) // max(1, grid.columns), grid.columns)]
-        return self.dwc(padded, rows, grids)[:, before : before + out.shape[1]]
+        weight, bias = self.dwc()
+        return depthwise(padded, rows, Convolution(weight, bias, grids))[:, before : before + out.shape[1]]
 
     def _facts(self, call: Any, HW: Any) -> dict[str, object]:
         """What all ranks must have the same of, by the name that an error uses; all None where the call is refused."""
@@ -294,7 +295,9 @@ def sequence_parallel(module: Module, group: dist.ProcessGroup | DeviceMesh | No
         raise ValueError(f"module must hold a DyDiLAttention; got a {type(module).__name__} without")
     for layer in found:
         if isinstance(layer, FSDPModule):
-            raise TypeError(f"module must not be sharded yet: fully_shard comes after sequence_parallel; got {type(layer).__name__}")
+            raise TypeError(
+                f"module must not be sharded yet: fully_shard comes after sequence_parallel; got {type(layer).__name__}"
+            )
     ranks = Group(group)
     for layer in found:
         layer.__class__ = parallel_class(type(layer))  # type: ignore[arg-type]

@@ -10,9 +10,7 @@ from torch import Tensor
 from dydila_kernels.types import CoreInputs, LayerWeights, Options, Tables
 
 
-def core_inputs(
-    tokens: Sequence[Tensor], redundant: Sequence[Tensor], tables: Tables, differential: str
-) -> CoreInputs:
+def core_inputs(tokens: Sequence[Tensor], redundant: Sequence[Tensor], tables: Tables, differential: str) -> CoreInputs:
     """What the core takes of q, k, v, of Q' and K' (or none), and of the tables.
 
     Without a difference the measured tokens are those of the routed projectors, where there are any.

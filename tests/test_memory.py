@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves
 from dydila_kernels import DyDiLAttention, dydila_attention, torch_backend
 from dydila_kernels.testing import TOKENS, core_inputs
 from dydila_kernels.torch_backend import blocks
-from dydila_kernels.torch_backend.depthwise import depthwise_
 from dydila_kernels.types import Convolution, Grid
 
 ELEMENTS = 2**11
@@ -115,7 +114,7 @@ def test_stages_without_gradients(layout: str, stage: str) -> None:
     grids = [Grid(0, LENGTH // 16, 16)]
     functions: dict[str, tuple[Callable[[], Tensor], int]] = {
         "projection": (lambda: torch_backend.project(x, weight, index), WHOLE),
-        "depthwise": (lambda: depthwise_(out, x, Convolution(kernel, None, grids)), 0),
+        "depthwise": (lambda: torch_backend.depthwise(out, x, Convolution(kernel, None, grids)), 0),
     }
     function, allowed = functions[stage]
     with torch.no_grad():

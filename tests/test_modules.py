@@ -209,7 +209,6 @@ def test_global_backward_hooks() -> None:
 
 @pytest.mark.parametrize("mask", [False, True])
 def test_a_hooked_convolution_has_the_same_gradients(mask: bool) -> None:
-    """It is then no part of the core, and its input stays as it was."""
     attn, x = layer_of(num_heads=1)
     arguments = {"mask": torch.rand(2, 16) < 0.7} if mask else {}
     parameters = [p for p in attn.parameters() if p.requires_grad]
@@ -220,11 +219,9 @@ def test_a_hooked_convolution_has_the_same_gradients(mask: bool) -> None:
         return {str(i): t for i, t in enumerate(found)}
 
     expected = gradients()
-    kept: list[tuple[Tensor, Tensor]] = []
-    attn.dwc.register_forward_pre_hook(lambda module, args: kept.append((args[0], args[0].clone())))
     attn.dwc.register_full_backward_hook(lambda *_: None)
+    attn.dwc.branches.register_full_backward_hook(lambda *_: None)
     assert_agree(gradients(), expected, 1e-11)
-    assert all(torch.equal(now, then) for now, then in kept)
 
 
 def test_sub_modules_may_be_sharded(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from dydila_kernels.torch_backend.blocks import (
     workspace,
 )
 from dydila_kernels.torch_backend.blockwise import Block, BlockwiseForward, Decisions
-from dydila_kernels.torch_backend.depthwise import depthwise_
+from dydila_kernels.torch_backend.depthwise import depthwise
 from dydila_kernels.torch_backend.tokens import Indices
 from dydila_kernels.types import Convolution, CoreInputs, Options, Ranks, decision_names
 
@@ -180,7 +180,7 @@ def attend(
             out = Attention.apply(options, cu_seqlens, ranks, mask, *inputs)
     if convolution is None:
         return out
-    return depthwise_(out, v if mask is None else v.masked_fill(~mask[..., None], 0), convolution)
+    return depthwise(out, v if mask is None else v.masked_fill(~mask[..., None], 0), convolution)
 
 
 @torch.no_grad()

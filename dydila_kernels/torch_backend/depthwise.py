@@ -92,10 +92,7 @@ def add_convolution(
 
 
 class Depthwise(torch.autograd.Function):
-    """``out + DWC(V)``, written into ``out``, and its gradients.  Weight and bias are in the accumulation dtype.
-
-    Only for an ``out`` that nobody else holds: hooks, and FSDP's, make views of what passes through a module.
-    """
+    """``out + DWC(V)``, written into ``out``, and its gradients.  Weight and bias are in the accumulation dtype."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, grids: Sequence[Grid]) -> Tensor:
@@ -160,8 +157,8 @@ def plain_depthwise(out: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None,
     return torch.cat([*parts, out[:, position:]], 1)
 
 
-def depthwise_(out: Tensor, v: Tensor, convolution: Convolution) -> Tensor:
-    """``out + DWC(V)``, (B, N, d), for an ``out`` that may be overwritten and is nobody else's; v (B, N, d).
+def depthwise(out: Tensor, v: Tensor, convolution: Convolution) -> Tensor:
+    """``out + DWC(V)``, where possible written into ``out``: out, v (B, N, d) -> (B, N, d).
 
     Tokens outside of the grids keep what ``out`` holds.
     """
@@ -172,11 +169,6 @@ def depthwise_(out: Tensor, v: Tensor, convolution: Convolution) -> Tensor:
         if takes_plain_path(out, v, weight, bias):
             return plain_depthwise(out, v, weight, bias, convolution.grids)
         return Depthwise.apply(out, v, weight, bias, convolution.grids)
-
-
-def depthwise(out: Tensor, v: Tensor, convolution: Convolution) -> Tensor:
-    """``out + DWC(V)``, (B, N, d), on each grid; ``out`` stays as it is, and so do tokens outside of all grids."""
-    return depthwise_(out.clone(), v, convolution)
 
 
 class ValueBlocks:

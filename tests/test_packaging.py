@@ -61,6 +61,26 @@ def test_the_workflow_runs_ci_on_every_python() -> None:
     assert sorted([main, *jobs["pythons"]["strategy"]["matrix"]["python"]]) == list(check_packages.PYTHONS)
 
 
+def test_workflows_run_what_there_is_and_write_nothing_by_default() -> None:
+    yaml = pytest.importorskip("yaml")
+    files = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    assert {file.stem for file in files} == {"ci", "docs", "nightly", "release"}
+    for file in files:
+        workflow = yaml.safe_load(file.read_text(encoding="utf-8"))
+        assert workflow["permissions"] == {"contents": "read"}, file.name
+        commands = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+        for target in re.findall(r"^make ([\w-]+)", "\n".join(commands), re.MULTILINE):
+            assert f"\n{target}:" in read("Makefile"), f"{file.name}: make {target}"
+
+
+@pytest.mark.parametrize(
+    "name", [".pre-commit-config.yaml", "CITATION.cff", ".github/dependabot.yml", ".github/ISSUE_TEMPLATE/bug.yml",
+             ".github/ISSUE_TEMPLATE/config.yml", ".github/ISSUE_TEMPLATE/feature.yml"]
+)  # fmt: skip
+def test_other_files_are_yaml(name: str) -> None:
+    assert isinstance(pytest.importorskip("yaml").safe_load(read(name)), dict)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

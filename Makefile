@@ -19,7 +19,7 @@ help:
 	@echo "make offline   compile the kernels for GPUs that need not be there; writes benchmarks/results/offline.csv"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    let ruff rewrite the files"
-	@echo "make docs      build the documentation into build/docs"
+	@echo "make docs      run the tutorial and build the documentation into build/docs"
 	@echo "make packages  build wheel and sdist into dist/, install the wheel in new environments and try it"
 	@echo "make bench     time the layer against softmax attention and Sana's on the CPU"
 	@echo "make gpu-smoke tries on the CPU, in tiny sizes, the one command that measures a GPU"

@@ -19,7 +19,7 @@ from dydila_kernels import __version__  # noqa: E402 - found through the line ab
 
 project = "dydila-kernels"
 version = release = __version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 smartquotes_action = "D"  # dashes alone: values of options keep the quotes of the code
 nitpicky = True  # a reference that leads nowhere is a warning, and so an error
 # But of other packages and of aliases, which have no page here, and of Raises with two errors at once.
@@ -27,6 +27,9 @@ nitpick_ignore_regex = [("py:.*", r"(torch|nn|collections)\..*|Tensor|Config|Key
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 4
+nb_execution_mode = "force"  # the tutorial runs in every build
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300  # seconds, for each cell
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
@@ -53,9 +56,8 @@ PAGES = {
 """Files of the repository and the pages that include them."""
 
 
-def repoint(app: Sphinx, path: Path, parent: str, text: list[str]) -> None:
-    """Links of an included file, which are relative to it, lead to the page, or else to a copy of the file."""
-    folder = (Path(app.srcdir) / path).resolve().parent
+def repoint(folder: Path, text: list[str]) -> None:
+    """Links to files of the repository, relative to a folder, lead to the page, or else to a copy of the file."""
 
     def repointed(link: re.Match[str]) -> str:
         target, anchor = link["target"], link["anchor"] or ""
@@ -63,7 +65,8 @@ def repoint(app: Sphinx, path: Path, parent: str, text: list[str]) -> None:
         if not file.is_file() or not file.is_relative_to(ROOT):
             return link[0]
         name = file.relative_to(ROOT).as_posix()
-        return f"](/{PAGES.get(name, f'../{name}')}{anchor})"
+        page = name.removeprefix("docs/") if name.startswith("docs/") else PAGES.get(name, f"../{name}")
+        return f"](/{page}{anchor})"
 
     text[0] = re.sub(r"\]\((?P<target>[^)#:\s]+)(?P<anchor>#[^)\s]*)?\)", repointed, text[0])
 
@@ -76,6 +79,8 @@ def visit_math(translator: HTML5Translator, node: nodes.Element) -> None:
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    app.connect("include-read", repoint)
+    docs = Path(app.srcdir)
+    app.connect("source-read", lambda app, name, text: repoint((docs / name).parent, text))
+    app.connect("include-read", lambda app, path, parent, text: repoint((docs / path).resolve().parent, text))
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math, None))
     return {"parallel_read_safe": True, "parallel_write_safe": True}

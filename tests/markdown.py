@@ -35,7 +35,7 @@ def execute(page: Path, namespace: dict[str, Any]) -> None:
 def links(page: Path) -> list[tuple[str, str]]:
     """Targets and anchors, without the #, of the links and images that stay within the repository."""
     text = re.sub(r"`[^`\n]*`", "", FENCE.sub("", page.read_text(encoding="utf-8")))
-    targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
+    targets = [target for target in re.findall(r'(?:\]\(|src=")([^)\s"]+)[)"]', text) if "://" not in target]
     return [(target.partition("#")[0], target.partition("#")[2]) for target in targets]
 
 

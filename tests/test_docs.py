@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 import dydila_kernels
 from tests.markdown import ROOT, anchors, execute, links, snippets
+from tools import draw_data_flow
 
 SLOW = {"recipes.md": pytest.mark.slow, "replace_attention.md": pytest.mark.slow}  # torch.compile; diffusers
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -66,3 +68,35 @@ def test_links_lead_somewhere(page: Path) -> None:
         file = (page.parent / target).resolve() if target else page
         assert file.exists(), f"{target} does not exist"
         assert not anchor or anchor in anchors(file), f"{target} has no heading #{anchor}"
+
+
+SUPPORT = (ROOT / "docs" / "guides" / "support.md").read_text(encoding="utf-8")
+NAMED_TEST = re.compile(r"`((?:\w+/)*test_\w+\.py)::([\w:]+)`")
+
+
+@pytest.mark.parametrize("file", sorted({file for file, _ in NAMED_TEST.findall(SUPPORT)}))
+def test_the_support_matrix_names_tests_that_there_are(file: str) -> None:
+    source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+    for name in {part for named, path in NAMED_TEST.findall(SUPPORT) if named == file for part in path.split("::")}:
+        assert re.search(rf"^ *(?:def|class) {name}\b", source, re.MULTILINE), f"{file} has no {name}"
+
+
+def test_the_support_matrix_names_a_test_for_what_works() -> None:
+    """In the cell, or for devices, whose cells are of one word, in the last of the row."""
+    for line in SUPPORT.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        for cell in cells:
+            if re.match(r"(yes|error)\b", cell):
+                where = cells[-1] if cell in ("yes", "error") else cell
+                assert NAMED_TEST.search(where) or "the same test" in where, line
+
+
+def test_the_picture_of_the_data_flow_is_drawn_by_its_script() -> None:
+    assert draw_data_flow.PICTURE.read_text(encoding="utf-8") == draw_data_flow.draw()
+
+
+def test_the_tutorial_is_stored_without_output() -> None:
+    """``make docs`` runs it and shows what it prints then."""
+    cells = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert code and all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -46,6 +47,26 @@ def test_snippets_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert first.name == "blocks.0.attn" and torch.equal(first.new.qkv.weight, old.qkv.weight)
     assert model.blocks[0].attn is old
     assert "blocks.1.attn  Attention  d = 8, H = 2" in capsys.readouterr().out
+
+
+def test_the_example_takes_the_fused_kernels() -> None:
+    """Which are those for heads of up to 128 channels."""
+    sizes = re.search(r"DyDiLAttention\(dim=(\d+), num_heads=(\d+)\)", README)
+    assert sizes is not None and int(sizes[1]) / int(sizes[2]) <= 128
+
+
+def test_the_speed_is_that_of_the_committed_rows() -> None:
+    path = ROOT / "benchmarks" / "results" / "cpu" / "layer.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    times = {
+        (row["name"], row["tokens"]): row["median_ms"]
+        for row in rows
+        if row["heads"] == 6 and row["mode"] == "forward" and row["dim"] == 384
+    }
+    first, second, third = (f"{times['softmax', n] / times['dydila', n]:.3g}" for n in (1024, 4096, 16384))
+    said = re.search(r"<!-- speed:begin -->(.*)<!-- speed:end -->", README)
+    assert said is not None
+    assert said[1] == f"{first}, {second} and {third} times softmax attention at 1,024, 4,096 and 16,384 tokens"
 
 
 def test_packed_call_runs() -> None:

@@ -194,3 +194,23 @@ def test_to_another_dtype(dtype: torch.dtype) -> None:
     expected = attn(x)
     assert {p.dtype for p in attn.to(dtype).parameters()} == {dtype}
     assert relative_error(attn(x.to(dtype)), expected) < 20 * max(torch.finfo(dtype).eps, 1e-6)
+
+
+def test_a_compiled_layer_multiplies_each_token_by_one_projector() -> None:
+    """The routed projection is an operator to the compiler: with eight projectors no more work than with one."""
+    products = []
+    for projectors in (1, 8):
+        attn = DyDiLAttention(16, num_projectors=projectors)
+        counted: list[int] = []
+
+        def count(graph: torch.fx.GraphModule, _: Any, counted: list[int] = counted) -> Any:
+            counted.append(sum("matmul" in str(node.target) or "mm" in str(node.target) for node in graph.graph.nodes))
+            names = {str(node.target) for node in graph.graph.nodes}
+            assert any("grouped_projection" in name for name in names), names
+            return graph
+
+        torch._dynamo.reset()
+        x = torch.randn(2, 9, 16)
+        assert relative_error(torch.compile(attn, fullgraph=True, backend=count)(x), attn(x)) < 1e-5
+        products.append(counted)
+    assert products[0] == products[1]

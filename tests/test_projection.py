@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.library import opcheck
 
-from dydila_kernels import reference, torch_backend
+from dydila_kernels import DyDiLAttention, reference, torch_backend
 from dydila_kernels.projection import DynamicProjection
 from dydila_kernels.testing import assert_agree, output_and_gradients, relative_error
 
@@ -76,3 +78,43 @@ def test_no_tokens_give_a_trained_router_a_zero_gradient() -> None:
     projection(torch.zeros(2, 0, 8)).sum().backward()
     assert projection.router.grad is not None and not projection.router.grad.any()
     assert projection.weight.grad is not None and not projection.weight.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_operators(dtype: torch.dtype) -> None:
+    """What a tracer sees: fakes, gradients and strides, as torch's own check asks."""
+    x = torch.randn(2, 7, 4, dtype=dtype, requires_grad=True)
+    weight = torch.randn(3, 4, 5, dtype=dtype, requires_grad=True)
+    index = torch.randint(3, (2, 7))
+    opcheck(torch.ops.dydila_kernels.grouped_projection, (x, weight, index))
+    opcheck(torch.ops.dydila_kernels.grouped_projection, (x.mT.contiguous().mT, weight[..., :4], index))
+    grad = torch.randn(2, 7, 5, dtype=dtype)
+    opcheck(torch.ops.dydila_kernels.grouped_projection_backward, (grad, x.detach(), weight.detach(), index))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_operator_is_the_function_to_the_bit(training: bool) -> None:
+    x, weight = torch.randn(2, 50, 8), torch.randn(4, 8, 6)
+    index = torch.randint(3, (2, 50))  # the last projector has no token
+    results = []
+    for function in (torch_backend.project, torch.ops.dydila_kernels.grouped_projection):
+        leaves = [t.clone().requires_grad_(training) for t in (x, weight)]
+        out = function(*leaves, index)
+        results.append([out, *(torch.autograd.grad(out.square().sum(), leaves) if training else ())])
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_fake_tensors(trainable: bool) -> None:
+    """Shapes of a layer and of its gradients for tensors without numbers, as tools that estimate memory ask."""
+    gradient = "straight_through" if trainable else "none"
+    with FakeTensorMode():
+        attn = DyDiLAttention(8, num_heads=2, router_gradient=gradient)
+        x = torch.randn(2, 9, 8, requires_grad=True)
+        out = attn(x)
+        assert out.shape == x.shape
+        out.sum().backward()
+        assert x.grad is not None and x.grad.shape == x.shape
+        with torch.no_grad():
+            assert attn(x).shape == x.shape

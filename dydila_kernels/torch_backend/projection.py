@@ -76,10 +76,11 @@ def groups(index: Tensor, choices: int) -> Iterator[tuple[int, Tensor]]:
 
 
 def project_block(out: Tensor, x: Tensor, weight: Tensor, index: Tensor, memory: Workspace) -> None:
-    """Writes Eq. 2 for a block of tokens x (b, n, d), routed by index (b, n), into the contiguous ``out`` (b, n, d)."""
+    """Writes Eq. 2 for a block of tokens x (b, n, d), routed by index (b, n), into the contiguous ``out`` (b, n, e)."""
     order, counts = sorted_rows(index.flatten(), len(weight))
-    target = out.view(-1, out.shape[-1])
-    sources = torch.index_select(x.flatten(0, 1), 0, order, out=target)
+    target, rows = out.view(-1, out.shape[-1]), x.flatten(0, 1)
+    gathered = target if rows.shape == target.shape else memory.take("rows", rows.shape, x.dtype, x.device)
+    sources = torch.index_select(rows, 0, order, out=gathered)
     products = memory.take("product", target.shape, out.dtype, out.device)
     for w, source, product in zip(weight, sources.split(counts), products.split(counts), strict=True):
         torch.mm(source, w, out=product)

@@ -120,7 +120,7 @@ def test_what_diffusers_may_pass_is_checked() -> None:
     attn, x = model.transformer_blocks[0].attn1, torch.randn(2, 16, D)
     nothing = {"encoder_hidden_states": None, "attention_mask": None, "temb": None}
     assert torch.equal(attn(x, **nothing, HW=(4, 4)), DyDiLAttention.forward(attn, x, HW=(4, 4)))
-    with pytest.raises(RuntimeError, match="no call is under way"):
+    with pytest.raises(RuntimeError, match="and no call is under way"):
         attn(x)
     for arguments, message in (
         ({"encoder_hidden_states": x}, "encoder_hidden_states must be None"),

@@ -132,7 +132,7 @@ class ImageGrid:
             return self.of_recomputation(tokens)
         if grid is None:
             raise RuntimeError(
-                f"no call is under way whose image would have shown the grid, which is {self.source}: call the model "
+                f"the grid is {self.source}, and no call is under way in which this has shown it: call the model "
                 "itself, or pass HW=(rows, columns) to this layer, or HW to replace_attention"
             )
         rows, columns = grid.shape if isinstance(grid, Tensor) else grid

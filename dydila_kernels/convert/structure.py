@@ -57,6 +57,9 @@ FRAMES = re.compile("temporal|motion|frame", re.IGNORECASE)
 NO_IMAGE = re.compile("text|caption|prompt|context|audio", re.IGNORECASE)
 """What is in the name of a layer, or of one around it, whose tokens are not those of an image."""
 
+MORE_TOKENS = {"objs", "kv"}
+"""Arguments of blocks that hand their attention further tokens (GLIGEN, Stable Cascade)."""
+
 Selection = str | int | Sequence[str | int]
 
 
@@ -105,6 +108,7 @@ def find_attention(model: nn.Module) -> list[Found]:
         if "" in a.names:
             a.reasons.append("it is the model itself, which has no place to put another layer in")
         a.reasons += [reason for name in a.names for reason in reasons_around(model, name)]
+        a.reasons = list(dict.fromkeys(a.reasons))
     return list(found.values())
 
 
@@ -235,21 +239,25 @@ def reasons_of_weights(weights: Weights, owners: Counter[int]) -> Iterator[str]:
 
 
 def reasons_around(model: nn.Module, name: str) -> Iterator[str]:
-    """The tokens are frames, or of no image, or the model masks them in a way of its own."""
-    for own in name.split("."):
-        if FRAMES.search(own):
-            yield f"its tokens are frames, by the name {own}: DyDiLA convolves images"
-        if NO_IMAGE.search(own):
-            yield f"its tokens are of no image, by the name {own}"
-    maps = False
-    for outer in ancestors(name):
-        module = model.get_submodule(outer)
-        if causal := [b for b in module._buffers if "causal" in b]:
-            yield f"{type(module).__name__} masks its tokens ({', '.join(causal)})"
-        # A module that takes maps makes tokens of them, and what is around it does not see these.
-        if not maps and "num_frames" in inspect.signature(module.forward).parameters:
-            yield f"its tokens are frames, or may be: {type(module).__name__} takes num_frames"
-        maps = maps or code.takes_maps(module)
+    """The tokens are frames or of no image, there are more of them, or the model masks them in a way of its own."""
+    if any(map(FRAMES.search, name.split("."))) or any("num_frames" in a for _, a in arguments_around(model, name)):
+        yield "its tokens are frames of a video, or may be: DyDiLA is for those of an image"
+    for own in filter(NO_IMAGE.search, name.split(".")):
+        yield f"its tokens are of no image, by the name {own}"
+    for block, arguments in arguments_around(model, name):
+        for argument in sorted(MORE_TOKENS & arguments):
+            yield f"{type(block).__name__} adds tokens of another kind ({argument})"
+    for outer in map(model.get_submodule, ancestors(name)):
+        if causal := [b for b in outer._buffers if "causal" in b]:
+            yield f"{type(outer).__name__} masks its tokens ({', '.join(causal)})"
+
+
+def arguments_around(model: nn.Module, name: str) -> Iterator[tuple[nn.Module, set[str]]]:
+    """The modules around a layer that know its tokens, from the inside to the one that makes them of a map."""
+    for outer in map(model.get_submodule, ancestors(name)):
+        yield outer, set(inspect.signature(outer.forward).parameters)
+        if code.takes_maps(outer):
+            return
 
 
 def select(found: Sequence[Found], include: Selection | None, exclude: Selection) -> None:

@@ -1,4 +1,4 @@
-"""Stand-ins for models of timm and others whose attention is not that of a plain ViT: same names, shapes, signatures."""
+"""Stand-ins for models of timm and others that are no plain ViT: the same names, shapes and signatures."""
 
 from __future__ import annotations
 

@@ -16,7 +16,6 @@ from dydila_kernels import DyDiLAttention, replace_attention
 from dydila_kernels.testing import relative_error
 from tests.models import (
     Attention,
-    Block,
     D,
     ViT,
     call,
@@ -59,7 +58,9 @@ def test_prefix_tokens_are_those_of_the_model_or_of_the_caller() -> None:
     assert {layer.num_prefix_tokens for layer in new_layers(model)} == {1}
     report.undo()
     replace_attention(model, num_prefix_tokens=0)
-    with pytest.raises(ValueError, match=r"blocks\.0\.attn has 17 tokens after 0 prefix .* pass to .* num_prefix_tokens"):
+    with pytest.raises(
+        ValueError, match=r"blocks\.0\.attn has 17 tokens after 0 prefix .* pass to .* num_prefix_tokens"
+    ):
         output(model)
 
 
@@ -186,6 +187,22 @@ def test_a_swapped_model_trains_saves_and_loads(build: Callable[[], nn.Module], 
     replace_attention(fresh, **saved["options"])
     fresh.load_state_dict(saved["model"])
     assert torch.equal(output(fresh.eval()), expected)
+
+
+def test_what_from_pretrained_makes_of_a_swapped_model(tmp_path: Path) -> None:
+    """The old layers, without weights; the swap gives the new ones a place to load theirs into."""
+    load_file = pytest.importorskip("safetensors.torch").load_file
+    model = sana().eval()
+    report = replace_attention(model)
+    random_convolutions(model)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert {name for name, p in loaded.named_parameters() if p.is_meta} == {
+        f"{layer.name}.{name}" for layer in report.swapped for name, _ in layer.old.named_parameters()
+    }
+    replace_attention(loaded, **report.options)
+    loaded.load_state_dict(load_file(tmp_path / "diffusion_pytorch_model.safetensors"), assign=True)
+    assert torch.equal(output(loaded.eval(), 4, 16), output(model, 4, 16))
 
 
 def test_a_model_on_the_meta_device_is_swapped_and_loaded() -> None:

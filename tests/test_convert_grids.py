@@ -21,7 +21,14 @@ from dydila_kernels.testing import relative_error
 from tests.models import Attention, Block, D, ViT, call, image, output, random_convolutions, sana, unet
 
 SIZES = [(4, 16), (16, 4), (8, 8), (2, 32)]  # as many tokens in all
-ODD = [(4, 14), (6, 10), (18, 4), (4, 6), (10, 6), (14, 6)]  # 2 x 7, 3 x 5, ... and none of one row, which torch.compile takes apart
+ODD = [
+    (4, 14),
+    (6, 10),
+    (18, 4),
+    (4, 6),
+    (10, 6),
+    (14, 6),
+]  # 2 x 7, 3 x 5, ... and none of one row, which torch.compile takes apart
 
 
 def swapped(build: Callable[[], nn.Module] = ViT, **options: Any) -> nn.Module:
@@ -133,7 +140,9 @@ def test_a_model_in_a_model_has_grids_of_its_own() -> None:
 
     model = Two().eval()
     report = replace_attention(model)
-    assert report.grid == "that of the patches of first.patch_embed.proj; that of the patches of second.patch_embed.proj"
+    assert (
+        report.grid == "that of the patches of first.patch_embed.proj; that of the patches of second.patch_embed.proj"
+    )
     random_convolutions(model)
     x = image(model.first, 4, 16)
     with torch.no_grad():
@@ -195,7 +204,9 @@ def test_a_recomputed_block_has_the_grid_of_its_own_call(how: str, run: Callable
         assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
     assert not model.blocks[0].attn.grid.backward  # nothing is remembered of a backward pass that is over
     one, other = losses()[:2]
-    with pytest.raises(RuntimeError, match=r"must know its one grid; it is about calls with the grids \[\(2, 8\), \(8,"):
+    with pytest.raises(
+        RuntimeError, match=r"must know its one grid; it is about calls with the grids \[\(2, 8\), \(8,"
+    ):
         backward(one + other)
 
 

@@ -16,7 +16,13 @@ from tests import strangers
 from tests.models import Attention, D, H, ViT, diffusers, new_layers, output, random_convolutions, unet
 from tests.test_convert import diffusers_attention
 
-LEVELS = {"block_out_channels": (D, D), "layers_per_block": 1, "norm_num_groups": 8, "in_channels": 4, "out_channels": 4}
+LEVELS = {
+    "block_out_channels": (D, D),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+}
 
 
 def grids_seen(model: nn.Module, run: Callable[[], Any]) -> dict[str, tuple[int, int]]:
@@ -41,10 +47,14 @@ def test_each_level_of_a_unet_has_the_grid_of_its_own_input() -> None:
     for options in ({}, {"use_linear_projection": True}):
         model = unet(**options).eval()
         report = replace_attention(model)
-        assert [layer.name.split(".")[0] for layer in report.swapped] == ["down_blocks"] * 2 + ["up_blocks"] * 4 + ["mid_block"]
+        assert [layer.name.split(".")[0] for layer in report.swapped] == ["down_blocks"] * 2 + ["up_blocks"] * 4 + [
+            "mid_block"
+        ]
         seen = grids_seen(model, lambda model=model: output(model, 8, 32))  # 256 and 64 tokens, which squares have too
         assert len(seen) == 7
-        assert all((H, W) == ((8, 32) if "down_blocks.0" in n or "up_blocks.1" in n else (4, 16)) for n, (H, W) in seen.items())
+        assert all(
+            ((8, 32) if "down_blocks.0" in n or "up_blocks.1" in n else (4, 16)) == (H, W) for n, (H, W) in seen.items()
+        )
         assert {layer.new.grid.source for layer in report.swapped} == {
             f"that of the input of {layer.name.partition('.transformer_blocks')[0]}" for layer in report.swapped
         }
@@ -63,8 +73,9 @@ def test_a_network_of_convolutions_with_attention_at_two_levels() -> None:
 
 def latte() -> tuple[nn.Module, Callable[[], Any]]:
     model = diffusers.LatteTransformer3DModel(
-        num_attention_heads=H, attention_head_dim=D // H, in_channels=4, out_channels=4, num_layers=1, sample_size=8,
-        caption_channels=12, cross_attention_dim=D, norm_elementwise_affine=False, video_length=16,
+        num_attention_heads=H, attention_head_dim=D // H, in_channels=4, out_channels=4, num_layers=1,
+        sample_size=8, patch_size=2, caption_channels=12, cross_attention_dim=D, video_length=16,
+        norm_elementwise_affine=False,
         norm_type="ada_norm_single", attention_bias=True, activation_fn="gelu-approximate",
     )  # fmt: skip
     video, text = torch.randn(1, 4, 16, 8, 8), torch.randn(1, 5, 12)
@@ -77,7 +88,7 @@ def animatediff() -> tuple[nn.Module, Callable[[], Any]]:
         up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"), cross_attention_dim=12, num_attention_heads=H,
         motion_num_attention_heads=H,
     )  # fmt: skip
-    video, text = torch.randn(1, 4, 16, 8, 8), torch.randn(1, 5, 12)
+    video, text = torch.randn(1, 4, 16, 8, 8), torch.randn(16, 5, 12)
     return model, lambda: model(video, torch.tensor([3]), encoder_hidden_states=text)
 
 
@@ -117,8 +128,8 @@ def test_layers_between_frames_are_kept_and_those_within_frames_swapped(build: C
 def cascade() -> nn.Module:
     return diffusers.StableCascadeUNet(
         in_channels=4, out_channels=4, timestep_ratio_embedding_dim=8, patch_size=1, conditioning_dim=16,
-        block_out_channels=(16,), num_attention_heads=(2,), down_num_layers_per_block=(1,), up_num_layers_per_block=(1,),
-        down_blocks_repeat_mappers=(1,), up_blocks_repeat_mappers=(1,), clip_seq=2,
+        block_out_channels=(16,), num_attention_heads=(2,), down_num_layers_per_block=(1,),
+        up_num_layers_per_block=(1,), down_blocks_repeat_mappers=(1,), up_blocks_repeat_mappers=(1,), clip_seq=2,
         block_types_per_layer=(("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"),),
         clip_text_in_channels=8, clip_text_pooled_in_channels=8, clip_image_in_channels=8,
     )  # fmt: skip
@@ -178,7 +189,9 @@ def test_what_gligen_adds_is_kept() -> None:
 )  # fmt: skip
 def test_where_nothing_shows_the_grid_it_is_asked_for(build: Callable[[], nn.Module], shape: Any) -> None:
     model = build()
-    with pytest.raises(ValueError, match=r"HW=\(rows, columns\).* needed, or dwc_branches=\(\).* nothing in the model shows"):
+    with pytest.raises(
+        ValueError, match=r"HW=\(rows, columns\).* needed, or dwc_branches=\(\).* nothing in the model shows"
+    ):
         replace_attention(model)
     assert not new_layers(model)
     replace_attention(model, dwc_branches=())
@@ -220,7 +233,11 @@ def test_all_that_looks_like_attention_is_in_the_report() -> None:
     model = strangers.ViTOf(*odd, *plain, *others)
     report = replace_attention(model)
     assert [layer.name for layer in report.swapped] == ["blocks.10.attn", "blocks.11.attn"]
-    assert [k.name for k in report.kept] == [*(f"blocks.{i}.attn" for i in range(10)), "blocks.12.mixer", "blocks.13.mha"]
+    assert [k.name for k in report.kept] == [
+        *(f"blocks.{i}.attn" for i in range(10)),
+        "blocks.12.mixer",
+        "blocks.13.mha",
+    ]
     assert {k.reason for k in report.kept} == {"it has neither qkv and proj nor to_q, to_k, to_v and to_out"}
     assert "kept: 12" in str(report)
 
@@ -231,7 +248,7 @@ def test_all_reasons_are_told() -> None:
         "attn_drop = 0.1 would be lost": lambda a: setattr(a, "attn_drop", nn.Dropout(0.1)),
         "bias would be lost": lambda a: a.register_buffer("bias", torch.ones(1)),
         "window_size = (4, 4) would be lost": lambda a: setattr(a, "window_size", (4, 4)),
-        "its hooks would be lost": lambda a: a.qkv.register_forward_hook(print),
+        "its hooks would be lost": lambda a: a.proj.register_forward_hook(print),
         "its forward was replaced or compiled": lambda a: setattr(a, "forward", a.forward),
         "has the shape (192, 32), not (96, 32)": lambda a: setattr(a, "qkv", nn.Linear(D, 6 * D)),
         "not of one floating dtype": lambda a: a.proj.bfloat16(),
@@ -253,7 +270,9 @@ def test_all_reasons_are_told() -> None:
 def test_a_pipeline_is_told_which_of_its_networks_to_pass() -> None:
     vae = diffusers.AutoencoderKL(block_out_channels=(D,), norm_num_groups=8)
     scheduler = diffusers.DDIMScheduler()
-    transformer = diffusers.DiTTransformer2DModel(H, D // H, 4, num_layers=1, sample_size=8, norm_num_groups=1)
+    transformer = diffusers.DiTTransformer2DModel(
+        H, D // H, 4, num_layers=1, sample_size=8, norm_num_groups=1, out_channels=8
+    )
     pipe = diffusers.DiTPipeline(transformer, vae, scheduler)
     with pytest.raises(TypeError, match=r"model must be an nn.Module; got DiTPipeline: pass its \.transformer$"):
         replace_attention(pipe)

@@ -166,4 +166,3 @@ class FirstArgument:
             return None
         rows, columns = value.shape[-2:]
         return rows, columns
-

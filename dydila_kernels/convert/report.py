@@ -52,6 +52,11 @@ class ReplacementReport:
         """The names in the model of the parameters that were not there before, fixed routers included."""
         return [f"{layer.name}.{name}" for layer in self.swapped for name, _ in fresh_parameters(layer.new)]
 
+    @property
+    def linears(self) -> list[str]:
+        """The names in the model of the ``qkv`` and ``proj`` of the new layers, as ``target_modules`` of peft takes."""
+        return [f"{layer.name}.{part}" for layer in self.swapped for part in ("qkv", "proj")]
+
     def undo(self) -> None:
         """Puts the old layers back, as they were: the model computes what it did before, to the bit.
 

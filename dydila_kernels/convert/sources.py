@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -130,4 +130,4 @@ def place_of(model: nn.Module, name: str, a: Found, convolutions: dict[str, nn.M
 
 
 def is_in(name: str, outer: str) -> bool:
-    return outer == "" and name != "" or name.startswith(f"{outer}.")
+    return (outer == "" and name != "") or name.startswith(f"{outer}.")

@@ -277,6 +277,33 @@ def test_compiled_blocks_may_be_recomputed() -> None:
             assert relative_error(a, b) < 1e-5 or not b.any()
 
 
+@pytest.mark.slow
+def test_a_graph_break_does_not_lose_the_grid() -> None:
+    model = swapped()
+    expected = [output(model, *size) for size in ODD[:3]]
+    model.blocks[1].register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
+    compiled = torch.compile(model, backend="eager")
+    for size, right in zip(ODD[:3], expected, strict=True):
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(image(model, *size)), right)
+
+
+@pytest.mark.slow
+def test_threads_on_compiled_blocks_do_not_mix_their_grids() -> None:
+    model, start = swapped(), Barrier(len(SIZES))
+    for block in model.blocks:
+        block.compile(backend="eager", fullgraph=True, dynamic=True)
+    expected = [output(model, *size) for size in SIZES]
+
+    def repeated(size: tuple[int, int]) -> list[Tensor]:
+        start.wait()
+        return [output(model, *size) for _ in range(10)]
+
+    with ThreadPoolExecutor(len(SIZES)) as pool:
+        for outs, right in zip(pool.map(repeated, SIZES), expected, strict=True):
+            assert all(torch.equal(out, right) for out in outs)
+
+
 def test_function_transforms_of_a_swapped_model() -> None:
     model = swapped()
     parameters = dict(model.named_parameters())

@@ -26,7 +26,7 @@ RowsColumns = tuple[int, int]
 NO_BACKWARD = -1
 
 
-class Here(threading.local):
+class Here:
     """What one thread knows.  A grid is the shape of an empty tensor, for torch.compile takes ints to be constants."""
 
     def __init__(self) -> None:
@@ -34,6 +34,13 @@ class Here(threading.local):
         self.task = NO_BACKWARD  # the backward pass in which that call began
         self.outer: list[tuple[Tensor | RowsColumns | None, int]] = []  # the calls around it
         self.recomputed: Tensor | RowsColumns | None = None  # of the backward pass under way, for compiled blocks
+
+
+class OfEachThread(threading.local):
+    """Its attributes are only read in compiled code, which loses what is written to them."""
+
+    def __init__(self) -> None:
+        self.here = Here()
 
 
 class ImageGrid:
@@ -52,12 +59,16 @@ class ImageGrid:
         of_arguments: Callable[..., RowsColumns | None] | None = None,
     ) -> None:
         self.source, self.fixed, self.of_arguments = source, fixed, of_arguments
-        self.here = Here()
+        self.threads = OfEachThread()
         self.backward: dict[int, set[RowsColumns]] = {}  # the grids that a backward pass has come by, of all threads
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy is about calls of its own."""
         return ImageGrid, (self.source, self.fixed, self.of_arguments)
+
+    @property
+    def here(self) -> Here:
+        return self.threads.here
 
     def around(self, module: nn.Module) -> list[Any]:
         """Hooks on the module whose call is about one image; their handles."""
@@ -90,7 +101,7 @@ class ImageGrid:
         elif self.here.task == backward_pass():
             self.here.grid = torch.empty(rows, columns, device="meta")
         else:  # a part of the model is recomputed, in which the patches are made
-            self.come_by(torch.empty(rows, columns, device="meta"))
+            self.come_by(rows, columns)
 
     def mark(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook: leaves the grid of the call in the graph of the output."""
@@ -98,17 +109,16 @@ class ImageGrid:
             return
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
-                leaf.grad_fn.register_prehook(partial(self.come_by, self.here.grid))
+                leaf.grad_fn.register_prehook(partial(self.come_by, *sides(self.here.grid)))
 
-    def come_by(self, grid: Tensor, *gradients: Any) -> None:
+    def come_by(self, rows: int, columns: int, *gradients: Any) -> None:
         """The backward pass under way is about this grid, too."""
         task = backward_pass()
         if task not in self.backward:
             self.backward[task] = set()
-            torch.autograd.Variable._execution_engine.queue_callback(partial(self.forget, task))  # type: ignore[attr-defined]
-        rows, columns = grid.shape
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self.forget, task))
         self.backward[task].add((rows, columns))
-        self.here.recomputed = grid
+        self.here.recomputed = torch.empty(rows, columns, device="meta")
 
     def forget(self, task: int) -> None:
         self.backward.pop(task, None)
@@ -135,8 +145,7 @@ class ImageGrid:
                 f"the grid is {self.source}, and no call is under way in which this has shown it: call the model "
                 "itself, or pass HW=(rows, columns) to this layer, or HW to replace_attention"
             )
-        rows, columns = grid.shape if isinstance(grid, Tensor) else grid
-        return rows, columns
+        return sides(grid)
 
     def of_recomputation(self, tokens: int) -> RowsColumns:
         grids = sorted(self.backward.get(backward_pass(), ()))
@@ -147,6 +156,11 @@ class ImageGrid:
             f"the backward pass recomputes a layer of {tokens} tokens (activation checkpointing) and must know its one "
             f"grid; it is about calls with the grids {fitting or grids}: call backward after each"
         )
+
+
+def sides(grid: Tensor | RowsColumns) -> RowsColumns:
+    rows, columns = grid.shape if isinstance(grid, Tensor) else grid
+    return rows, columns
 
 
 def backward_pass() -> int:

@@ -77,6 +77,9 @@ class DyDiLAttention(nn.Module):
         RuntimeError: ``backend="triton"`` where it cannot run (raised by the call, which knows the device).
     """
 
+    has_all_tokens = True
+    """Whether a call has all tokens of its images, and not a range of them on this rank."""
+
     def __init__(
         self,
         dim: int,

@@ -158,6 +158,7 @@ class SequenceParallelAttention(DyDiLAttention):
     """A layer whose tokens are spread over ranks, which :func:`sequence_parallel` makes of a DyDiLAttention."""
 
     group: Group
+    has_all_tokens = False
 
     @torch.compiler.disable  # what waits for other processes does not go into a graph
     def forward(

@@ -92,6 +92,13 @@ def sana(**more: Any) -> nn.Module:
     return diffusers.SanaTransformer2DModel(**SHAPE, **CROSS, **heads, patch_size=1, mlp_ratio=2.0, **more)
 
 
+def unet(**more: Any) -> nn.Module:
+    """Two resolutions, cross-attention at both, and no patches."""
+    levels = {"down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2}
+    sizes = {"block_out_channels": (D, 2 * D), "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 8}
+    return diffusers.UNet2DConditionModel(**levels, **sizes, cross_attention_dim=12, attention_head_dim=H, **more)
+
+
 MODELS: list[Callable[..., nn.Module]] = [ViT, dit, pixart, sana]
 
 

@@ -16,7 +16,6 @@ from dydila_kernels import DyDiLAttention, replace_attention
 from dydila_kernels.testing import relative_error
 from tests.models import (
     Attention,
-    Block,
     D,
     ViT,
     call,
@@ -46,23 +45,11 @@ def test_the_grid_is_that_of_the_image(build: Callable[[], nn.Module]) -> None:
         assert torch.equal(output(model, 4, 16), wide)
         if not callable(HW):
             assert not torch.equal(output(model, 16, 4), tall)  # tokens as many, on the wrong grid
-            with pytest.raises(ValueError, match="HW must multiply to N"):
+            with pytest.raises(ValueError, match=f"always {HW[0]} x {HW[1]}, does not hold"):
                 output(model, 4, 8)
         else:
             assert torch.equal(output(model, 16, 4), tall)
         with_HW.undo()
-
-
-def test_without_a_patch_convolution_grids_are_square() -> None:
-    model = nn.Sequential(Block(Attention()))
-    report = replace_attention(model)
-    assert "square" in report.grid
-    model(torch.randn(1, 16, D))
-    with pytest.raises(ValueError, match=r"HW=\(rows, columns\) is needed where N is no square; got N = 15"):
-        model(torch.randn(1, 15, D))
-    report.undo()
-    assert "none" in replace_attention(model, dwc_branches=()).grid
-    model(torch.randn(1, 15, D))
 
 
 def test_prefix_tokens_are_those_of_the_model_or_of_the_caller() -> None:
@@ -71,7 +58,9 @@ def test_prefix_tokens_are_those_of_the_model_or_of_the_caller() -> None:
     assert {layer.num_prefix_tokens for layer in new_layers(model)} == {1}
     report.undo()
     replace_attention(model, num_prefix_tokens=0)
-    with pytest.raises(ValueError, match="HW must multiply to N = 17; got 4 x 4"):
+    with pytest.raises(
+        ValueError, match=r"blocks\.0\.attn has 17 tokens after 0 prefix .* pass to .* num_prefix_tokens"
+    ):
         output(model)
 
 
@@ -103,10 +92,11 @@ def test_a_mask_may_hide_keys_and_no_more() -> None:
     attn = model.blocks[0].attn
     keep = torch.rand(4, 17) > 0.3
     expected = DyDiLAttention.forward(attn, x, keep, (4, 4))
-    assert torch.equal(attn(x, attn_mask=keep[:, None, None]), expected)
+    assert torch.equal(attn(x, attn_mask=keep[:, None, None], HW=(4, 4)), expected)
     for hidden in (-10000.0, -torch.inf):
         bias = torch.zeros(4, 1, 1, 17).masked_fill_(~keep[:, None, None], hidden)
-        assert torch.equal(attn(x, bias), expected) and torch.equal(attn(x, attn_bias=bias), expected)
+        for arguments in ({"attn_mask": bias}, {"attn_bias": bias}):
+            assert torch.equal(attn(x, **arguments, HW=(4, 4)), expected)
     for bad, message in (
         ({"attn_mask": keep}, r"attn_mask must hide keys, in the shape \(4, 1, 1, 17\)"),
         ({"attn_mask": torch.ones(17, 17, dtype=torch.bool)}, "attn_mask must hide keys"),
@@ -115,7 +105,7 @@ def test_a_mask_may_hide_keys_and_no_more() -> None:
         ({"is_causal": True}, "is_causal must be False"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
-            attn(x, **bad)
+            attn(x, **bad, HW=(4, 4))
 
     model = pixart().eval()
     replace_attention(model)
@@ -129,7 +119,10 @@ def test_what_diffusers_may_pass_is_checked() -> None:
     model = pixart()
     replace_attention(model)
     attn, x = model.transformer_blocks[0].attn1, torch.randn(2, 16, D)
-    assert torch.equal(attn(x, encoder_hidden_states=None, attention_mask=None, temb=None), attn(x))
+    nothing = {"encoder_hidden_states": None, "attention_mask": None, "temb": None}
+    assert torch.equal(attn(x, **nothing, HW=(4, 4)), DyDiLAttention.forward(attn, x, HW=(4, 4)))
+    with pytest.raises(RuntimeError, match="and no call is under way"):
+        attn(x)
     for arguments, message in (
         ({"encoder_hidden_states": x}, "encoder_hidden_states must be None"),
         ({"image_rotary_emb": x}, "image_rotary_emb must be None"),
@@ -194,6 +187,22 @@ def test_a_swapped_model_trains_saves_and_loads(build: Callable[[], nn.Module], 
     replace_attention(fresh, **saved["options"])
     fresh.load_state_dict(saved["model"])
     assert torch.equal(output(fresh.eval()), expected)
+
+
+def test_what_from_pretrained_makes_of_a_swapped_model(tmp_path: Path) -> None:
+    """The old layers, without weights; the swap gives the new ones a place to load theirs into."""
+    load_file = pytest.importorskip("safetensors.torch").load_file
+    model = sana().eval()
+    report = replace_attention(model)
+    random_convolutions(model)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert {name for name, p in loaded.named_parameters() if p.is_meta} == {
+        f"{layer.name}.{name}" for layer in report.swapped for name, _ in layer.old.named_parameters()
+    }
+    replace_attention(loaded, **report.options)
+    loaded.load_state_dict(load_file(tmp_path / "diffusion_pytorch_model.safetensors"), assign=True)
+    assert torch.equal(output(loaded.eval(), 4, 16), output(model, 4, 16))
 
 
 def test_a_model_on_the_meta_device_is_swapped_and_loaded() -> None:

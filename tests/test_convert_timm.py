@@ -47,3 +47,53 @@ def test_attention_of_another_kind_is_kept_and_told_why(name: str, reason: str) 
     model = timm.create_model(name, num_classes=10, **{"depths" if "swin" in name else "depth": depth})
     with pytest.raises(ValueError, match=reason):
         replace_attention(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("nest_tiny", "it takes tokens of other than 3 dimensions"),
+        ("volo_d1_224", "it takes tokens of other than 3 dimensions"),
+        ("davit_tiny", "of another kind"),
+    ],
+)
+def test_tokens_in_other_shapes_are_kept(name: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        replace_attention(timm.create_model(name, num_classes=10))
+
+
+@pytest.mark.parametrize("name", ["naflexvit_base_patch16_gap", "pit_ti_224"])
+def test_where_nothing_shows_the_grid_it_is_asked_for(name: str) -> None:
+    model = timm.create_model(name, num_classes=10)
+    with pytest.raises(ValueError, match=r"HW=.* is needed, or dwc_branches=\(\)"):
+        replace_attention(model)
+    replace_attention(model, dwc_branches=())
+    with torch.no_grad():
+        assert model.eval()(torch.randn(1, *model.default_cfg["input_size"])).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("crossvit_tiny_240", {}), ("vit_tiny_patch16_224", {"patch_drop_rate": 0.5, "depth": 2})]
+)
+def test_tokens_that_do_not_make_the_grid_are_told_what_helps(name: str, options: dict[str, float]) -> None:
+    model = timm.create_model(name, num_classes=10, **options)
+    replace_attention(model)
+    with pytest.raises(ValueError, match=r"num_prefix_tokens .*, HW .*dwc_branches=\(\) or exclude"):
+        model.train()(torch.randn(1, *model.default_cfg["input_size"]))
+
+
+def test_a_convit_is_reported_whole() -> None:
+    model = timm.create_model("convit_tiny", num_classes=10)
+    report = replace_attention(model, num_prefix_tokens=1)
+    assert [layer.name for layer in report.swapped] == ["blocks.10.attn", "blocks.11.attn"]
+    assert [k.name for k in report.kept] == [f"blocks.{i}.attn" for i in range(10)]
+
+
+def test_crossvit_has_a_grid_for_each_branch() -> None:
+    model = timm.create_model("crossvit_tiny_240", num_classes=10).eval()
+    report = replace_attention(model, num_prefix_tokens=1)
+    assert {layer.new.grid.source for layer in report.swapped} == {
+        f"that of the patches of patch_embed.{i}.proj" for i in (0, 1)
+    }
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 240, 240)).isfinite().all()

@@ -44,7 +44,7 @@ def as_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     ids=name_of,
 )
 def test_snippets_run(page: Path, as_a_reader: None) -> None:
-    for package in re.findall(r"^from (diffusers|safetensors)\b", "\n".join(snippets(page)), re.MULTILINE):
+    for package in re.findall(r"^from (diffusers|peft|safetensors)\b", "\n".join(snippets(page)), re.MULTILINE):
         pytest.importorskip(package)
     execute(page, {"__name__": "__main__"})
 

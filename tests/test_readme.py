@@ -37,6 +37,7 @@ class Block(nn.Module):
 
 def test_snippets_run(capsys: pytest.CaptureFixture[str]) -> None:
     model = nn.Module()
+    model.patch_embed = nn.Conv2d(3, 8, 2, 2)
     model.blocks = nn.ModuleList([Block(), Block()])
     old = model.blocks[0].attn
     namespace: dict[str, Any] = {"model": model}

@@ -1,0 +1,182 @@
+"""The rows and columns of the image that a call of a model is about, for the layers deep inside of it.
+
+No block tells its attention the grid.  Hooks note it where it can be seen: at a convolution that makes patches, at a
+module that is called with a map (B, C, rows, columns), or in the arguments of the model.  What they note belongs to the
+call: it is kept for each thread, put aside while the model is called within itself, and forgotten when the call ends.
+
+Activation checkpointing calls blocks again in the backward pass, which may run in another thread, when the call is long
+over.  The output of a call therefore leaves its grid in the graph of autograd: as the backward pass comes by, and that
+is before it recomputes anything, it learns which grids it is about.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from dydila_kernels import checks
+
+RowsColumns = tuple[int, int]
+NO_BACKWARD = -1
+
+
+class Here:
+    """What one thread knows.  A grid is the shape of an empty tensor, for torch.compile takes ints to be constants."""
+
+    def __init__(self) -> None:
+        self.grid: Tensor | RowsColumns | None = None  # of the call under way
+        self.task = NO_BACKWARD  # the backward pass in which that call began
+        self.outer: list[tuple[Tensor | RowsColumns | None, int]] = []  # the calls around it
+        self.recomputed: Tensor | RowsColumns | None = None  # of the backward pass under way, for compiled blocks
+
+
+class OfEachThread(threading.local):
+    """Its attributes are only read in compiled code, which loses what is written to them."""
+
+    def __init__(self) -> None:
+        self.here = Here()
+
+
+class ImageGrid:
+    """(rows, columns) for all layers that have them from one place.
+
+    Args:
+        source: what this place is, in words.
+        fixed: the same grid for all calls.
+        of_arguments: returns (rows, columns), or None, for the arguments of the module that :meth:`around` is told.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        fixed: RowsColumns | None = None,
+        of_arguments: Callable[..., RowsColumns | None] | None = None,
+    ) -> None:
+        self.source, self.fixed, self.of_arguments = source, fixed, of_arguments
+        self.threads = OfEachThread()
+        self.backward: dict[int, set[RowsColumns]] = {}  # the grids that a backward pass has come by, of all threads
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is about calls of its own."""
+        return ImageGrid, (self.source, self.fixed, self.of_arguments)
+
+    @property
+    def here(self) -> Here:
+        return self.threads.here
+
+    def around(self, module: nn.Module) -> list[Any]:
+        """Hooks on the module whose call is about one image; their handles."""
+        return [
+            module.register_forward_pre_hook(self.enter, with_kwargs=True, prepend=True),
+            module.register_forward_hook(self.leave, always_call=True),
+        ]
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.here.outer.append((self.here.grid, self.here.task))
+        self.here.grid, self.here.task = None, backward_pass()
+        grid = None if self.of_arguments is None else self.of_arguments(*args, **kwargs)
+        if grid is not None:
+            self.note(*grid)
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.mark(module, args, output)
+        if self.here.outer:  # empty where another hook failed before enter
+            self.here.grid, self.here.task = self.here.outer.pop()
+
+    def after_patches(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Forward hook of the convolution whose output (B, d, rows, columns) is the tokens."""
+        self.note(*output.shape[-2:])
+
+    def note(self, rows: int, columns: int) -> None:
+        checks.integer("HW[0]", rows, 1)
+        checks.integer("HW[1]", columns, 1)
+        if torch.compiler.is_compiling():
+            self.here.grid = (rows, columns)
+        elif self.here.task == backward_pass():
+            self.here.grid = torch.empty(rows, columns, device="meta")
+        else:  # a part of the model is recomputed, in which the patches are made
+            self.come_by(rows, columns)
+
+    def mark(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook: leaves the grid of the call in the graph of the output."""
+        if torch.compiler.is_compiling() or self.here.grid is None or self.here.task != backward_pass():
+            return
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
+                leaf.grad_fn.register_prehook(partial(self.come_by, *sides(self.here.grid)))
+
+    def come_by(self, rows: int, columns: int, *gradients: Any) -> None:
+        """The backward pass under way is about this grid, too."""
+        task = backward_pass()
+        if task not in self.backward:
+            self.backward[task] = set()
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self.forget, task))
+        self.backward[task].add((rows, columns))
+        self.here.recomputed = torch.empty(rows, columns, device="meta")
+
+    def forget(self, task: int) -> None:
+        self.backward.pop(task, None)
+        self.here.recomputed = None
+
+    def of(self, tokens: int | None) -> RowsColumns:
+        """The grid of a layer that is called with so many tokens beside those before the grid; None: with some of them.
+
+        Raises:
+            RuntimeError: there is none, for no call of the model is under way, or a backward pass recomputes the layer
+                and has come by several that fit.
+        """
+        if self.fixed is not None:
+            return self.fixed
+        here = self.here
+        if torch.compiler.is_compiling():  # which cannot ask whether a backward pass is under way
+            grid = here.recomputed if here.grid is None else here.grid
+        elif here.task == backward_pass():
+            grid = here.grid
+        else:
+            return self.of_recomputation(tokens)
+        if grid is None:
+            raise RuntimeError(
+                f"the grid is {self.source}, and no call is under way in which this has shown it: call the model "
+                "itself, or pass HW=(rows, columns) to this layer, or HW to replace_attention"
+            )
+        return sides(grid)
+
+    def of_recomputation(self, tokens: int | None) -> RowsColumns:
+        grids = sorted(self.backward.get(backward_pass(), ()))
+        fitting = [grid for grid in grids if tokens is None or grid[0] * grid[1] == tokens]
+        if len(fitting) == 1:
+            return fitting[0]
+        raise RuntimeError(
+            f"the backward pass recomputes a layer of {tokens or 'some'} tokens (activation checkpointing) and must "
+            f"know its one grid; it is about calls with the grids {fitting or grids}: call backward after each"
+        )
+
+
+def sides(grid: Tensor | RowsColumns) -> RowsColumns:
+    rows, columns = grid.shape if isinstance(grid, Tensor) else grid
+    return rows, columns
+
+
+def backward_pass() -> int:
+    """The number of the backward pass that runs in this thread, as torch.utils.checkpoint asks."""
+    return NO_BACKWARD if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+class FirstArgument:
+    """(rows, columns) of the map (B, C, rows, columns) that a module is called with, None if it is no map."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> RowsColumns | None:
+        value = args[0] if args else kwargs.get(self.name)
+        if not isinstance(value, Tensor) or value.dim() != 4:
+            return None
+        rows, columns = value.shape[-2:]
+        return rows, columns

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import copy
-import faulthandler
-import multiprocessing
-import os
 import re
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,39 +21,13 @@ from dydila_kernels import DyDiLAttention
 from dydila_kernels.checks import DIFFERENTIALS, NORMALIZATIONS
 from dydila_kernels.distributed import SequenceParallelAttention, gather_tokens, sequence_parallel, shard_tokens
 from dydila_kernels.torch_backend import blocks
+from tests.ranks import CLOSE, gradients, on_ranks
 
 GUIDE = Path(__file__).parent.parent / "docs" / "guides" / "scaling.md"
 RECIPES = dict(re.findall(r"```{code-block} python\n:name: (\w+)\n\n(.*?)```", GUIDE.read_text("utf-8"), re.DOTALL))
 KEPT: dict[str, Any] = {}
 """What a recipe made, until its process ends: when DDP goes with the last of a group, gloo can wait for ever."""
-CLOSE = {"rtol": 1e-9, "atol": 1e-10}  # float64, sums in another order
 ROUNDED = {"rtol": 1e-4, "atol": 1e-5}  # float32
-
-# On ranks -----------------------------------------------------------------------------------------------------------
-
-
-def run(rank: int, size: int, port: int, function: Callable[..., None], *arguments: Any) -> None:
-    """One of the processes that :func:`on_ranks` starts, in an environment as torchrun's."""
-    torch.set_num_threads(1)
-    faulthandler.dump_traceback_later(150, exit=True)  # rather than to wait for each other for ever
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    function(*arguments)
-
-
-def on_ranks(size: int, function: Callable[..., None], *arguments: Any) -> None:
-    """Runs a function in as many processes, which fork from one that has imported this module."""
-    multiprocessing.set_forkserver_preload([__name__])
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(
-        run, (size, port, function, *arguments), nprocs=size, start_method="forkserver"
-    )
-
-
-def gradients(module: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
 
 
 def uneven(length: int, *given: int | None) -> list[int]:
@@ -364,74 +334,3 @@ def recipe(script: str) -> None:
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "sequence"])
 def test_recipes_of_the_guide_run(name: str) -> None:
     on_ranks(2, recipe, RECIPES[name])
-
-
-@pytest.fixture
-def alone(tmp_path: Path) -> Iterator[None]:
-    """A group of this process."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("alone")
-class TestOneRank:
-    def test_is_the_layer(self) -> None:
-        model = nn.Sequential(nn.Linear(8, 8), DyDiLAttention(8, num_prefix_tokens=2))
-        x = torch.randn(2, 14, 8)
-        y = model(x[:, :11]), model[1](x, HW=(3, 4))
-        names = model.state_dict().keys()
-        assert sequence_parallel(model) is model is sequence_parallel(model)
-        assert model.state_dict().keys() == names
-        assert isinstance(model[1], DyDiLAttention) and "on 1 ranks" in repr(model[1])
-        torch.testing.assert_close((model(x[:, :11]), copy.deepcopy(model)[1](x, HW=(3, 4))), y)
-
-    def test_compiles_around_it(self) -> None:
-        model = nn.Sequential(nn.Linear(8, 8), sequence_parallel(DyDiLAttention(8)), nn.ReLU())
-        x = torch.randn(2, 9, 8)
-        torch.testing.assert_close(torch.compile(model, backend="eager")(x), model(x))
-
-    def test_shards_and_gathers(self) -> None:
-        x = torch.randn(2, 5, 3, requires_grad=True)
-        assert shard_tokens(x, lengths=[5]).shape == x.shape
-        gathered = gather_tokens(shard_tokens(x))
-        gathered.backward(x)
-        assert torch.equal(gathered, x) and torch.equal(x.grad, x)
-
-    @pytest.mark.parametrize(
-        ("error", "message", "arguments"),
-        [
-            (ValueError, "cu_seqlens must be None", {"cu_seqlens": [0, 9]}),
-            (ValueError, "is_causal must be False", {"is_causal": True}),
-            (ValueError, r"HW must multiply to N = 9; got 2 x 4 = 8", {"HW": (2, 4)}),
-            (ValueError, r"lengths must hold one number for each of 1 ranks; got \[4, 5\]", {"lengths": [4, 5]}),
-            (ValueError, r"lengths must say 9 for rank 0, .* got \[8\]", {"lengths": [8]}),
-            (TypeError, "lengths must be an int; got float", {"lengths": [9.0]}),
-            (TypeError, "mask must be bool", {"mask": torch.ones(2, 9)}),
-        ],
-    )
-    def test_refuses(self, error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
-        with pytest.raises(error, match=message):
-            sequence_parallel(DyDiLAttention(8))(torch.randn(2, 9, 8), **arguments)
-
-    def test_refuses_what_it_cannot_differentiate(self) -> None:
-        layer, x = sequence_parallel(DyDiLAttention(8)), torch.randn(2, 9, 8, requires_grad=True)
-        with pytest.raises(RuntimeError, match=r"no torch\.func"):
-            torch.func.jvp(layer, (x,), (x,))
-        with pytest.raises(RuntimeError, match="no second derivatives"):
-            torch.autograd.grad(layer(x).sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="balance_loss needs all tokens"):
-            layer.balance_loss(x)
-
-    def test_refuses_other_modules_and_groups(self) -> None:
-        layer = DyDiLAttention(8)
-        with pytest.raises(ValueError, match="must hold a DyDiLAttention; got a Linear without"):
-            sequence_parallel(nn.Linear(2, 2))
-        with pytest.raises(ValueError, match=r"as mesh\['sp'\] is; got 2 dimensions"):
-            sequence_parallel(layer, init_device_mesh("cpu", (1, 1)))
-        with pytest.raises(TypeError, match="group must be a ProcessGroup or DeviceMesh"):
-            sequence_parallel(layer, dist.GroupMember.NON_GROUP_MEMBER)
-        with pytest.raises(ValueError, match="lengths must sum to N = 5"):
-            shard_tokens(torch.randn(1, 5, 2), lengths=[4])
-        with pytest.raises(TypeError, match="fully_shard comes after sequence_parallel; got FSDPDyDiLAttention"):
-            sequence_parallel(fully_shard(layer))

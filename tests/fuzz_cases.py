@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ import tests.interpreter  # noqa: F401  (before the package, which may import Tr
 from dydila_kernels import DyDiLAttention, dydila_attention, reference
 from dydila_kernels.checks import BRANCHES, DIFFERENTIALS, NORMALIZATIONS, ROUTER_GRADIENTS
 from dydila_kernels.testing import TOKENS, Tensors, call_layer, core_inputs, decisions, equations, layer_inputs
+from tests.layers import SUB_MODULES, SURROUNDINGS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float64, torch.float32, torch.float32, torch.bfloat16, torch.float16)
@@ -203,8 +204,21 @@ def draw_layer(draw: Draw, backend: str) -> Case:
         return call
 
     fused = copy.deepcopy(attn).fuse()
+    surrounded, surrounding = copy.deepcopy(draw.choice([attn, fused])), draw.choice(sorted(SURROUNDINGS))
+    changed = draw.sample(SUB_MODULES, draw.randint(0, len(SUB_MODULES)))
+    if DEVICE == "cpu":
+        SURROUNDINGS[surrounding](surrounded, changed)
+    if DEVICE == "cpu" and surrounding != "offloading" and draw.chance(0.2):  # of the gradients, too
+        SURROUNDINGS[surrounding](attn, changed)
     return Case(
-        {**configuration, "dtype": dtype, "autocast": autocast, "shape": tuple(x.shape), **arguments},
+        {
+            **configuration,
+            "surrounding": (surrounding, changed),
+            "dtype": dtype,
+            "autocast": autocast,
+            "shape": tuple(x.shape),
+            **arguments,
+        },
         inputs,
         ours,
         plain,
@@ -217,8 +231,16 @@ def draw_layer(draw: Draw, backend: str) -> Case:
             "inference_mode": without_gradients(attn, torch.inference_mode),
             "fused": without_gradients(fused, torch.enable_grad),
             "fused, no_grad": without_gradients(fused, torch.no_grad),
+            "surrounded": without_gradients(surrounded, torch.no_grad),
+            "default device": without_gradients(attn, under_another_device),
         },
     )
+
+
+@contextmanager
+def under_another_device() -> Iterator[None]:
+    with torch.no_grad(), torch.device("meta"):
+        yield
 
 
 def draw_core(draw: Draw, backend: str) -> Case:

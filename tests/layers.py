@@ -1,11 +1,13 @@
-"""Small layers, and their outputs in every mode, for the tests of what surrounds a layer."""
+"""Small layers, their outputs in every mode, and what tools do to a layer that leaves its function as it is."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate import cpu_offload
+from torch import Tensor, nn
 
 from dydila_kernels import DyDiLAttention
 from dydila_kernels.testing import assert_agree, with_distinct_factors
@@ -35,3 +37,55 @@ def gradients_of(attn: DyDiLAttention, x: Tensor) -> dict[str, Tensor]:
     wanted = [leaf, *(attn.get_parameter(name) for name in names)]
     found = torch.autograd.grad(out.square().sum(), wanted)
     return {"output": out.detach(), **dict(zip(["x", *names], found, strict=True))}
+
+
+# What leaves the function as it is: each takes a layer and the names of some sub-modules ------------------------------
+
+
+def with_hooks(attn: DyDiLAttention, names: list[str]) -> None:
+    for module in modules_of(attn, names):
+        module.register_forward_pre_hook(lambda module, args: args)
+        module.register_forward_hook(lambda module, args, out: out)
+        module.register_full_backward_pre_hook(lambda module, grads: None)
+        module.register_full_backward_hook(lambda module, *grads: None)
+
+
+def with_wrapped_forwards(attn: DyDiLAttention, names: list[str]) -> None:
+    def wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: forward(*args, **kwargs)
+
+    for module in modules_of(attn, names):
+        module.forward = wrapped(module.forward)
+
+
+def with_nested_calls(attn: DyDiLAttention, names: list[str]) -> None:
+    """Another layer of the same width is called before each of the modules, and in the backward pass."""
+    other = DyDiLAttention(attn.dim, attn.num_heads, dtype=torch.float32)
+    x = torch.randn(2, 9, attn.dim)
+
+    def call(*_: Any) -> None:
+        with torch.no_grad():
+            other(x)
+        with torch.inference_mode(False), torch.enable_grad():
+            other(x).sum().backward()
+
+    for module in modules_of(attn, names):
+        module.register_forward_pre_hook(call)
+        module.register_full_backward_hook(call)
+
+
+def with_offloading(attn: DyDiLAttention, names: list[str]) -> None:
+    """For inference alone, and of all parameters."""
+    cpu_offload(attn, execution_device=torch.device("cpu"), offload_buffers=bool(names))
+
+
+SURROUNDINGS: dict[str, Callable[[DyDiLAttention, list[str]], None]] = {
+    "hooks": with_hooks,
+    "wrapped forwards": with_wrapped_forwards,
+    "nested calls": with_nested_calls,
+    "offloading": with_offloading,
+}
+
+
+def modules_of(attn: DyDiLAttention, names: list[str]) -> list[nn.Module]:
+    return [module for name in names if (module := getattr(attn, name)) is not None]

@@ -9,6 +9,7 @@ import copy
 import importlib.util
 import io
 import pickle
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,6 +19,7 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dydila_kernels import DyDiLAttention
 from dydila_kernels.testing import (
@@ -29,6 +31,7 @@ from dydila_kernels.testing import (
     with_distinct_factors,
 )
 from tests import interpreter
+from tests.layers import SUB_MODULES
 
 CONFIGURATIONS: list[dict[str, Any]] = [
     {"num_heads": 2},
@@ -38,11 +41,34 @@ CONFIGURATIONS: list[dict[str, Any]] = [
 ]
 FORMATS = ["memory", "torch"] + ["safetensors"] * (importlib.util.find_spec("safetensors") is not None)
 MODES = {"grad": nullcontext, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
-HOOKED = ["qkv", "proj", "projection_q", "dwc"]
+REPLACED = ["qkv", "proj", "projection_q", "projection_k"]
+"""What is linear in its weights, so that twice the output is that of twice the weights."""
+CONTEXTS: dict[str, Callable[[], Any]] = {
+    "none": nullcontext,
+    "default device": lambda: torch.device("meta"),
+    "dispatch mode": lambda: CallsAnother(every=5),
+}
 
 seeds = st.integers(0, 2**16)
+contexts = st.sampled_from(sorted(CONTEXTS))
 modes = st.sampled_from(sorted(MODES))
 dtypes = st.sampled_from([torch.float32, torch.float64])
+
+
+class CallsAnother(TorchDispatchMode):
+    """Another layer is called once in so many operations."""
+
+    def __init__(self, every: int) -> None:
+        super().__init__()
+        self.every, self.count = every, 0
+        self.other, self.x = DyDiLAttention(8, device="cpu"), torch.ones(2, 9, 8, device="cpu")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        if self.count % self.every == 0:
+            with torch.no_grad():
+                self.other(self.x)
+        return func(*args, **(kwargs or {}))
 
 
 def through_file(state: dict[str, Tensor], file_format: str) -> dict[str, Tensor]:
@@ -71,7 +97,7 @@ class Life(RuleBasedStateMachine):
     @initialize(configuration=st.sampled_from(CONFIGURATIONS), seed=seeds)
     def begin(self, configuration: dict[str, Any], seed: int) -> None:
         torch.manual_seed(seed)
-        self.configuration, self.hooks, self.exact = configuration, {}, True
+        self.configuration, self.hooks, self.replaced, self.exact = configuration, {}, set(), True
         self.attn, self.model = self.fresh(dtype=torch.float64), self.fresh(device="meta")
         with torch.no_grad():
             for parameter in with_distinct_factors(self.attn).parameters():
@@ -93,13 +119,19 @@ class Life(RuleBasedStateMachine):
         return 1e-11 if self.exact and self.dtype == torch.float64 else 2e-4
 
     def become(self, attn: DyDiLAttention) -> None:
-        self.attn, self.hooks = attn, {}
+        self.attn, self.hooks, self.replaced = attn, {}, set()
         # What fuse() sums in float32 stays as it was rounded.
         self.exact = self.exact and (not attn.fused or self.dtype == torch.float64)
 
+    def truth(self, t: Mapping[str, Tensor], **arguments: Any) -> Tensor:
+        """The equations, with twice the weights where a replaced forward gives twice the output."""
+        doubled = {name: 2 * w if name.split(".")[0] in self.replaced and "router" not in name else w
+                   for name, w in t.items()}  # fmt: skip
+        return equations(self.model, doubled, **arguments)
+
     # --- calls
 
-    def check(self, mode: str = "grad", call: nn.Module | None = None, **arguments: Any) -> None:
+    def check(self, mode: str = "grad", call: nn.Module | None = None, context: str = "none", **arguments: Any) -> None:
         """The output, and with gradients those of the input and of the weights that require them."""
         seed, batch = int(torch.randint(2**31, ())), 1 if "cu_seqlens" in arguments else 2
         length = self.attn.num_prefix_tokens + 9 if batch == 2 else arguments["cu_seqlens"][-1]
@@ -108,7 +140,7 @@ class Life(RuleBasedStateMachine):
         with torch.no_grad():
             indices = self.attn.routing(x, arguments.get("mask")).indices
         expected = output_and_gradients(
-            lambda t: equations(self.model, t, indices=indices, **arguments),
+            lambda t: self.truth(t, indices=indices, **arguments),
             {"x": x.double(), **self.weights},
             [name for name in wanted if name in self.weights or name == "x"],
         )
@@ -116,20 +148,22 @@ class Life(RuleBasedStateMachine):
         call = self.attn if call is None else call
         if mode == "grad":
             leaf, parameters = x.clone().requires_grad_(), dict(self.attn.named_parameters())
-            out = call(leaf, **arguments)
+            with CONTEXTS[context]():
+                out = call(leaf, **arguments)
             incoming = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out)
             leaves = [leaf, *(parameters[name] for name in wanted[1:])]
             gradients = torch.autograd.grad(out, leaves, incoming, materialize_grads=True)
             assert_agree({"output": out, **dict(zip(wanted, gradients, strict=True))}, expected, self.tolerance)
         else:
-            with MODES[mode]():
-                assert_agree({"output": call(x, **arguments)}, {"output": expected["output"]}, self.tolerance)
+            with MODES[mode](), CONTEXTS[context]():
+                out = call(x, **arguments)
+            assert_agree({"output": out}, {"output": expected["output"]}, self.tolerance)
         for name, (_, calls) in self.hooks.items():
             assert len(calls) == before[name] + 1, f"the hook on {name} fired {len(calls) - before[name]} times"
 
-    @rule(mode=modes)
-    def call(self, mode: str) -> None:
-        self.check(mode)
+    @rule(mode=modes, context=contexts)
+    def call(self, mode: str, context: str) -> None:
+        self.check(mode, context=context)
 
     @rule(mode=modes, seed=seeds)
     def call_with_a_mask(self, mode: str, seed: int) -> None:
@@ -173,7 +207,8 @@ class Life(RuleBasedStateMachine):
         for _ in range(times):
             assert self.attn.fuse() is self.attn
         if "dwc" in self.hooks:  # which stays, with its hooks
-            assert self.attn.dwc is not None and self.attn.dwc._forward_hooks
+            assert self.attn.dwc is not None
+            assert self.attn.dwc._forward_hooks or self.attn.dwc._forward_pre_hooks
         self.become_fused()
 
     def become_fused(self) -> None:
@@ -196,14 +231,34 @@ class Life(RuleBasedStateMachine):
             self.check("no_grad")
             parameter.requires_grad_(False)
 
-    @rule(name=st.sampled_from(HOOKED))
-    def add_or_remove_a_hook(self, name: str) -> None:
+    @rule(name=st.sampled_from(SUB_MODULES), kind=st.sampled_from(["pre", "forward", "backward"]), nested=st.booleans())
+    def add_or_remove_a_hook(self, name: str, kind: str, nested: bool) -> None:
+        """Of any kind; it may call another layer."""
         module = getattr(self.attn, name)
         if name in self.hooks:
-            self.hooks.pop(name)[0].remove()
+            for handle in self.hooks.pop(name)[0]:
+                handle.remove()
         elif module is not None:
             calls: list[None] = []
-            self.hooks[name] = module.register_forward_hook(lambda *_: calls.append(None)), calls
+            counts = {"pre": module.register_forward_pre_hook}.get(kind, module.register_forward_hook)
+            handles = [counts(lambda *_: calls.append(None))]
+            if kind == "backward":
+                handles.append(module.register_full_backward_hook(lambda *_: None))
+            if nested:
+                other, x = DyDiLAttention(8), torch.ones(2, 9, 8)
+                handles.append(module.register_forward_pre_hook(lambda *_: (other(x), None)[1]))
+            self.hooks[name] = handles, calls
+
+    @rule(name=st.sampled_from(REPLACED))
+    def replace_or_restore_a_forward(self, name: str) -> None:
+        module = getattr(self.attn, name)
+        if name in self.replaced:
+            del module.forward
+            self.replaced.remove(name)
+        elif module is not None:
+            forward = module.forward
+            module.forward = lambda *args: 2 * forward(*args)
+            self.replaced.add(name)
 
     # --- weights
 
@@ -216,7 +271,7 @@ class Life(RuleBasedStateMachine):
             indices = self.attn.routing(x.to(self.dtype)).indices
         trained = {name: p for name, p in self.attn.named_parameters() if p.requires_grad}
         inputs = {"x": x.double(), **self.weights}
-        expected = output_and_gradients(lambda t: equations(self.model, t, indices=indices), inputs, list(trained))
+        expected = output_and_gradients(lambda t: self.truth(t, indices=indices), inputs, list(trained))
         out = self.attn(x.to(self.dtype))
         incoming = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
         if trained:
@@ -284,8 +339,11 @@ class Life(RuleBasedStateMachine):
     @rule(way=st.sampled_from(["deepcopy", "pickle", "torch.save"]))
     def copy(self, way: str) -> None:
         """The whole module, and what is done to the copy is not done to the original."""
-        for handle, _ in self.hooks.values():
-            handle.remove()  # local functions, which do not pickle
+        for handles, _ in self.hooks.values():
+            for handle in handles:
+                handle.remove()  # local functions, which do not pickle
+        for name in self.replaced:
+            del getattr(self.attn, name).forward
         if way == "deepcopy":
             new = copy.deepcopy(self.attn)
         elif way == "pickle":
@@ -307,10 +365,10 @@ class LifeWithCompiler(Life):
 
     compiled: Any = None
 
-    def check(self, mode: str = "grad", call: nn.Module | None = None, **arguments: Any) -> None:
+    def check(self, mode: str = "grad", call: nn.Module | None = None, context: str = "none", **arguments: Any) -> None:
         if self.compiled is None or self.compiled._orig_mod is not self.attn:
             self.compiled = torch.compile(self.attn, backend="eager")
-        super().check(mode, self.compiled, **arguments)
+        super().check(mode, self.compiled, "none", **arguments)
 
     def teardown(self) -> None:
         torch._dynamo.reset()

@@ -7,6 +7,7 @@ import re
 import warnings
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -104,7 +105,63 @@ CALL: list[tuple[dict[str, Any], dict[str, Any], type[Exception], list[str]]] = 
         ["HW", "N = 12", "image 1", "3 x 3"],
     ),
     ({"backend": "triton"}, {"x": X}, RuntimeError, ["backend='triton'", "cpu", "float32", "backend='torch'"]),
+    ({}, {"x": torch.nested.nested_tensor([X[0], X[1]])}, TypeError, ["x", "dense", "nested", "cu_seqlens"]),
+    (
+        {},
+        {"x": torch.nested.nested_tensor([X[0], X[1, :9]], layout=torch.jagged)},
+        TypeError,
+        ["x", "dense", "nested", "cu_seqlens"],
+    ),
+    ({}, {"mask": X}, TypeError, ["mask", "one tensor x", "queries, keys and values", "float32", "(2, 16, 8)"]),
+    ({}, {"mask": (4, 4)}, TypeError, ["mask", "HW=(4, 4)"]),
+    ({}, {"x": torch.zeros(1, 257, 8)}, ValueError, ["HW", "N = 257", "16 x 16", "num_prefix_tokens=1"]),
+    ({}, {"x": torch.zeros(1, 261, 8)}, ValueError, ["HW", "N = 261", "16 x 16", "num_prefix_tokens=5"]),
+    ({}, {"need_weights": True}, TypeError, ["need_weights", "no matrix of weights", "bool"]),
+    ({}, {"key_padding_mask": MASK}, TypeError, ["key_padding_mask", "mask=~key_padding_mask", "Tensor"]),
+    ({}, {"rope": X}, TypeError, ["rope", "rotary embeddings are not supported"]),
+    ({}, {"image_rotary_emb": (X, X)}, TypeError, ["image_rotary_emb", "rotary embeddings are not supported", "tuple"]),
+    ({}, {"encoder_hidden_states": X}, TypeError, ["encoder_hidden_states", "own tokens", "Tensor"]),
+    ({}, {"temperature": 2.0}, TypeError, ["temperature", "no such argument", "float"]),
 ]
+
+
+def test_other_names_that_ask_for_nothing() -> None:
+    attn = DyDiLAttention(8)
+    asked = attn(X, image_rotary_emb=None, encoder_hidden_states=None, need_weights=False, rope=None)
+    assert torch.equal(asked, attn(X))
+
+
+def test_integers_of_any_kind() -> None:
+    """numpy's, and those of a tensor, wherever a number of something is asked for."""
+    attn = DyDiLAttention(
+        numpy.int64(8),
+        num_heads=numpy.int32(2),
+        num_projectors=numpy.int16(2),
+        num_kernel_factors=torch.tensor(3),
+        num_differential_factors=numpy.uint8(4),
+        num_prefix_tokens=numpy.int64(1),
+    )
+    assert all(type(n) is int for n in (attn.dim, attn.num_heads, attn.num_prefix_tokens))
+    x = torch.randn(2, 13, 8)
+    expected = attn(x, HW=(3, 4))
+    for HW in ((numpy.int64(3), numpy.int64(4)), numpy.array([3, 4]), torch.Size((3, 4)), torch.tensor([3, 4])):
+        assert torch.equal(attn(x, HW=HW), expected)
+    bounds = [0, 13]
+    packed = attn(x[:1], HW=[(3, 4)], cu_seqlens=bounds)
+    assert torch.equal(attn(x[:1], HW=numpy.array([[3, 4]]), cu_seqlens=numpy.array(bounds).tolist()), packed)
+    assert torch.equal(attn(x[:1], HW=[(3, 4)], cu_seqlens=list(numpy.array(bounds))), packed)
+    inputs = core_inputs(1, 4, 8)
+    assert torch.equal(dydila_attention(**inputs, num_heads=numpy.int64(2)), dydila_attention(**inputs, num_heads=2))
+    for wrong in (True, numpy.bool_(True), 2.0, numpy.float64(2.0), "2"):
+        with pytest.raises(TypeError, match="num_heads must be an int"):
+            DyDiLAttention(8, num_heads=wrong)
+
+
+def test_a_layer_cannot_be_scripted() -> None:
+    for module in (DyDiLAttention(8), nn.Sequential(DyDiLAttention(8))):
+        with pytest.raises(RuntimeError, match=r"torch\.jit\.script is not supported; use torch\.compile"):
+            torch.jit.script(module)
+
 
 CORE: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"q": torch.zeros(16, 8)}, ValueError, ["q", "(B, N, d)", "(16, 8)"]),

@@ -45,7 +45,7 @@ def main() -> int:
     device = default_device()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     print(f"dydila_kernels  {__version__}")
-    for package in ("torch", "einops", "numpy", "triton"):
+    for package in ("torch", "einops", "triton"):
         print(f"{package:14}  {torch.__version__ if package == 'torch' else version_of(package)}")
     print(f"{'python':14}  {platform.python_version()} on {platform.system()} {platform.machine()}")
     print(f"{'device':14}  {device} ({name})")

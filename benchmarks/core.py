@@ -13,23 +13,14 @@ from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 
 import torch
-import tyro
 from torch import Tensor
 
 from benchmarks import rivals, roofline, suite
-from benchmarks.harness import Row
+from benchmarks.harness import Call, Row
 from benchmarks.roofline import Shape
-from benchmarks.suite import Call, Comparison, Contender, Mode
+from benchmarks.suite import Comparison, Contender, Mode
 from dydila_kernels import dydila_attention, reference
-from dydila_kernels.testing import (
-    TOKENS,
-    cast,
-    core_inputs,
-    decisions,
-    error_ratios,
-    output_and_gradients,
-    relative_error,
-)
+from dydila_kernels.testing import TOKENS, cast, core_inputs, decisions, error_ratios, output_and_gradients
 
 OURS = ("dydila", "dydila eager", "dydila compiled")
 FACTORS = 9
@@ -64,16 +55,15 @@ def main(config: Config) -> list[Row]:
 
 def comparisons(config: Config) -> Iterator[Comparison]:
     for tokens in config.lengths(cpu=(256, 1024, 4096, 16384), gpu=(256, 1024, 4096, 16384, 65536)):
-        batch = max(1, 65536 // tokens) if config.on_gpu and not config.smoke else 1
-        shape = Shape(batch, tokens, config.dim, 1, config.torch_dtype)
+        shape = Shape(config.batch(tokens), tokens, config.dim, 1, config.torch_dtype)
         for mode in config.modes:
             contenders = {
                 f"{name} H={heads}": contender(config, name, mode, replace(shape, heads=heads))
-                for heads in config.heads or tuple(dict.fromkeys((1, max(1, config.dim // 64))))
+                for heads in suite.heads_of(config.heads, config.dim)
                 for name in names(config, config.dim // heads)
             }
-            point = {"batch": batch, "tokens": tokens}
-            yield Comparison({"mode": mode, "dim": config.dim}, point, contenders, input_bytes=3 * shape.unit)
+            point = {"batch": shape.batch, "tokens": tokens}
+            yield Comparison({"mode": mode, "dim": config.dim}, point, contenders, input_bytes=3 * shape.token_bytes)
 
 
 def names(config: Config, head_dim: int) -> list[str]:
@@ -85,16 +75,23 @@ def names(config: Config, head_dim: int) -> list[str]:
 
 def contender(config: Config, name: str, mode: Mode, shape: Shape) -> Contender:
     labels: Row = {"name": name, "heads": shape.heads}
+    missing = None
     if name in rivals.PACKAGES:
         labels["computes"] = rivals.PACKAGES[name].computes
+        missing = rivals.missing(name, config.device)
+    if name in rivals.BACKENDS:
+        missing = rivals.why_not_softmax(name, config.device, shape.dtype, shape.dim // shape.heads)
+    checked = min(max(config.lengths((), ()) or (CHECKED_TOKENS,)), CHECKED_TOKENS)
+    check = error_ratio if name == "dydila" else partial(rival_error_ratio, name) if name in FORMULAS else None
+    small = replace(shape, batch=1, tokens=16)
     return Contender(
         partial(prepare, name, mode, shape, config.device),
         labels,
         cost(name, mode, shape),
-        checked(config, name, shape),
-        missing(config, name, shape),
+        check and partial(check, config.device, replace(shape, batch=1, tokens=checked)),
+        missing,
         # In a fresh process all would be compiled again.
-        None if "compiled" in name and not config.on_gpu else partial(warm_up, name, mode, shape, config.device),
+        None if "compiled" in name and not config.on_gpu else partial(call_once, name, mode, small, config.device),
         graph=True,
     )
 
@@ -104,14 +101,6 @@ def cost(name: str, mode: Mode, shape: Shape) -> roofline.Cost:
         return roofline.core(shape, mode, num_kernel_factors=FACTORS, num_differential_factors=FACTORS)
     declared = roofline.softmax_core if name in SOFTMAX or name == "flash-attn" else roofline.linear_core
     return declared(shape, mode)
-
-
-def missing(config: Config, name: str, shape: Shape) -> str | None:
-    if name in rivals.PACKAGES:
-        return rivals.missing(name, config.device)
-    if name in rivals.BACKENDS:
-        return rivals.why_not_softmax(name, config.device, shape.dtype, shape.dim // shape.heads)
-    return None
 
 
 def prepare(name: str, mode: Mode, shape: Shape, device: str) -> Call:
@@ -134,6 +123,10 @@ def prepare(name: str, mode: Mode, shape: Shape, device: str) -> Call:
     if "compiled" in name:
         call()  # compiles
     return call
+
+
+def call_once(name: str, mode: Mode, shape: Shape, device: str) -> None:
+    prepare(name, mode, shape, device)()
 
 
 def random_inputs(shape: Shape, device: str) -> dict[str, Tensor]:
@@ -177,18 +170,6 @@ def compile_anew(*cell: object) -> None:
     torch.compiler.reset()
 
 
-def warm_up(name: str, mode: Mode, shape: Shape, device: str) -> None:
-    prepare(name, mode, replace(shape, batch=1, tokens=16), device)()
-
-
-def checked(config: Config, name: str, shape: Shape) -> partial[float] | None:
-    longest = max(config.lengths((), ()) or (CHECKED_TOKENS,))
-    what = (config.device, replace(shape, batch=1, tokens=min(longest, CHECKED_TOKENS)))
-    if name == "dydila":
-        return partial(error_ratio, *what)
-    return partial(rival_error_ratio, name, *what) if name in FORMULAS else None
-
-
 @cache
 def error_ratio(device: str, shape: Shape) -> float:
     """Our error over that of the equations in plain PyTorch in the same dtype and with the same decisions.
@@ -200,17 +181,18 @@ def error_ratio(device: str, shape: Shape) -> float:
         dtype=shape.dtype, device=device,
     )  # fmt: skip
     wanted = [name for name in inputs if "routers" not in name]
-    at = decisions(inputs, num_heads=shape.heads)
-    equations: rivals.Attention = partial(reference.dydila_attention, num_heads=shape.heads)
-    attend: rivals.Attention = partial(dydila_attention, num_heads=shape.heads)
-    on_cpu = {name: t.cpu() for name, t in inputs.items()}  # not every device has float64
-    truth = output_and_gradients(
-        lambda t: equations(**t, indices={name: index.cpu() for name, index in at.items()}),
-        cast(on_cpu, torch.float64),
-        wanted,
-    )
-    found = output_and_gradients(lambda t: attend(**t), inputs, wanted)
-    plain = output_and_gradients(lambda t: equations(**t, indices=at), inputs, wanted)
+    indices = decisions(inputs, num_heads=shape.heads)
+
+    def ours(t: dict[str, Tensor]) -> Tensor:
+        return dydila_attention(**t, num_heads=shape.heads)  # type: ignore[arg-type]
+
+    def equations(t: dict[str, Tensor]) -> Tensor:
+        at = {name: index.to(t["q"].device) for name, index in indices.items()}
+        return reference.dydila_attention(**t, indices=at, num_heads=shape.heads)  # type: ignore[arg-type]
+
+    exact = cast({name: t.cpu() for name, t in inputs.items()}, torch.float64)  # not every device has float64
+    truth = output_and_gradients(equations, exact, wanted)
+    found, plain = (output_and_gradients(function, inputs, wanted) for function in (ours, equations))
     ratios = error_ratios(*([together(tensors, truth)] for tensors in (found, plain, truth)))
     return max(ratios.values())
 
@@ -226,11 +208,9 @@ def together(tensors: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, 
 def rival_error_ratio(name: str, device: str, shape: Shape) -> float:
     """The error of a rival's output over that of its own formula in the same dtype."""
     tokens = list(random_inputs(shape, device).values())[:3]
-    formula = FORMULAS[name]
-    truth = formula(*(t.cpu().double() for t in tokens), heads=shape.heads)
-    found, plain = (relative_error(f(*tokens, heads=shape.heads), truth) for f in (function_of(name), formula))
-    return found / plain if plain else found
+    found, plain = (f(*tokens, heads=shape.heads) for f in (function_of(name), FORMULAS[name]))
+    return suite.error_ratio(found, plain, FORMULAS[name](*(t.cpu().double() for t in tokens), heads=shape.heads))
 
 
 if __name__ == "__main__":
-    raise SystemExit(suite.exit_code(main(tyro.cli(Config))))
+    suite.command(main, Config)

@@ -14,21 +14,17 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
 
-from benchmarks import rivals, roofline, suite
-from benchmarks.goals import goals, verdicts
-from benchmarks.harness import Row
+from benchmarks import harness, rivals, roofline, suite
+from benchmarks.harness import Call, Row
 from benchmarks.roofline import Cost, Shape
-from benchmarks.suite import Call, Comparison, Contender, Mode
+from benchmarks.suite import Comparison, Contender, Mode
 from dydila_kernels import DyDiLAttention
-from dydila_kernels.testing import equations, layer_error_ratio, relative_error
+from dydila_kernels.testing import equations, layer_error_ratio
 
 CHECKED_TOKENS = 48**2
 """Tokens of the image that the check is done on, unless all sizes are shorter: longer ones take the same path."""
-TOKENS_AT_ONCE = 65536
-"""Tokens in all images of a batch together, on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +40,12 @@ class Config(suite.Options):
         "softmax",
         "sana",
     )
-    """Layers to compare ours with; "dydila eager" is our reference equations in eager PyTorch."""
+    """Layers to compare ours with; "dydila eager" is our reference equations in eager PyTorch, "compiled" a layer under
+    torch.compile."""
 
     def widths(self) -> tuple[int, ...]:
         """The values of d to run."""
-        if self.smoke:
-            return self.dims or (128,)
-        return self.dims or ((384, 512, 768, 1152) if self.on_gpu else (384,))
+        return self.dims or ((128,) if self.smoke else (384, 512, 768, 1152) if self.on_gpu else (384,))
 
 
 class Case(NamedTuple):
@@ -68,9 +63,7 @@ class Case(NamedTuple):
 
 def main(config: Config) -> list[Row]:
     """Check, measure, print tables and goals, and store the rows."""
-    rows = suite.run("layer", config, comparisons(config))
-    print(f"\n{verdicts(goals(rows))}")
-    return rows
+    return suite.run("layer", config, comparisons(config))
 
 
 def comparisons(config: Config) -> list[Comparison]:
@@ -86,33 +79,28 @@ def comparisons(config: Config) -> list[Comparison]:
 
 def comparison(config: Config, dim: int, mode: Mode, tokens: int, checked: int) -> Comparison:
     """The layers at one width and size."""
-    batch = max(TOKENS_AT_ONCE // tokens, 1) if config.on_gpu else 1
-    softmax_heads = max(dim // 64, 1)
+    shape = Shape(config.batch(tokens), tokens, dim, 1, config.torch_dtype)
     contenders: dict[str, Contender] = {}
-    point = {"tokens": tokens, "batch": batch}
     for name in ("dydila", *config.rivals):
-        of_name = (softmax_heads,) if name == "softmax" else config.heads or (1, softmax_heads)
-        for heads in dict.fromkeys(of_name):
-            case = Case(name, heads, mode, batch, tokens, dim, config.device, config.torch_dtype)
+        for heads in suite.heads_of((max(dim // 64, 1),) if name == "softmax" else config.heads, dim):
+            case = Case(name, heads, mode, shape.batch, tokens, dim, config.device, config.torch_dtype)
             contenders[f"{name} H={heads}"] = contender(case, checked)
-    shape = Shape(batch, tokens, dim, 1, config.torch_dtype)
-    return Comparison({"mode": mode, "dim": dim}, point, contenders, input_bytes=shape.unit)
+    point = {"tokens": tokens, "batch": shape.batch}
+    return Comparison({"mode": mode, "dim": dim}, point, contenders, input_bytes=shape.token_bytes)
 
 
 def contender(case: Case, checked: int) -> Contender:
-    on_gpu = torch.device(case.device).type == "cuda"
     # What the backward pass alone adds to memory says nothing without what the forward pass has left there.  In a fresh
     # process on a CPU, a compiler would count as growth.
-    measures_memory = case.mode != "backward" and (on_gpu or not case.name.endswith("compiled"))
-    small = case._replace(batch=1, tokens=16)
+    compiles = case.name.endswith("compiled") and not harness.is_gpu(case.device)
+    # What is left is the formula that ours is checked against.
+    checks = case.name not in ("dydila eager", "dydila compiled")
     return Contender(
         prepare=partial(prepare, case),
         labels={"name": case.name, "heads": case.heads},
         cost=cost(case),
-        error_ratio=None  # it is the formula that ours is checked against
-        if case.name in ("dydila eager", "dydila compiled")
-        else partial(error_ratio, case._replace(mode="forward", batch=1, tokens=checked)),
-        warm_up=partial(call_once, small) if measures_memory else None,
+        error_ratio=partial(error_ratio, case._replace(mode="forward", batch=1, tokens=checked)) if checks else None,
+        warm_up=None if case.mode == "backward" or compiles else partial(call_once, case._replace(batch=1, tokens=16)),
         graph=True,
     )
 
@@ -132,8 +120,7 @@ def error_ratio(case: Case) -> float:
         return F.linear(core(*F.linear(x.to(dtype), qkv).chunk(3, -1), heads=case.heads), weight, bias)
 
     with torch.no_grad():
-        exact = formula(torch.float64)
-        return relative_error(layer(x), exact) / relative_error(formula(case.dtype), exact)
+        return suite.error_ratio(layer(x), formula(case.dtype), formula(torch.float64))
 
 
 def prepare(case: Case) -> Call:
@@ -161,9 +148,7 @@ def layer_of(case: Case) -> Any:
     with torch.device(case.device):
         layer: Any = kind(case.dim, case.heads).to(case.dtype)
     layer.train(case.mode != "forward")
-    if name == "dydila" and form:
-        layer = Equations(layer)
-    return torch.compile(layer) if form == "compiled" else layer
+    return Equations(layer) if form == "eager" else torch.compile(layer) if form == "compiled" else layer
 
 
 class Equations(nn.Module):
@@ -188,8 +173,8 @@ def cost(case: Case) -> Cost:
     if name == "sana":
         return total + roofline.linear_core(shape, mode)
     routed = roofline.linear(rows, dim, dim, mode, dtype, weights=3)
-    return total + routed + routed + roofline.core(shape, mode) + roofline.convolution(shape, mode)
+    return total + routed * 2 + roofline.core(shape, mode) + roofline.convolution(shape, mode)
 
 
 if __name__ == "__main__":
-    raise SystemExit(suite.exit_code(main(tyro.cli(Config))))
+    suite.command(main, Config)

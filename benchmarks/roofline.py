@@ -1,14 +1,14 @@
 """Bytes and FLOPs declared for what is timed, and the ceilings of the device that they are held against.
 
-Bytes are what a call cannot avoid: each input read once, each output written once, in units of B N d elements.  FLOPs
-are those of matrix products and convolutions, two for a multiply-accumulate; powers and norms are not counted.
+Bytes are what a call cannot avoid: each input read once, each output written once, in passes over a tensor of tokens,
+B N d elements.  FLOPs are those of matrix products and convolutions, two for a multiply-accumulate; powers and norms are
+not counted.
 ``python -m benchmarks.roofline`` measures the ceilings: a copy for bytes, square matrix products for FLOPs.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,36 +45,40 @@ class Shape:
     dtype: torch.dtype
 
     @property
-    def unit(self) -> int:
-        """Bytes of B N d elements."""
-        return self.batch * self.tokens * self.dim * self.dtype.itemsize
-
-    @property
     def rows(self) -> int:
         return self.batch * self.tokens
 
+    @property
+    def token_bytes(self) -> int:
+        return self.rows * self.dim * self.dtype.itemsize
+
+
+def passes(shape: Shape, count: int, flops: float) -> Cost:
+    """So many passes over a tensor of tokens, and FLOPs for each token."""
+    return Cost(count * shape.token_bytes, flops * shape.rows)
+
 
 def products(shape: Shape) -> float:
-    """FLOPs of K^T V and Q (K^T V), or of the other order where it is cheaper."""
-    return 4 * shape.rows * min(shape.dim // shape.heads, shape.tokens) * shape.dim
+    """FLOPs for each token of K^T V and Q (K^T V), or of the other order where it is cheaper."""
+    return 4 * min(shape.dim // shape.heads, shape.tokens) * shape.dim
 
 
 def core(shape: Shape, mode: str, *, num_kernel_factors: int = 9, num_differential_factors: int = 9) -> Cost:
     """Eqs. 5-8 given q, k, v, q', k': reads five, writes one; backward reads six and writes five."""
-    logits = 2 * shape.rows * shape.dim * 4 * (num_kernel_factors + num_differential_factors)
-    return by_mode(mode, Cost(6 * shape.unit, products(shape) + logits), Cost(11 * shape.unit, 2 * products(shape)))
+    logits = 8 * shape.dim * (num_kernel_factors + num_differential_factors)
+    return by_mode(mode, passes(shape, 6, products(shape) + logits), passes(shape, 11, 2 * products(shape)))
 
 
 def softmax_core(shape: Shape, mode: str) -> Cost:
     """Scaled dot-product attention: reads three, writes one; backward reads five, writes three, and does the products
     five times over, because it computes the scores again."""
-    product = 2 * shape.rows * shape.tokens * shape.dim
-    return by_mode(mode, Cost(4 * shape.unit, 2 * product), Cost(8 * shape.unit, 5 * product))
+    product = 2 * shape.tokens * shape.dim
+    return by_mode(mode, passes(shape, 4, 2 * product), passes(shape, 8, 5 * product))
 
 
 def linear_core(shape: Shape, mode: str) -> Cost:
     """Linear attention given q, k, v, with any element-wise kernel function."""
-    return by_mode(mode, Cost(4 * shape.unit, products(shape)), Cost(7 * shape.unit, 2 * products(shape)))
+    return by_mode(mode, passes(shape, 4, products(shape)), passes(shape, 7, 2 * products(shape)))
 
 
 def linear(rows: int, inputs: int, outputs: int, mode: str, dtype: torch.dtype, *, weights: int = 1) -> Cost:
@@ -87,8 +91,8 @@ def linear(rows: int, inputs: int, outputs: int, mode: str, dtype: torch.dtype, 
 
 def convolution(shape: Shape, mode: str, taps: int = 9) -> Cost:
     """The depth-wise convolution: reads one, writes one; backward reads two and writes one."""
-    flops = 2 * taps * shape.rows * shape.dim
-    return by_mode(mode, Cost(2 * shape.unit, flops), Cost(3 * shape.unit, 2 * flops))
+    flops = 2 * taps * shape.dim
+    return by_mode(mode, passes(shape, 2, flops), passes(shape, 3, 2 * flops))
 
 
 def by_mode(mode: str, forward: Cost, backward: Cost) -> Cost:
@@ -110,9 +114,7 @@ class Config:
 def measure(config: Config) -> Row:
     """The ceilings: ``copy_gb_s`` (read and written bytes both counted) and ``{float32,bfloat16}_tflop_s``."""
     torch.set_num_threads(config.threads)
-    on_gpu = torch.device(config.device).type == "cuda"
-    large = 2**30 if on_gpu else 2**27
-    side = 8192 if on_gpu else 1536
+    large, side = (2**30, 8192) if harness.is_gpu(config.device) else (2**27, 1536)
     if config.smoke:
         large, side = 2**20, 128
     source = torch.randint(256, (large,), dtype=torch.uint8, device=config.device)
@@ -131,7 +133,7 @@ def measure(config: Config) -> Row:
 
 
 def against(cost: Cost, seconds: float, ceilings: Row, dtype: torch.dtype) -> Row:
-    """Rates of a call, and its share of the nearer ceiling: the time that the ceilings allow over the time it took."""
+    """Rates of a call, and the percentage of the nearer ceiling that it reaches: the time that the ceilings allow over the time it took."""
     products = ceilings[f"{'float32' if dtype == torch.float32 else 'bfloat16'}_tflop_s"] * TERA
     floors = {"bytes": cost.bytes / (ceilings["copy_gb_s"] * GIGA), "FLOPs": cost.flops / products}
     nearer = max(floors, key=lambda name: floors[name])
@@ -144,4 +146,4 @@ def against(cost: Cost, seconds: float, ceilings: Row, dtype: torch.dtype) -> Ro
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(tyro.cli(Config)), indent=2), file=sys.stdout)
+    print(json.dumps(measure(tyro.cli(Config)), indent=2))

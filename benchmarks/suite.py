@@ -7,21 +7,26 @@ that says so under "skipped", and no time.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
+import tyro
+from tabulate import tabulate
 from torch import Tensor
 from torch._functorch import config as functorch_config
 from tqdm import tqdm
 
 from benchmarks import harness, roofline
-from benchmarks.harness import Row
+from benchmarks.goals import goals, verdicts
+from benchmarks.harness import Call, Clock, Row
 from benchmarks.roofline import Cost
+from dydila_kernels.testing import relative_error
 
-Call = Callable[[], object]
 Mode = Literal["forward", "backward", "forward+backward"]
 WRONG = "wrong: the error is over twice that of plain PyTorch"
 MODES: tuple[Mode, ...] = ("forward", "backward", "forward+backward")
@@ -54,7 +59,7 @@ class Options:
 
     @property
     def on_gpu(self) -> bool:
-        return torch.device(self.device).type == "cuda"
+        return harness.is_gpu(self.device)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -71,12 +76,21 @@ class Options:
             return (64, 256)
         return self.sizes or tuple(gpu if self.on_gpu else cpu)
 
+    def batch(self, tokens: int, together: int = 65536) -> int:
+        """Images of so many tokens: on a GPU as many as have so many ``together``."""
+        return max(together // tokens, 1) if self.on_gpu and not self.smoke else 1
+
     def folder(self) -> Path | None:
         """Where rows go; None where they are not to be stored."""
         if self.out is not None or self.smoke:
             return self.out
         kind, name = torch.device(self.device).type, harness.device_name(self.device)
         return harness.REPOSITORY / "benchmarks" / "results" / harness.folder_name(kind, name)
+
+
+def heads_of(asked: tuple[int, ...], dim: int) -> tuple[int, ...]:
+    """The numbers of heads that were asked for; else one, as in the paper, and as many as have 64 channels."""
+    return asked or tuple(dict.fromkeys((1, max(1, dim // 64))))
 
 
 @dataclass(frozen=True)
@@ -93,6 +107,7 @@ class Contender:
         warm_up: a small call of the same kind; where given, memory is measured: how far it rises during a call, on a
             CPU in a fresh process in which the small call has loaded code and started threads.
         graph: whether to time it as a CUDA graph as well, which leaves the host out.
+        clock: times a part of the call, in place of all of it.
     """
 
     prepare: Callable[[], Call]
@@ -102,6 +117,7 @@ class Contender:
     missing: str | None = None
     warm_up: Call | None = None
     graph: bool = False
+    clock: Clock | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +134,9 @@ class Comparison:
     input_bytes: int
 
 
-def call_of(mode: Mode, function: Callable[[], Tensor], leaves: Sequence[Tensor], incoming: Tensor) -> Call:
+def call_of(
+    mode: Mode, function: Callable[[], Tensor | Sequence[Tensor]], leaves: Sequence[Tensor], *incoming: Tensor
+) -> Call:
     """What a mode times: the function without gradients, the gradients of ``leaves`` given that of its output, or both.
 
     For "backward" the forward pass runs here, once, and what it saves stays in memory.
@@ -131,18 +149,28 @@ def call_of(mode: Mode, function: Callable[[], Tensor], leaves: Sequence[Tensor]
     return lambda: torch.autograd.grad(output, leaves, incoming, retain_graph=True)
 
 
+def error_ratio(found: Tensor, plain: Tensor, exact: Tensor) -> float:
+    """The error of a result over that of plain PyTorch, or the error itself where that has none."""
+    ours, usual = relative_error(found, exact), relative_error(plain, exact)
+    return ours / usual if usual else ours
+
+
+def command(main: Callable[..., Sequence[Row]], config: type) -> None:
+    """The suite from the command line: exit code 1 where a result was wrong, a message where it cannot run."""
+    try:
+        raise SystemExit(exit_code(main(tyro.cli(config))))
+    except (ImportError, ValueError) as error:
+        raise SystemExit(f"benchmarks.{Path(sys.argv[0]).stem}: {error}") from None
+
+
 def run(suite: str, options: Options, comparisons: Sequence[Comparison]) -> list[Row]:
-    """Measures the comparisons, each series in rising order of size, and stores the rows as they come."""
+    """Measures the comparisons, each series in rising order of size, and stores the rows as they come.
+
+    Prints tables, and how the rows stand to the goals of the project."""
     torch.set_num_threads(options.threads)
     folder = options.folder()
     ceilings = roofline.measure(roofline.Config(options.device, options.threads, options.smoke))
-    facts = {
-        "suite": suite,
-        **harness.environment(options.device),
-        "device_type": torch.device(options.device).type,
-        "dtype": str(options.torch_dtype).removeprefix("torch."),
-        "ceilings": ceilings,
-    }
+    facts = {**harness.facts_of(suite, options.device, options.torch_dtype), "ceilings": ceilings}
     rows: list[Row] = []
     for comparison in tqdm(comparisons, desc=suite, unit="cell"):
         # What is compiled would give its saved tensors away, and could not run its backward pass again.
@@ -153,7 +181,7 @@ def run(suite: str, options: Options, comparisons: Sequence[Comparison]) -> list
         torch.compiler.reset()  # what was compiled for these sizes has had its use, and the compiler gives up at eight
         if options.on_gpu:
             torch.cuda.empty_cache()
-    print(report(rows))
+    print(report(rows), verdicts(goals(rows)), sep="\n\n")
     if folder is not None:
         print(f"rows: {folder / f'{suite}.jsonl'}")
     return rows
@@ -169,23 +197,25 @@ def measure(options: Options, comparison: Comparison, earlier: Sequence[Row], ce
     for entrant in entrants:
         entrant.row["skipped"] = entrant.contender.missing or over_budget(options, entrant, earlier)
         entrant.try_to(entrant.check)
-        entrant.try_to(lambda entrant=entrant: entrant.prepare(sets))  # type: ignore[misc]
+        entrant.try_to(partial(entrant.prepare, sets))
 
-    def time_in_turn(calls: Mapping[int, Sequence[Call]], prefix: str) -> None:
-        attempts = {i: entrants[i].attempt(harness.in_turn(each)) for i, each in calls.items()}
-        budget = options.budget_seconds
-        seconds = harness.interleave(attempts, repeats=options.calls, budget_seconds=budget, device=options.device)
+    def time_in_turn(prefix: str, calls: Mapping[int, Sequence[Call]], clocks: Mapping[int, Clock]) -> None:
+        attempts = {i: partial(entrants[i].try_to, harness.in_turn(each)) for i, each in calls.items() if each}
+        seconds = harness.interleave(
+            attempts, repeats=options.calls, budget_seconds=options.budget_seconds, device=options.device, clocks=clocks
+        )
         for i, samples in seconds.items():
             if not entrants[i].row["skipped"]:
                 entrants[i].row |= {f"{prefix}{key}": value for key, value in harness.summarize(samples).items()}
 
-    time_in_turn({i: entrant.calls for i, entrant in enumerate(entrants) if entrant.calls}, "")
+    clocks = {i: entrant.clock for i, entrant in enumerate(entrants) if entrant.contender.clock}
+    time_in_turn("", {i: entrant.calls for i, entrant in enumerate(entrants)}, clocks)
     if options.on_gpu:
         for entrant in entrants:
             entrant.try_to(entrant.capture, "graph_skipped")
-        time_in_turn({i: entrant.graphs for i, entrant in enumerate(entrants) if entrant.graphs}, "graph_")
+        time_in_turn("graph_", {i: entrant.graphs for i, entrant in enumerate(entrants)}, {})
     for entrant in entrants:
-        entrant.try_to(lambda entrant=entrant: entrant.finish(options, ceilings))  # type: ignore[misc]
+        entrant.try_to(partial(entrant.finish, options, ceilings))
         entrant.calls, entrant.graphs = [], []
     return [entrant.row for entrant in entrants]
 
@@ -198,12 +228,8 @@ class Entrant:
         self.calls: list[Call] = []
         self.graphs: list[Call] = []
 
-    def attempt(self, call: Call) -> Call:
-        """The call, which does nothing from its first failure on."""
-        return lambda: self.try_to(call)
-
     def try_to(self, action: Call, where: str = "skipped") -> None:
-        """Notes what goes wrong ``where`` in the row."""
+        """Does nothing from the first failure on; notes ``where`` in the row what goes wrong."""
         if self.row["skipped"]:
             return
         try:
@@ -223,6 +249,13 @@ class Entrant:
     def prepare(self, sets: int) -> None:
         self.calls = [self.contender.prepare() for _ in range(sets)]
 
+    def clock(self, call: Call) -> float:
+        """The contender's own, of which a failure is noted as well."""
+        seconds: list[float] = []
+        clock = self.contender.clock
+        self.try_to(lambda: seconds.append(clock(call)) if clock else None)
+        return sum(seconds)
+
     def capture(self) -> None:
         """Calls of their own: autograd runs a backward pass on the stream of its forward pass, so that must be here."""
         if self.contender.graph:
@@ -232,7 +265,7 @@ class Entrant:
             self.graphs = [harness.captured(call, stream) for call in calls]
 
     def finish(self, options: Options, ceilings: Row) -> None:
-        """Memory, and the share of the ceilings."""
+        """Memory, and the percentage of the ceilings."""
         contender, row = self.contender, self.row
         if contender.warm_up is not None:
             row["peak_mib"] = peak_mib(options, contender.prepare, contender.warm_up, self.calls[0])
@@ -245,18 +278,17 @@ class Entrant:
 def over_budget(options: Options, entrant: Entrant, earlier: Sequence[Row]) -> str | None:
     """Why a contender is not called: by its time at the size before, a call would take too long."""
     cost, row = entrant.contender.cost, entrant.row
-    for before in reversed(earlier):
-        labels = ("stage", "name", "mode", "heads", "dim")
-        same = all(before.get(key) == value for key, value in row.items() if key in labels)
-        if cost is not None and same:
-            if before["skipped"]:
-                return before["skipped"] if before["skipped"].startswith("over budget") else None
-            growth = max(cost.bytes / before["bytes"], cost.flops / max(before["flops"], 1))
-            expected = before["median_ms"] / 1e3 * growth
-            if expected > options.skip_over_seconds:
-                return f"over budget: a call would take about {expected:.0f} s"
-            break
-    return None
+    same = {key: row[key] for key in ("stage", "name", "mode", "heads", "dim") if key in row}
+    before = next((r for r in reversed(earlier) if same.items() <= r.items()), None)
+    if cost is None or before is None:
+        return None
+    if before["skipped"]:
+        return before["skipped"] if before["skipped"].startswith("over budget") else None
+    growth = max(cost.bytes / before["bytes"], cost.flops / max(before["flops"], 1))
+    expected = before["median_ms"] / 1e3 * growth
+    if expected <= options.skip_over_seconds:
+        return None
+    return f"over budget: a call would take about {expected:.0f} s"
 
 
 def peak_mib(options: Options, prepare: Callable[[], Call], warm_up: Call, prepared: Call) -> float | None:
@@ -278,30 +310,22 @@ def _peak_mib(prepare: Callable[[], Call], warm_up: Call, threads: int) -> float
 
 
 def report(rows: Sequence[Row]) -> str:
-    """The rows as tables, one for each series: median times in ms, with the share of the nearer ceiling."""
-    tables: dict[str, list[Row]] = {}
+    """The rows as tables, one for each series: median times in ms, with the percentage of the nearer ceiling."""
+    tables: dict[str, dict[str, Row]] = {}
     for row in rows:
         title = ", ".join(f"{key} {row[key]}" for key in ("stage", "mode", "dim") if key in row)
-        tables.setdefault(title, []).append(row)
-    return "\n\n".join(f"{title}\n{grid(group)}" for title, group in tables.items())
+        point = " ".join(f"{key}={row[key]}" for key in ("batch", "tokens", "image") if key in row)
+        tables.setdefault(title, {}).setdefault(point, {"": point})[label(row)] = cell(row)
+    return "\n\n".join(f"{title}\n{table(points.values())}" for title, points in tables.items())
 
 
-def grid(rows: Sequence[Row]) -> str:
-    """Contenders against sizes."""
-    names = list(dict.fromkeys(label(row) for row in rows))
-    points = list(dict.fromkeys(point(row) for row in rows))
-    cells = {(point(row), label(row)): cell(row) for row in rows}
-    lines = [["", *names], *([at, *(cells.get((at, name), "-") for name in names)] for at in points)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(text.rjust(w) for text, w in zip(line, widths, strict=True)) for line in lines)
+def table(rows: Iterable[Row]) -> str:
+    """Plain text, a line for each row and a column for each key."""
+    return tabulate(list(rows), headers="keys", tablefmt="plain", missingval="-", disable_numparse=True)
 
 
 def label(row: Row) -> str:
     return f"{row['name']} H={row['heads']}" if row.get("heads") else row["name"]
-
-
-def point(row: Row) -> str:
-    return " ".join(f"{key}={row[key]}" for key in ("batch", "tokens", "image") if key in row)
 
 
 def cell(row: Row) -> str:
@@ -318,4 +342,4 @@ def milliseconds(row: Row) -> float:
 
 def exit_code(rows: Sequence[Row]) -> int:
     """1 where a result was wrong, else 0."""
-    return int(any(row["skipped"] == WRONG for row in rows))
+    return int(any((row["skipped"] or "").startswith("wrong") for row in rows))

@@ -8,9 +8,9 @@ A step of one image, and of two as guidance has them: with its class and without
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 import tyro
@@ -19,11 +19,8 @@ from benchmarks import harness, suite
 from benchmarks.harness import Row
 from benchmarks.model import (
     CHECKED_TOKENS,
-    IMAGES,
     Case,
-    Images,
-    Name,
-    checked_images,
+    ModelOptions,
     comparison,
     config_of,
     cost,
@@ -31,21 +28,15 @@ from benchmarks.model import (
     network,
     require_example,
 )
-from benchmarks.suite import Call, Comparison, Contender, Mode
+from benchmarks.suite import Comparison, Contender, Mode
 from dydila_kernels.testing import cast, equations, layer_inputs, relative_error
 
 
 @dataclass(frozen=True)
-class Config(suite.Options):
+class Config(ModelOptions):
     """Time of a step of sampling with DyDi-LiT, Sana and DiT, at batch 1, called and as a CUDA graph."""
 
-    sizes: Images = ()
-    """Sides of the images in pixels, multiples of 16; by default 256 and 512 on a CPU, 256 to 4096 on a GPU."""
     modes: tyro.conf.Suppress[tuple[Mode, ...]] = ("forward",)
-    models: tuple[Name, ...] = ("dydi-lit", "sana", "dit")
-    """Which models of the example."""
-    size: Literal["tiny", "S", "B", "L"] = "S"
-    """How large they are; "tiny" is no size of the paper, and what --smoke takes."""
     batches: tuple[int, ...] = (1, 2)
     """Images at once: one, and two for guidance."""
 
@@ -73,52 +64,37 @@ def main(config: Config) -> list[Row]:
 
 def comparisons(config: Config) -> list[Comparison]:
     """By batch, each in rising order of size."""
-    found = []
-    for batch in config.batches:
-        for image in checked_images(config.lengths(cpu=IMAGES[:2], gpu=IMAGES)):
-            size = "tiny" if config.smoke else config.size
-            cases = [
-                Case(name, size, "forward", batch, image, config.device, config.torch_dtype, fused=name == "dydi-lit")
-                for name in config.models
-            ]
-            found.append(comparison({case.name: contender(case) for case in cases}, cases[0]))
-    return found
+    return [
+        comparison([case._replace(fused=case.name == "dydi-lit") for case in cases], contender)
+        for batch in config.batches
+        for cases in (config.cases("forward", batch, image) for image in config.images(on_cpu=2))
+    ]
 
 
 def contender(case: Case) -> Contender:
-    on_gpu = torch.device(case.device).type == "cuda"
     return Contender(
-        prepare=partial(prepare, case),
+        prepare=partial(Step, case),
         labels={"heads": config_of(case).num_heads, "fused": case.fused},
         cost=cost(case),
-        error_ratio=partial(error_ratio, case) if case.fused or on_gpu else None,
+        error_ratio=partial(error_ratio, case) if case.fused or harness.is_gpu(case.device) else None,
         graph=True,
     )
-
-
-def prepare(case: Case) -> Call:
-    return Step(case)
 
 
 def error_ratio(case: Case) -> float:
     """The worse of that of our attention layer in its inference form, and, on a GPU, the difference by capturing."""
     ratios = [fused_error_ratio(case)] if case.fused else []
-    if torch.device(case.device).type == "cuda":
-        ratios.append(captured_difference(case))
-    return max(ratios)
+    return max([*ratios, captured_difference(case)] if harness.is_gpu(case.device) else ratios)
 
 
 def fused_error_ratio(case: Case) -> float:
     """Of the output of the first block's attention layer after ``fuse()``, over that of the plain equations."""
     attn = network(case.name, case.size, False, False, case.device, case.dtype).blocks[0].attention
-    tokens = min(case.tokens, CHECKED_TOKENS)
-    x = torch.randn(1, tokens, attn.dim, device=case.device, dtype=case.dtype)
+    x = torch.randn(1, min(case.tokens, CHECKED_TOKENS), attn.dim, device=case.device, dtype=case.dtype)
     with torch.no_grad():
         given, indices = layer_inputs(attn, x), attn.routing(x).indices
         exact = equations(attn, cast(given, torch.float64), indices=indices)
-        plain = equations(attn, given, indices=indices)
-        found = copy.deepcopy(attn).fuse()(x)
-    return relative_error(found, exact) / relative_error(plain, exact)
+        return suite.error_ratio(copy.deepcopy(attn).fuse()(x), equations(attn, given, indices=indices), exact)
 
 
 def captured_difference(case: Case) -> float:
@@ -136,18 +112,16 @@ def captured_difference(case: Case) -> float:
     return relative_error(step.output, called) / torch.finfo(case.dtype).eps
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """Medians in ms of each row, called and captured."""
-    lines = ["milliseconds of a step: called, as a CUDA graph"]
+    lines = []
     for row in rows:
-        what = f"  {row['name']:<10} batch={row['batch']} image={row['image']}: "
-        graph = f", {row['graph_median_ms']:.3g}" if "graph_median_ms" in row else ""
-        lines.append(what + (row["skipped"] or f"{row['median_ms']:.3g}{graph}"))
-    return "\n".join(lines)
+        called = row["skipped"] or f"{row['median_ms']:.3g}"
+        graph = f"{row['graph_median_ms']:.3g}" if "graph_median_ms" in row else "-"
+        where = {key: str(row[key]) for key in ("name", "batch", "image")}
+        lines.append(where | {"called (ms)": called, "as a CUDA graph (ms)": graph})
+    return suite.table(lines)
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(suite.exit_code(main(tyro.cli(Config))))
-    except (ImportError, ValueError) as error:
-        raise SystemExit(f"benchmarks.latency: {error}") from None
+    suite.command(main, Config)

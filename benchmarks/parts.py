@@ -9,25 +9,29 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from benchmarks.harness import Row
+from benchmarks.plot import BASELINES, OURS
+from benchmarks.suite import milliseconds
 
+Name = Literal["tests", "ceilings", "core", "stages", "layer", "model", "latency", "training", "sweep"]
 SECONDS = {
     "tests": 140,  # several hundred kernels are compiled, by 8 processes at once; correctness goes before all else
     "ceilings": 15,  # 60 copies and products, and the start of a process
-    "core": 75,  # two forms of our kernels to compile, H = 1 and heads of 64; torch.compile at one size only
+    "core": 80,  # three forms of our kernels to compile, heads of 64, of 72 and one; torch.compile at one size only
     "stages": 45,  # two sizes: a stage grows with N as its bytes do
-    "layer": 50,  # the width that the README shows
+    "layer": 50,  # the width of the speed table
     "model": 45,  # three sides of images; DiT's step at 4096 pixels takes most of it
     "latency": 25,  # three sides, one image at a time
     "training": 400,  # two sizes, two seeds, four runs of each, 300 steps; for a call of its own
     "sweep": 50,  # about a second for each configuration, most of it compiling; a row each, so it may end anywhere
 }
-"""Shares of the time, in seconds where all parts run in the default of gpu_run, each with its reason."""
+"""How the time is shared out, in seconds where all parts run in the default of gpu_run, each with its reason."""
 
 QUICK = ("--repeats", "10", "--budget-seconds", "0.5")
 """Ten calls tell a median within a few percent on a GPU; what takes half a second altogether is slow enough to tell."""
-SUITES_NEED = ("tyro", "tqdm")
+SUITES_NEED = ("tabulate", "tqdm", "tyro")
 MODELS_NEED = (
     "accelerate", "diffusers", "huggingface_hub", "matplotlib", "PIL", "psutil", "safetensors", "sklearn",
     "tensorboard", "torchmetrics",
@@ -54,18 +58,26 @@ class Part:
         commands: for device, smoke and folder; each may leave rows in FOLDER/NAME.jsonl, which are taken up.
         figure: the key figure for the table, of the text printed and the rows.
         needs: packages without which it cannot run.
-        on_request: too long to share a run with others: left out unless it is asked for.
+        by_default: whether it runs unasked; else it is too long to share a run with others.
     """
 
     name: str
     commands: Callable[[str, bool, object], list[Command]]
     figure: Callable[[str, list[Row]], str]
     needs: tuple[str, ...] = ()
-    on_request: bool = False
+    by_default: bool = True
 
     @property
     def seconds(self) -> float:
         return SECONDS[self.name]
+
+    @property
+    def missing(self) -> list[str]:
+        return absent(self.needs)
+
+
+def absent(packages: Sequence[str]) -> list[str]:
+    return [name for name in packages if importlib.util.find_spec(name) is None]
 
 
 def python(*arguments: str, **environment: str) -> Command:
@@ -86,18 +98,18 @@ def tests(device: str, smoke: bool, out: object) -> list[Command]:
     """The kernels' tests, then those that fill the memory, alone, then the short ones of all else."""
 
     def pytest(*arguments: str, workers: int = 0) -> Command:
-        parallel = ["-n", str(workers)] if workers and importlib.util.find_spec("xdist") else []
-        return python(
-            "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *parallel, *arguments, OMP_NUM_THREADS="1"
-        )
+        parallel = [] if not workers or absent(["xdist"]) else ["-n", str(workers)]
+        fixed = ("pytest", "-q", "--tb=short", "-p", "no:cacheprovider")
+        return python(*fixed, *parallel, *arguments, OMP_NUM_THREADS="1")
 
     if smoke:
         return [pytest("tests/ops/test_device.py"), pytest("tests/test_tokens.py")]
-    rest = ["tests", "--ignore=tests/ops", "--ignore=tests/benchmarks", "-m", "not slow"]
-    if any(importlib.util.find_spec(name) is None for name in (*SUITES_NEED, *MODELS_NEED)):  # of the example
-        rest.append("--ignore=tests/dydi_lit")
-    kernels = pytest("tests/ops", "--ignore=tests/ops/test_device.py", workers=8)
-    return [kernels, pytest("tests/ops/test_device.py"), pytest(*rest, workers=8)]
+    example = ["--ignore=tests/dydi_lit"] if absent([*SUITES_NEED, *MODELS_NEED]) else []
+    return [
+        pytest("tests/ops", "--ignore=tests/ops/test_device.py", workers=8),
+        pytest("tests/ops/test_device.py"),
+        pytest("tests", "--ignore=tests/ops", "--ignore=tests/benchmarks", "-m", "not slow", *example, workers=8),
+    ]
 
 
 def ceilings(device: str, smoke: bool, out: object) -> list[Command]:
@@ -109,12 +121,17 @@ def sweep(device: str, smoke: bool, out: object) -> list[Command]:
     return [Command(command.arguments, {"TRITON_INTERPRET": "1"}) if device == "cpu" else command]
 
 
+# Key figures ----------------------------------------------------------------------------------------------------------
+
+
 def counts(text: str, rows: list[Row]) -> str:
     """The sums of what pytest counted."""
     last_lines = re.findall(r"^.*\b\d+ \w+.* in [\d.]+s.*$", text, re.MULTILINE)
-    found = re.findall(r"(\d+) (passed|failed|errors?|skipped|xfailed|deselected)\b", "\n".join(last_lines))
-    kinds = dict.fromkeys(kind.rstrip("s") for _, kind in found)
-    sums = {kind: sum(int(number) for number, k in found if k.rstrip("s") == kind) for kind in kinds}
+    sums: Counter[str] = Counter()
+    for number, kind in re.findall(
+        r"(\d+) (passed|failed|error|skipped|xfailed|deselected)s?\b", "\n".join(last_lines)
+    ):
+        sums[kind] += int(number)
     return ", ".join(f"{number} {kind}" for kind, number in sums.items())
 
 
@@ -126,9 +143,6 @@ def rates(text: str, rows: list[Row]) -> str:
 
 def against_softmax(text: str, rows: list[Row]) -> str:
     """Time of softmax, or DiT, over ours, forward, the faster of several heads, at the largest size that has both."""
-    from benchmarks.plot import BASELINES, OURS
-    from benchmarks.suite import milliseconds  # here: both need tyro, and a run is to begin without it
-
     measured = [row for row in rows if row["mode"] == "forward" and not row["skipped"]]
     theirs = next(name for name in BASELINES if any(row["name"] == name for row in rows))
     for tokens in sorted({row["tokens"] for row in measured}, reverse=True):
@@ -169,40 +183,23 @@ def count(rows: list[Row]) -> str:
     return ", ".join([f"{timed} timed", *(f"{number} {reason}" for reason, number in reasons.items())])
 
 
+CORE = (
+    ["--dim", "768", "--sizes", "1024", "4096", "16384", "65536", "--no-compiled", *QUICK],
+    ["--dim", "768", "--sizes", "4096", "--heads", "12", "--compiled", *QUICK],
+    ["--dim", "1152", "--sizes", "4096", "--heads", "16", "--no-compiled", *QUICK],
+)
+MODEL_NEEDS = (*SUITES_NEED, *MODELS_NEED)
+IMAGES = ("--sizes", "256", "1024", "4096", *QUICK)
+FEW_MODES = ("--modes", "forward", "backward")
 PARTS = (
     Part("tests", tests, counts, ("pytest", "hypothesis")),
-    Part("ceilings", ceilings, rates, ("tyro",)),
-    Part(
-        "core",
-        suite(
-            "core",
-            ["--sizes", "1024", "4096", "16384", "65536", "--no-compiled", *QUICK],
-            ["--sizes", "4096", "--heads", "6", "--compiled", *QUICK],
-            smoke=["--dim", "128", "--modes", "forward", "backward"],
-        ),
-        against_softmax,
-        SUITES_NEED,
-    ),
+    Part("ceilings", ceilings, rates, SUITES_NEED),
+    Part("core", suite("core", *CORE, smoke=["--dim", "128", *FEW_MODES]), against_softmax, SUITES_NEED),
     Part("stages", suite("stages", ["--sizes", "4096", "16384", *QUICK]), furthest, SUITES_NEED),
-    Part(
-        "layer",
-        suite("layer", ["--dims", "384", *QUICK], smoke=["--modes", "forward", "backward"]),
-        against_softmax,
-        SUITES_NEED,
-    ),
-    Part(
-        "model",
-        suite("model", ["--sizes", "256", "1024", "4096", *QUICK], smoke=["--modes", "forward"]),
-        against_softmax,
-        (*SUITES_NEED, *MODELS_NEED),
-    ),
-    Part(
-        "latency",
-        suite("latency", ["--sizes", "256", "1024", "4096", *QUICK], smoke=["--batches", "1"]),
-        against_softmax,
-        (*SUITES_NEED, *MODELS_NEED),
-    ),
-    Part("training", suite("training", []), agreement, (*SUITES_NEED, *MODELS_NEED), on_request=True),
+    Part("layer", suite("layer", ["--dims", "384", *QUICK], smoke=FEW_MODES), against_softmax, SUITES_NEED),
+    Part("model", suite("model", IMAGES, smoke=["--modes", "forward"]), against_softmax, MODEL_NEEDS),
+    Part("latency", suite("latency", IMAGES, smoke=["--batches", "1"]), against_softmax, MODEL_NEEDS),
+    Part("training", suite("training", []), agreement, MODEL_NEEDS, by_default=False),
     Part("sweep", sweep, gains, (*SUITES_NEED, "triton")),
 )
 """In the order in which they run: what is wrong or slow is told before what is nice to know."""

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tyro
 from matplotlib.axes import Axes
@@ -51,13 +51,13 @@ class Quantity(NamedTuple):
 
     title: str
     value: Callable[[Row], float | None]
-    logarithmic: bool
+    logarithmic: bool = True
     line: float | None = None
 
 
 @dataclass(frozen=True)
 class Config:
-    """Time, speed-up, share of the ceiling and memory against N, from stored rows."""
+    """Time, speed-up, percentage of the ceiling and memory against N, from stored rows."""
 
     rows: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Files of rows; by default all of benchmarks/results/*/."""
@@ -67,66 +67,54 @@ class Config:
 
 def main(config: Config) -> list[Path]:
     """Draws every suite of the files and returns the paths of the pictures."""
-    pictures = []
-    for path in config.rows or sorted(RESULTS.glob("*/*.jsonl")):
-        pictures += draw_all(harness.read_rows(path), config.out or path.parent)
-    return pictures
+    files = config.rows or sorted(RESULTS.glob("*/*.jsonl"))
+    return [picture for path in files for picture in draw_all(harness.read_rows(path), config.out or path.parent)]
 
 
 def draw_all(rows: Sequence[Row], folder: Path, *, widths: int | None = None) -> list[Path]:
     """Pictures SUITE.png of the width with most points, and SUITE-dWIDTH.png of others (up to ``widths`` in all)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    pictures = []
+    figures: dict[str, Figure] = {}
     if runs := [row for row in rows if "losses" in row]:
-        pictures.append(folder / "training.png")
-        draw_losses(runs).savefig(pictures[-1], dpi=120)
-    rows = [row for row in rows if row["suite"] != "training"]
-    for suite in dict.fromkeys(row["suite"] for row in rows):
-        of_suite = [row for row in rows if row["suite"] == suite and "skipped" in row]  # those of a comparison
+        figures["training"] = draw_losses(runs)
+    compared = [row for row in rows if row["suite"] != "training" and "skipped" in row]
+    for suite in dict.fromkeys(row["suite"] for row in compared):
+        of_suite = [row for row in compared if row["suite"] == suite]
         dims = Counter(row.get("dim") for row in of_suite if not row["skipped"])
         for number, (dim, _) in enumerate(dims.most_common(widths)):
-            figure = draw([row for row in of_suite if row.get("dim") == dim])
-            pictures.append(folder / (f"{suite}-d{dim}.png" if number else f"{suite}.png"))
-            figure.savefig(pictures[-1], dpi=120)
-    return pictures
+            name = f"{suite}-d{dim}" if number else suite
+            figures[name] = draw([row for row in of_suite if row.get("dim") == dim])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=120)
+    return [folder / f"{name}.png" for name in figures]
 
 
 def draw(rows: Sequence[Row]) -> Figure:
     """The picture of one suite and width: quantities downwards, modes (or stages) across."""
     rows = with_batch(rows)
     modes = list(dict.fromkeys(row["mode"] for row in rows))
-    stages = list(dict.fromkeys(row["stage"] for row in rows if "stage" in row))
+    stages = list(dict.fromkeys(row.get("stage") for row in rows))
     quantities = [q for q in quantities_of(rows) if any(q.value(row) is not None for row in rows)]
-    if stages:  # many: the sum of two modes that are shown goes without saying
+    if stages == [None]:
+        grid = [[(quantity, mode, None) for mode in modes] for quantity in quantities]
+    else:  # many: the sum of two modes that are shown goes without saying
         modes = [mode for mode in modes if mode != MODES[-1]] or modes
-    grid: list[tuple[Quantity, list[tuple[str, str | None]]]]
-    if stages:
-        grid = [(q, [(mode, stage) for stage in stages]) for mode in modes for q in quantities]
-    else:
-        grid = [(q, [(mode, None) for mode in modes]) for q in quantities]
+        grid = [[(quantity, mode, stage) for stage in stages] for mode in modes for quantity in quantities]
 
     styles = styles_of(rows)
-    width, height = max(len(columns) for _, columns in grid), len(grid)
+    height, width = len(grid), len(grid[0])
     figure = Figure(figsize=(max(3.4 * width, 6.4), 2.4 * height + 1.3), layout="constrained")
     axes = figure.subplots(height, width, squeeze=False, sharex=True)
-    for i, (quantity, columns) in enumerate(grid):
-        for j, (mode, stage) in enumerate(columns):
-            chosen = [row for row in rows if row["mode"] == mode and row.get("stage") == stage]
-            panel(axes[i, j], quantity, chosen, styles)
+    for i, line in enumerate(grid):
+        for j, (quantity, mode, stage) in enumerate(line):
+            panel(axes[i, j], quantity, [r for r in rows if (r["mode"], r.get("stage")) == (mode, stage)], styles)
             axes[0, j].set_title(stage or mode, fontsize=10)
-            if j == 0:
-                axes[i, j].set_ylabel(f"{mode}: {quantity.title}" if stage else quantity.title, fontsize=9)
-    ticks(axes[-1, 0], sorted({place(row) for row in rows}))
-    for column in axes.T:  # the lowest panel of each that shows something
-        lowest = [ax for ax in column if ax.axison][-1:]
-        for ax in lowest:
-            ax.set_xlabel("side of the image (pixels)" if "image" in rows[0] else "tokens N", fontsize=9)
-            ax.tick_params(axis="x", labelbottom=True)
-    handles = {text: handle for ax in axes.flat for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)}
-    shown = [name for name in styles if name in handles]
-    across = min(len(shown), int(figure.get_figwidth() / 2.2))
-    legend = [handles[name] for name in shown]
-    figure.legend(legend, shown, loc="outside lower center", ncols=across, fontsize=8, handlelength=4)
+        axes[i, 0].set_ylabel(f"{line[0][1]}: {quantity.title}" if line[0][2] else quantity.title, fontsize=9)
+    place_sizes(axes, rows)
+    figure.legend(
+        *legend_of(figure, styles), loc="outside lower center", fontsize=8, handlelength=4,
+        ncols=min(len(styles), int(figure.get_figwidth() / 2.2)),
+    )  # fmt: skip
     figure.suptitle(caption(rows), fontsize=10)
     return figure
 
@@ -134,30 +122,27 @@ def draw(rows: Sequence[Row]) -> Figure:
 def draw_losses(rows: Sequence[Row]) -> Figure:
     """Loss against the step, a panel for each size of the model, a thin line for each seed."""
     sizes = list(dict.fromkeys(row["size"] for row in rows))
+    names = [f"{row['name']}, {row['backend']}" if row["backend"] else row["name"] for row in rows]
     figure = Figure(figsize=(4.8 * len(sizes), 4), layout="constrained")
-    panels = dict(zip(sizes, figure.subplots(1, len(sizes), squeeze=False)[0], strict=True))
-    names = list(dict.fromkeys(run_name(row) for row in rows))
-    for row in rows:
-        window = max(len(row["losses"]) // 50, 1)
-        smooth = [statistics.fmean(row["losses"][max(i - window, 0) : i + 1]) for i in range(len(row["losses"]))]
-        panels[row["size"]].plot(smooth, color=f"C{names.index(run_name(row))}", linewidth=0.9, label=run_name(row))
-    for size, ax in panels.items():
+    for size, ax in zip(sizes, figure.subplots(1, len(sizes), squeeze=False)[0], strict=True):
+        drawn: dict[str, Any] = {}
+        for row, name in zip(rows, names, strict=True):
+            if row["size"] == size:
+                window = max(len(row["losses"]) // 50, 1)
+                means = [statistics.fmean(row["losses"][max(i - window, 0) : i + 1]) for i in range(len(row["losses"]))]
+                colour = f"C{list(dict.fromkeys(names)).index(name)}"
+                (drawn[name],) = ax.plot(means, color=colour, linewidth=0.9, label=name)
         ax.set(title=size, xlabel="step", ylabel="loss, mean of the last 2 % of the steps", yscale="log")
-        handles, labels = ax.get_legend_handles_labels()
-        ax.legend(*zip(*{t: (h, t) for h, t in zip(handles, labels, strict=True)}.values(), strict=True), fontsize=8)
+        ax.legend(handles=list(drawn.values()), fontsize=8)
     figure.suptitle(f"{rows[0]['device']}, {rows[0]['dtype']}, commit {rows[0]['commit']}", fontsize=10)
     return figure
-
-
-def run_name(row: Row) -> str:
-    return f"{row['name']}, {row['backend']}" if row["backend"] else row["name"]
 
 
 def with_batch(rows: Sequence[Row]) -> Sequence[Row]:
     """The rows, with the batch said beside the mode where one size was measured with several."""
     batches: dict[tuple[object, ...], set[int]] = {}
     for row in rows:
-        batches.setdefault((label(row), row["mode"], row.get("stage"), place(row)), set()).add(row.get("batch", 1))
+        batches.setdefault((label(row), row["mode"], row.get("stage"), size_of(row)), set()).add(row.get("batch", 1))
     if all(len(found) == 1 for found in batches.values()):
         return rows
     return [{**row, "mode": f"{row['mode']}, batch {row['batch']}"} for row in rows]
@@ -179,32 +164,23 @@ def quantities_of(rows: Sequence[Row]) -> list[Quantity]:
         measured = not row["skipped"] and row["name"] != baseline and where(row) in times
         return times[where(row)] / milliseconds(row) if measured else None
 
-    def memory(row: Row) -> float | None:
-        mib = row.get("peak_mib")
-        return mib if mib is not None and mib > 0 else None  # 0 has no logarithm
-
     return [
-        Quantity("time (ms)", lambda row: None if row["skipped"] else milliseconds(row), True),
-        Quantity(f"times as fast as {baseline}", speed_up, True, 1),
-        Quantity("% of the ceiling", lambda row: row.get("percent_of_ceiling"), False),
-        Quantity("peak memory (MiB)", memory, True),
+        Quantity("time (ms)", lambda row: None if row["skipped"] else milliseconds(row)),
+        Quantity(f"times as fast as {baseline}", speed_up, line=1),
+        Quantity("% of the ceiling", lambda row: row.get("percent_of_ceiling"), logarithmic=False),
+        Quantity("peak memory (MiB)", lambda row: row.get("peak_mib") or None),  # 0 has no logarithm
     ]
 
 
 def panel(axes: Axes, quantity: Quantity, rows: Sequence[Row], styles: dict[str, Style]) -> None:
     """One curve for each contender; NaN, which draws nothing, where it has no number."""
-    points = sorted({place(row) for row in rows})
     drawn: list[float] = []
     for name, style in styles.items():
-        values = dict.fromkeys(points, math.nan)
-        for row in rows:
-            value = quantity.value(row) if label(row) == name else None
-            if value is not None:
-                values[place(row)] = value
-        numbers = list(values.values())
-        if not all(map(math.isnan, numbers)):
-            axes.plot(points, numbers, label=name, markersize=5, **style._asdict())
-            drawn += [number for number in numbers if not math.isnan(number)]
+        found = {size_of(row): quantity.value(row) for row in rows if label(row) == name}
+        numbers = [math.nan if found.get(size) is None else found[size] for size in sorted({*map(size_of, rows)})]
+        if any(number is not None for number in found.values()):
+            axes.plot(sorted({*map(size_of, rows)}), numbers, label=name, markersize=5, **style._asdict())
+            drawn += [number for number in found.values() if number is not None]
     if not drawn:
         axes.set_axis_off()
         return
@@ -225,32 +201,41 @@ def panel(axes: Axes, quantity: Quantity, rows: Sequence[Row], styles: dict[str,
     axes.yaxis.set_minor_formatter(few if span < 30 else NullFormatter())  # one decade may have no label otherwise
 
 
-def ticks(axes: Axes, points: Sequence[int]) -> None:
-    """The sizes that were measured, on a logarithmic axis."""
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(points, [f"{point:,}" for point in points])
-    axes.xaxis.set_minor_locator(NullLocator())
-    for row in axes.figure.axes:
-        row.tick_params(axis="x", labelsize=8, rotation=30 if len(points) > 4 else 0)
+def place_sizes(axes: Any, rows: Sequence[Row]) -> None:
+    """The sizes that were measured, on logarithmic axes, named below the lowest panel of each column that shows any."""
+    sizes = sorted({*map(size_of, rows)})
+    axes[-1, 0].set_xscale("log", base=2)
+    axes[-1, 0].set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes[-1, 0].xaxis.set_minor_locator(NullLocator())
+    for column in axes.T:
+        for ax in column:
+            ax.tick_params(axis="x", labelsize=8, rotation=30 if len(sizes) > 4 else 0)
+        for ax in [ax for ax in column if ax.axison][-1:]:
+            ax.set_xlabel("side of the image (pixels)" if "image" in rows[0] else "tokens N", fontsize=9)
+            ax.tick_params(axis="x", labelbottom=True)
+
+
+def legend_of(figure: Figure, styles: dict[str, Style]) -> tuple[list[Any], list[str]]:
+    """Handles and names of what is drawn, in the order of the styles."""
+    handles = {text: handle for ax in figure.axes for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)}
+    names = [name for name in styles if name in handles]
+    return [handles[name] for name in names], names
 
 
 def styles_of(rows: Sequence[Row]) -> dict[str, Style]:
     """By label: ours black and solid, the others by name; hollow markers for one head."""
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    rivals = [name for name in names if name not in OURS]
+    rivals = list(dict.fromkeys(row["name"] for row in rows if row["name"] not in OURS))
     styles = {}
     for row in sorted(rows, key=lambda row: row["name"] not in OURS):
         fill = "none" if row.get("heads") == 1 else "full"
-        if row["name"] in OURS:
-            styles[label(row)] = Style("#000000", "o", "-", 2.2, fill, 3)
-        else:
-            number = rivals.index(row["name"])
-            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-            styles[label(row)] = Style(colour, marker, LINES[number % len(LINES)], 1.3, fill, 2)
+        styles[label(row)] = Style("#000000", "o", "-", 2.2, fill, 3)
+        if row["name"] in rivals:
+            looks = (each[rivals.index(row["name"]) % len(each)] for each in (COLOURS, MARKERS, LINES))
+            styles[label(row)] = Style(*looks, 1.3, fill, 2)  # type: ignore[arg-type]
     return styles
 
 
-def place(row: Row) -> int:
+def size_of(row: Row) -> int:
     """Where a row stands on the axis: the side of its image, or N."""
     return row["image"] if "image" in row else row["tokens"]
 

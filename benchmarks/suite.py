@@ -181,7 +181,7 @@ def run(suite: str, options: Options, comparisons: Sequence[Comparison]) -> list
         torch.compiler.reset()  # what was compiled for these sizes has had its use, and the compiler gives up at eight
         if options.on_gpu:
             torch.cuda.empty_cache()
-    print(report(rows), verdicts(goals(rows)), sep="\n\n")
+    print(*filter(None, (report(rows), verdicts(goals(rows)))), sep="\n\n")
     if folder is not None:
         print(f"rows: {folder / f'{suite}.jsonl'}")
     return rows

@@ -52,12 +52,7 @@ def main(config: Config) -> list[Row]:
     """Measures and stores; RuntimeError where the kernels cannot run."""
     dtype = torch.float32 if config.device == "cpu" else torch.bfloat16
     choose_backend("triton", torch.device(config.device), dtype)
-    facts = {
-        "suite": "sweep",
-        **harness.environment(config.device),
-        "device_type": torch.device(config.device).type,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
+    facts = harness.facts_of("sweep", config.device, dtype)
     trials = (
         row
         for shape in config.shapes or (("1x16x32x2",) if config.smoke else SHAPES)
@@ -102,13 +97,12 @@ def measure(config: Config, shape: str, mode: str, dtype: torch.dtype) -> Iterat
     yield facts | {"stage": "all", "table_ms": table, "median_ms": again, "error_ratio": ratio}
 
 
-def parsed(shape: str) -> tuple[int, int, int, int]:
+def parsed(shape: str) -> list[int]:
     """B, N, d, H; ValueError where it does not say them."""
-    try:
-        batch, tokens, dim, heads = map(int, shape.split("x"))
-    except ValueError:
-        raise ValueError(f"shapes must be BxNxdxH, such as {SHAPES[0]}; got {shape}") from None
-    return batch, tokens, dim, heads
+    numbers = [int(number) for number in shape.split("x") if number.isdecimal()]
+    if len(numbers) != 4 or shape.count("x") != 3:
+        raise ValueError(f"shapes must be BxNxdxH, such as {SHAPES[0]}; got {shape}")
+    return numbers
 
 
 def numbers(config: configs.Config) -> Row:

@@ -16,11 +16,10 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks import harness
+from benchmarks import harness, suite
 from benchmarks.harness import Row
 from benchmarks.model import require_example
 from dydila_kernels import DyDiLAttention
@@ -28,7 +27,7 @@ from dydila_kernels import DyDiLAttention
 WARM_UP = 3
 """Steps left out of the time: they compile kernels and fill caches."""
 LAST = 0.25
-"""The share of the steps, from the end, whose mean loss is compared."""
+"""The fraction of the steps, from the end, whose mean loss is compared."""
 WRONG = "wrong: the loss differs from that on the torch backend by more than that of two seeds"
 RUNS = (("dydi-lit", "triton"), ("dydi-lit", "torch"), ("sana", None), ("dit", None))
 """Models of the example, and the backends of their layers."""
@@ -68,20 +67,16 @@ def main(config: Config) -> list[Row]:
     if config.smoke:
         config = smoke(config)
     torch.set_num_threads(config.threads)
-    device = torch.device(config.device)
-    facts = {
-        "suite": "training",
-        **harness.environment(config.device),
-        "device_type": device.type,
-        "dtype": "bfloat16" if device.type == "cuda" else "float32",
-    }
+    on_gpu = harness.is_gpu(config.device)
+    facts = harness.facts_of("training", config.device, torch.bfloat16 if on_gpu else torch.float32)
     runs = [(size, seed, name, backend) for size in config.models for seed in config.seeds for name, backend in RUNS]
     rows: list[Row] = []
     for size, seed, name, backend in tqdm(runs, desc="training", unit="run"):
         row = {"name": name, "backend": backend, "size": size, "seed": seed, "batch": config.batch}
         row |= {"mode": "training", "tokens": (config.side // 2) ** 2, "skipped": None}
-        reason = "the kernels need a GPU" if backend == "triton" and device.type != "cuda" else None
-        rows.append(facts | row | ({"skipped": reason} if reason else train(config, size, seed, name, backend)))
+        without = backend == "triton" and not on_gpu
+        found = {"skipped": "the kernels need a GPU"} if without else train(config, size, seed, name, backend)
+        rows.append(facts | row | found)
         compare([r for r in rows if r["size"] == size])
         if config.out is not None:
             harness.write_rows(config.out / "training.jsonl", rows)
@@ -134,7 +129,7 @@ def train(config: Config, size: Any, seed: int, name: Any, backend: str | None) 
             seconds.append(time.perf_counter() - started)
 
     peak = harness.peak_growth_mib(run, config.device)
-    if device.type != "cuda":  # where runs share a process, memory that one gave back hides what the next one takes
+    if not harness.is_gpu(config.device):  # runs share a process, and memory that one gave back hides what the next takes
         peak = None
     milliseconds = 1e3 * statistics.median(seconds[WARM_UP:])
     return {"steps": config.steps, "median_ms": milliseconds, "peak_mib": peak, "losses": losses}
@@ -175,22 +170,21 @@ def compare(rows: Sequence[Row]) -> None:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line for each run."""
-    lines = ["size  seed  model     backend   last loss  ms/step  MiB"]
+    """A line for each run, and how far backends and seeds are apart."""
+    lines = []
     for row in rows:
-        start = f"{row['size']:4}  {row['seed']:4}  {row['name']:8}  {row['backend'] or '-':8}"
+        line = {"size": row["size"], "seed": str(row["seed"]), "model": row["name"], "backend": row["backend"] or "-"}
         if "losses" in row:
-            memory = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
-            start += f"  {last_loss(row):9.4f}  {row['median_ms']:7.4g}  {memory}"
-        lines.append(start + (f"  {row['skipped']}" if row["skipped"] else ""))
+            line |= {"last loss": f"{last_loss(row):.4f}", "ms/step": f"{row['median_ms']:.4g}"}
+            line |= {} if row["peak_mib"] is None else {"MiB": f"{row['peak_mib']:.0f}"}
+        lines.append(line | ({"without": row["skipped"]} if row["skipped"] else {}))
     compared = {row["size"]: row for row in rows if "difference" in row}
-    for size, row in compared.items():
-        lines.append(f"{size}: backends differ by {row['difference']:.2g}, seeds by {row['spread']:.2g}")
-    return "\n".join(lines)
+    apart = [
+        f"{size}: backends differ by {row['difference']:.2g}, seeds by {row['spread']:.2g}"
+        for size, row in compared.items()
+    ]
+    return "\n".join([suite.table(lines), *apart])
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(int(any(row["skipped"] == WRONG for row in main(tyro.cli(Config)))))
-    except (ImportError, ValueError) as error:
-        raise SystemExit(f"benchmarks.training: {error}") from None
+    suite.command(main, Config)

@@ -99,7 +99,9 @@ def main(
         plot.draw_all(rows, out, widths=1)
     except Exception as error:  # the rows are stored, and can be drawn elsewhere
         print(f"no pictures: {type(error).__name__}: {error}", flush=True)
-    table = suite.table({"part": o.part, "seconds": f"{o.seconds:.0f}", "what": o.state, "": o.figure} for o in outcomes)
+    table = suite.table(
+        {"part": o.part, "seconds": f"{o.seconds:.0f}", "what": o.state, "": o.figure} for o in outcomes
+    )
     print(table, flush=True)
     with (out / LOG).open("a") as log:
         log.write(f"\n{table}\n")

@@ -129,7 +129,9 @@ def train(config: Config, size: Any, seed: int, name: Any, backend: str | None) 
             seconds.append(time.perf_counter() - started)
 
     peak = harness.peak_growth_mib(run, config.device)
-    if not harness.is_gpu(config.device):  # runs share a process, and memory that one gave back hides what the next takes
+    if not harness.is_gpu(
+        config.device
+    ):  # runs share a process, and memory that one gave back hides what the next takes
         peak = None
     milliseconds = 1e3 * statistics.median(seconds[WARM_UP:])
     return {"steps": config.steps, "median_ms": milliseconds, "peak_mib": peak, "losses": losses}

@@ -94,7 +94,7 @@ def test_our_equations_are_the_layer() -> None:
 def made_up(name: str, tokens: int, median_ms: float, *, heads: int = 6, **fields: Any) -> Row:
     """A row of the forward pass."""
     row = {"name": name, "heads": heads, "tokens": tokens, "median_ms": median_ms, "mode": "forward", "dim": 384}
-    return {**row, "batch": 1, "skipped": None, "device_type": "cpu", **fields}
+    return {**row, "suite": "layer", "batch": 1, "skipped": None, "device_type": "cpu", **fields}
 
 
 def of_goal(found: list[goals.Verdict], words: str) -> goals.Verdict:
@@ -106,7 +106,7 @@ def test_goals_are_met_missed_or_not_measured() -> None:
     ours = [made_up("dydila", 256, 2), made_up("dydila", 1024, 10), made_up("dydila", 4096, 40)]
     softmax = [made_up("softmax", 256, 1), made_up("softmax", 1024, 9), made_up("softmax", 4096, 120)]
     found = goals.goals([*ours, *softmax])
-    assert of_goal(found, "from N = 1024 up")[1:] == ("d=384 H=6", "0.90 at N = 1024", False)
+    assert of_goal(found, "softmax from N = 1024 up")[1:] == ("d=384 H=6", "0.90 at N = 1024", False)
     assert of_goal(found, "3 times")[2:] == ("3.00 at N = 4096", True)
     assert of_goal(found, "10 times")[2:] == ("not measured", None)
     text = goals.verdicts(found)
@@ -133,10 +133,10 @@ def test_our_failure_is_a_goal_missed_and_a_rival_s_is_no_evidence() -> None:
     failed = {"skipped": "out of memory"}
     rows = [made_up("dydila", 4096, 1), made_up("softmax", 4096, 2), made_up("dydila", 16384, 4)]
     found = goals.goals([*rows, made_up("softmax", 16384, 0, **failed)])
-    assert of_goal(found, "10 times").met is None and of_goal(found, "from N = 1024 up").met
+    assert of_goal(found, "10 times").met is None and of_goal(found, "softmax from N = 1024 up").met
     found = goals.goals([*rows[:2], made_up("dydila", 16384, 0, **failed), made_up("softmax", 16384, 99)])
     assert of_goal(found, "10 times")[2:] == ("out of memory at N = 16384", False)
-    assert of_goal(found, "from N = 1024 up").met is False
+    assert of_goal(found, "softmax from N = 1024 up").met is False
 
 
 # Against getting slower -----------------------------------------------------------------------------------------------

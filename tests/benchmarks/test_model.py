@@ -50,7 +50,7 @@ def test_images_are_in_pixels_by_either_name_of_the_option() -> None:
 def test_images_that_do_not_divide_into_patches_are_refused() -> None:
     for images in ((256, 250), (0,)):
         with pytest.raises(ValueError, match=f"multiples of 16 pixels a side; got {images[-1]}"):
-            model.checked_images(images)
+            model.Config(device="cpu", sizes=images).images(on_cpu=3)
 
 
 def test_gradients_are_of_all_that_trains_and_not_zero() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -97,9 +97,8 @@ def contender(config: Config, name: str, mode: Mode, shape: Shape) -> Contender:
 
 
 def cost(name: str, mode: Mode, shape: Shape) -> roofline.Cost:
-    if name in OURS:
-        return roofline.core(shape, mode, num_kernel_factors=FACTORS, num_differential_factors=FACTORS)
-    declared = roofline.softmax_core if name in SOFTMAX or name == "flash-attn" else roofline.linear_core
+    of_softmax = FORMULAS.get(name) is rivals.plain_softmax
+    declared = roofline.core if name in OURS else roofline.softmax_core if of_softmax else roofline.linear_core
     return declared(shape, mode)
 
 
@@ -107,15 +106,9 @@ def prepare(name: str, mode: Mode, shape: Shape, device: str) -> Call:
     """What is timed, on random inputs of its own."""
     inputs = random_inputs(shape, device)
     tokens = [inputs.pop(key) for key in TOKENS][: 5 if name in OURS else 3]
-    leaves, attend = tokens, function_of(name)
-    if "compiled" in name:
-        compile_anew(mode, shape.batch, shape.tokens, shape.dim)
-        attend = compiled(attend)
-    if name in OURS:
-        leaves = [*tokens, inputs["gamma"], inputs["lam"]]
-        attend = partial(attend, num_heads=shape.heads, **inputs)
-    else:
-        attend = partial(attend, heads=shape.heads)
+    attend = compiled(function_of(name)) if "compiled" in name else function_of(name)
+    attend = partial(attend, num_heads=shape.heads, **inputs) if name in OURS else partial(attend, heads=shape.heads)
+    leaves = [*tokens, inputs["gamma"], inputs["lam"]] if name in OURS else tokens
     for leaf in leaves:
         leaf.requires_grad_(mode != "forward")
     # The queries double as the gradient that comes in, which saves their memory.
@@ -147,27 +140,18 @@ def random_inputs(shape: Shape, device: str) -> dict[str, Tensor]:
 
 def function_of(name: str) -> rivals.Attention:
     """What is called: of ours with the keywords of the core, of others with q, k, v and ``heads``."""
-    if name in OURS:
-        return dydila_attention if name == "dydila" else reference.dydila_attention
     if name in SOFTMAX:
         return partial(rivals.softmax, backend=name)
-    if name in rivals.PACKAGES:
-        attend = rivals.PACKAGES[name].attend
-        assert attend is not None
-        return attend
-    return {"sana": rivals.sana, "focused": rivals.focused}[name.removesuffix(" compiled")]
+    if name in OURS:
+        return dydila_attention if name == "dydila" else reference.dydila_attention
+    attend = {"sana": rivals.sana, "focused": rivals.focused}.get(name.removesuffix(" compiled"))
+    return attend or rivals.PACKAGES[name].attend
 
 
 @cache
 def compiled(function: rivals.Attention) -> rivals.Attention:
     """Once: torch would compile another object of the same function again."""
     return torch.compile(function, dynamic=False, fullgraph=True)
-
-
-@lru_cache(maxsize=1)
-def compile_anew(*cell: object) -> None:
-    """Forgets what was compiled for another mode or size: torch gives up on a function after a few."""
-    torch.compiler.reset()
 
 
 @cache

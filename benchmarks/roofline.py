@@ -1,8 +1,7 @@
 """Bytes and FLOPs declared for what is timed, and the ceilings of the device that they are held against.
 
-Bytes are what a call cannot avoid: each input read once, each output written once, in passes over a tensor of tokens,
-B N d elements.  FLOPs are those of matrix products and convolutions, two for a multiply-accumulate; powers and norms are
-not counted.
+Bytes are what a call cannot avoid: each input read once, each output written once, in passes over a tensor of tokens.
+FLOPs are those of products and convolutions, two for a multiply-accumulate; powers and norms are not counted.
 ``python -m benchmarks.roofline`` measures the ceilings: a copy for bytes, square matrix products for FLOPs.
 """
 
@@ -10,13 +9,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import tyro
 
 from benchmarks import harness
-from benchmarks.harness import Row
+from benchmarks.harness import Call, Row
 
 GIGA, TERA = 1e9, 1e12
 
@@ -63,9 +63,9 @@ def products(shape: Shape) -> float:
     return 4 * min(shape.dim // shape.heads, shape.tokens) * shape.dim
 
 
-def core(shape: Shape, mode: str, *, num_kernel_factors: int = 9, num_differential_factors: int = 9) -> Cost:
-    """Eqs. 5-8 given q, k, v, q', k': reads five, writes one; backward reads six and writes five."""
-    logits = 8 * shape.dim * (num_kernel_factors + num_differential_factors)
+def core(shape: Shape, mode: str, factors: int = 9) -> Cost:
+    """Eqs. 5-8 given q, k, v, q', k' and tables of so many: reads five, writes one; backward reads six, writes five."""
+    logits = 16 * shape.dim * factors
     return by_mode(mode, passes(shape, 6, products(shape) + logits), passes(shape, 11, 2 * products(shape)))
 
 
@@ -118,13 +118,11 @@ def measure(config: Config) -> Row:
     if config.smoke:
         large, side = 2**20, 128
     source = torch.randint(256, (large,), dtype=torch.uint8, device=config.device)
-    target = torch.empty_like(source)
-    calls = {"copy": lambda: target.copy_(source)}
-    matrices = {  # random: a GPU multiplies zeros and ones faster than its power allows for real numbers
-        dtype: torch.randn(side, side, device=config.device).to(dtype) for dtype in (torch.float32, torch.bfloat16)
-    }
-    for dtype, matrix in matrices.items():
-        calls[str(dtype).removeprefix("torch.")] = lambda matrix=matrix: matrix @ matrix  # type: ignore[misc]
+    calls: dict[str, Call] = {"copy": partial(torch.empty_like(source).copy_, source)}
+    for dtype in (torch.float32, torch.bfloat16):
+        # Random: a GPU multiplies zeros and ones faster than its power allows for real numbers.
+        matrix = torch.randn(side, side, device=config.device).to(dtype)
+        calls[str(dtype).removeprefix("torch.")] = partial(torch.mm, matrix, matrix)
     repeats = 2 if config.smoke else 20
     seconds = harness.interleave(calls, repeats=repeats, budget_seconds=20, device=config.device)
     best = {name: min(samples) for name, samples in seconds.items()}  # a ceiling is the best there was
@@ -133,9 +131,9 @@ def measure(config: Config) -> Row:
 
 
 def against(cost: Cost, seconds: float, ceilings: Row, dtype: torch.dtype) -> Row:
-    """Rates of a call, and the percentage of the nearer ceiling that it reaches: the time that the ceilings allow over the time it took."""
-    products = ceilings[f"{'float32' if dtype == torch.float32 else 'bfloat16'}_tflop_s"] * TERA
-    floors = {"bytes": cost.bytes / (ceilings["copy_gb_s"] * GIGA), "FLOPs": cost.flops / products}
+    """Rates of a call, and the percentage of the nearer ceiling: the time that the ceilings allow over that taken."""
+    rate = ceilings["float32_tflop_s" if dtype == torch.float32 else "bfloat16_tflop_s"]
+    floors = {"bytes": cost.bytes / (ceilings["copy_gb_s"] * GIGA), "FLOPs": cost.flops / (rate * TERA)}
     nearer = max(floors, key=lambda name: floors[name])
     return {
         "gb_s": cost.bytes / seconds / GIGA,

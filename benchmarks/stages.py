@@ -8,17 +8,18 @@
     convolution          Eq. 9, added to what is there; against conv2d on channels-last images
 
 "dydila" is a call of the layer, of which the stage alone is timed: its kernels on a GPU, its functions of the torch
-backend elsewhere.  The tables below say which those are; nothing else here knows how the backends work.
+backend elsewhere.  KERNELS and FUNCTIONS say which those are; nothing else here knows how the backends work.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from cProfile import Profile
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
+from itertools import product
 from math import isqrt
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -34,18 +35,6 @@ from benchmarks.suite import Comparison, Contender, Mode
 from dydila_kernels import reference
 from dydila_kernels.functional import why_not_triton
 
-RIVALS = {
-    "projection": ("dydila", "grouped_mm", "dense"),
-    "tokens": ("dydila", "dydila eager"),
-    "state": ("dydila", "bmm"),
-    "readout": ("dydila", "bmm"),
-    "gradients of queries": ("dydila", "dydila eager"),
-    "gradients of keys": ("dydila", "dydila eager"),
-    "convolution": ("dydila", "conv2d"),
-}
-"""Who is measured, by stage."""
-WHOLE = ("projection", "convolution")
-"""Stages without heads, which have all modes."""
 PROJECTORS = 3
 """As in the layer by default."""
 
@@ -73,8 +62,8 @@ KERNELS = {
     "convolution": Launches(("add_convolution", "weight_gradient")),
 }
 """What a stage launches."""
-GEMMS = {"state": Launches(("tokens_kernel",), 0, then=True), "readout": Launches(("tokens_kernel",), 1, then=True)}
-"""The same for heads too wide for those kernels: keys, K^T V, queries, Q S."""
+WIDE = {"state": Launches(("tokens_kernel",), 0, then=True), "readout": Launches(("tokens_kernel",), 1, then=True)}
+"""The same for heads too wide for those kernels: keys, torch's K^T V, queries, torch's Q S."""
 FUNCTIONS = {
     "projection": (
         "blocks.choices_of_two", "projection.projection_logits", "projection.project_block",
@@ -96,8 +85,40 @@ class Config(suite.Options):
     """Channels d."""
     heads: tuple[int, ...] = ()
     """Heads to measure with, where a stage has them; by default 1 and DIM/64."""
-    stages: tuple[str, ...] = tuple(RIVALS)
+    stages: tuple[str, ...] = tuple(KERNELS)
     """Stages to measure."""
+
+
+class Case(NamedTuple):
+    """A stage and what it meets."""
+
+    stage: str
+    mode: Mode
+    shape: Shape
+    device: str
+
+    @property
+    def kernels(self) -> bool:
+        """Whether "dydila" is the kernels."""
+        return runs_kernels(self.device, self.shape.dtype)
+
+    @property
+    def fused(self) -> bool:
+        """Whether kernels make Qh and Kh where they need them; else these are written once, and torch multiplies."""
+        from dydila_kernels.ops import configs
+
+        return self.kernels and self.shape.dim // self.shape.heads <= configs.LARGEST_HEAD
+
+    @property
+    def sides(self) -> str:
+        """Whose tokens the stage is about: "q", "k" or both."""
+        if self.stage == "tokens" and not self.fused:
+            return "qk"
+        return "q" if self.stage in ("readout", "gradients of queries") else "k"
+
+
+def runs_kernels(device: str, dtype: torch.dtype) -> bool:
+    return harness.is_gpu(device) and why_not_triton(torch.device(device), dtype) is None
 
 
 def main(config: Config) -> list[Row]:
@@ -106,77 +127,55 @@ def main(config: Config) -> list[Row]:
 
 
 def comparisons(config: Config) -> Iterator[Comparison]:
-    for stage in config.stages:
-        modes = suite.MODES if stage in WHOLE else ("backward",) if stage.startswith("gradients") else ("forward",)
-        for mode in [mode for mode in config.modes if mode in modes]:
-            for tokens in config.lengths(cpu=(256, 1024, 4096), gpu=(256, 1024, 4096, 16384, 65536)):
-                shape = Shape(config.batch(tokens), tokens, config.dim, 1, config.torch_dtype)
-                contenders = {
-                    f"{name} H={heads}": contender(config, stage, name, mode, replace(shape, heads=heads))
-                    for heads in ((1,) if stage in WHOLE else suite.heads_of(config.heads, config.dim))
-                    for name in RIVALS[stage]
-                }
-                series: Row = {"stage": stage, "mode": mode, "dim": config.dim}
-                point = {"batch": shape.batch, "tokens": tokens}
-                yield Comparison(series, point, contenders, input_bytes=2 * shape.token_bytes)
+    sizes = config.lengths(cpu=(256, 1024, 4096), gpu=(256, 1024, 4096, 16384, 65536))
+    for stage, mode, tokens in product(config.stages, config.modes, sizes):
+        headless = stage in ("projection", "convolution")  # and they have all modes
+        if headless or mode == ("backward" if stage.startswith("gradients") else "forward"):
+            shape = Shape(config.batch(tokens), tokens, config.dim, 1, config.torch_dtype)
+            contenders: dict[str, Contender] = {}
+            for heads in (1,) if headless else suite.heads_of(config.heads, config.dim):
+                case = Case(stage, mode, replace(shape, heads=heads), config.device)
+                labels = {} if headless else {"heads": heads}
+                contenders[f"dydila {heads}"] = ours(case, {"name": "dydila", **labels})
+                for name, prepare in RIVALS[stage].items():
+                    missing = None if hasattr(F, name) or name != "grouped_mm" else "missing: not in this torch"
+                    contenders[f"{name} {heads}"] = Contender(
+                        partial(prepare, case), {"name": name, **labels}, cost(case, False), missing=missing, graph=True
+                    )
+            point = {"batch": shape.batch, "tokens": tokens}
+            series = {"stage": stage, "mode": mode, "dim": config.dim}
+            yield Comparison(series, point, contenders, input_bytes=2 * shape.token_bytes)
 
 
-def contender(config: Config, stage: str, name: str, mode: Mode, shape: Shape) -> Contender:
-    labels: Row = {"name": name} if stage in WHOLE else {"name": name, "heads": shape.heads}
-    declared = cost(stage, name, mode, shape, config.device)
-    if name != "dydila":
-        has_none = name == "grouped_mm" and not hasattr(F, "grouped_mm")
-        reason = "missing: this version of torch has none" if has_none else None
-        call = partial(PREPARE[stage], stage, name, mode, shape, config.device)
-        return Contender(call, labels, declared, missing=reason, graph=True)
-    case = layer.Case("dydila", shape.heads, mode, shape.batch, shape.tokens, shape.dim, config.device, shape.dtype)
-    checked = case._replace(mode="forward", batch=1, tokens=min(shape.tokens, core.CHECKED_TOKENS))
-    return Contender(
-        partial(layer.prepare, case),
-        labels,
-        declared,
-        partial(layer.error_ratio, checked),
-        missing(stage, shape, config.device),
-        clock=clock_of(stage, shape, config.device),
-    )
+def ours(case: Case, labels: Row) -> Contender:
+    """A call of the layer, and the clock of the stage."""
+    stage, mode, shape, device = case
+    whole = layer.Case("dydila", shape.heads, mode, shape.batch, shape.tokens, shape.dim, device, shape.dtype)
+    checked = whole._replace(mode="forward", batch=1, tokens=min(shape.tokens, core.CHECKED_TOKENS))
+    missing = None
+    if not case.kernels and stage not in FUNCTIONS:
+        missing = "missing: the kernels need a GPU, and for the torch backend this is no stage of its own"
+    elif not case.kernels and harness.is_gpu(device):
+        missing = "missing: the torch backend shows its stages on a CPU only"
+    elif case.fused and stage == "convolution":
+        missing = "missing: it is part of the readout"
+    elif not case.fused and stage in ("state", "readout") and shape.tokens < shape.dim // shape.heads:
+        missing = "missing: the products come in the order (Q K^T) V, which is cheaper here"
+    check = partial(layer.error_ratio, checked)
+    return Contender(partial(layer.prepare, whole), labels, cost(case, True), check, missing, clock=clock_of(case))
 
 
-def missing(stage: str, shape: Shape, device: str) -> str | None:
-    """Why a call of the layer has no such stage; None: it has."""
-    if not runs_kernels(device, shape.dtype):
-        if stage not in FUNCTIONS:
-            return "missing: the kernels need a GPU, and for the torch backend this is no stage of its own"
-        if harness.is_gpu(device):
-            return "missing: the torch backend shows its stages on a CPU only"
-    elif stage == "convolution" and is_fused(shape, device):
-        return "missing: it is part of the readout"
-    if stage in ("state", "readout") and not is_fused(shape, device) and shape.tokens < shape.dim // shape.heads:
-        return "missing: the products come in the order (Q K^T) V, which is cheaper here"
-    return None
-
-
-def runs_kernels(device: str, dtype: torch.dtype) -> bool:
-    """Whether "dydila" is the kernels."""
-    return harness.is_gpu(device) and why_not_triton(torch.device(device), dtype) is None
-
-
-def is_fused(shape: Shape, device: str) -> bool:
-    """Whether kernels make Qh and Kh where they need them; else these are written once, and torch multiplies."""
-    from dydila_kernels.ops import configs
-
-    return runs_kernels(device, shape.dtype) and shape.dim // shape.heads <= configs.LARGEST_HEAD
-
-
-def cost(stage: str, name: str, mode: Mode, shape: Shape, device: str) -> Cost:
+def cost(case: Case, ours: bool) -> Cost:
     """What a stage moves and computes: of ours as dydila_kernels/ops/README.md counts, of a rival what it is given."""
-    d, e, fused = shape.dim, shape.dim // shape.heads, is_fused(shape, device)
+    stage, mode, shape, _ = case
+    d, e = shape.dim, shape.dim // shape.heads
     taps, routing = 2 * 9 * d, 2 * d * 4 * core.FACTORS
     if stage == "projection":
         route = passes(shape, 0, 0 if mode == "backward" else 2 * d * PROJECTORS)
         return (roofline.linear(shape.rows, d, d, mode, shape.dtype, weights=PROJECTORS) + route) * 2
     if stage == "convolution":  # what is there is read, too, and the weight has a gradient of its own
         return roofline.by_mode(mode, passes(shape, 3, taps), passes(shape, 5, 2 * taps))
-    if name == "dydila" and fused:
+    if ours and case.fused:
         return {
             "tokens": passes(shape, 2, routing),
             "state": passes(shape, 3, 2 * d * e),
@@ -185,27 +184,21 @@ def cost(stage: str, name: str, mode: Mode, shape: Shape, device: str) -> Cost:
             "gradients of keys": passes(shape, 7, 6 * d * e + taps),
         }[stage]
     if stage == "tokens":
-        return passes(shape, 3, routing) * len(sides_of(stage, shape, device))
+        return passes(shape, 3, routing) * len(case.sides)
     if stage.startswith("gradients"):
         return passes(shape, 5, 0)
     return passes(shape, 2, 2 * d * e) + Cost(shape.batch * d * e * shape.dtype.itemsize, 0)
 
 
-def sides_of(stage: str, shape: Shape, device: str) -> str:
-    """Whose tokens a stage is about: "q", "k" or both."""
-    if stage == "tokens":
-        return "k" if is_fused(shape, device) else "qk"
-    return "q" if stage in ("readout", "gradients of queries") else "k"
-
-
 # The clock of a stage -------------------------------------------------------------------------------------------------
 
 
-def clock_of(stage: str, shape: Shape, device: str) -> harness.Clock:
+def clock_of(case: Case) -> harness.Clock:
     """Times what a call spends in the stage; it raises RuntimeError where the call has no such part."""
-    if not runs_kernels(device, shape.dtype):
-        return partial(profiled_seconds, FUNCTIONS.get(stage, ()))
-    return partial(launched_seconds, (KERNELS if is_fused(shape, device) else {**KERNELS, **GEMMS})[stage], device)
+    if not case.kernels:
+        return partial(profiled_seconds, FUNCTIONS.get(case.stage, ()))
+    launches = KERNELS if case.fused else KERNELS | WIDE
+    return partial(launched_seconds, launches[case.stage], harness.is_gpu(case.device))
 
 
 def profiled_seconds(functions: tuple[str, ...], call: Call) -> float:
@@ -222,7 +215,7 @@ def profiled_seconds(functions: tuple[str, ...], call: Call) -> float:
     return sum(seconds)
 
 
-def launched_seconds(stage: Launches, device: str, call: Call) -> float:
+def launched_seconds(stage: Launches, on_gpu: bool, call: Call) -> float:
     """By marks around each launch, on the device behind work that lets the host run ahead of it."""
     from dydila_kernels.ops import tiles
 
@@ -239,18 +232,17 @@ def launched_seconds(stage: Launches, device: str, call: Call) -> float:
         marks.append((kernel.__name__, began, mark()))
 
     marks: list[tuple[str, Any, Any]] = []
-    launch, on_gpu = tiles.launcher, harness.is_gpu(device)
-    tiles.launcher = timed
+    launch, tiles.launcher = tiles.launcher, timed
     try:
         if on_gpu:
             torch.cuda._sleep(20_000_000)  # cycles, 10 ms or more: else a mark may be of the host that is late
         call()
     finally:
         tiles.launcher = launch
-    end = mark()
+    parts = intervals(stage, marks, mark())
     if on_gpu:
         torch.cuda.synchronize()
-    return sum(a.elapsed_time(b) / 1e3 if on_gpu else b - a for a, b in intervals(stage, marks, end))
+    return sum(start.elapsed_time(stop) / 1e3 if on_gpu else stop - start for start, stop in parts)
 
 
 def intervals(stage: Launches, marks: list[tuple[str, Any, Any]], end: Any) -> list[tuple[Any, Any]]:
@@ -268,22 +260,22 @@ def intervals(stage: Launches, marks: list[tuple[str, Any, Any]], end: Any) -> l
 # Rivals ---------------------------------------------------------------------------------------------------------------
 
 
-def products(stage: str, name: str, mode: Mode, shape: Shape, device: str) -> Call:
+def products(case: Case) -> Call:
     """Eq. 8 by bmm, which is given Zh."""
-    inputs = core.random_inputs(shape, device)
-    z, v = (rivals.split(inputs[key], shape.heads) for key in (sides_of(stage, shape, device), "v"))
-    states = z.mT @ v / shape.tokens
-    return suite.call_of(mode, (lambda: z.mT @ v) if stage == "state" else (lambda: rivals.merge(z @ states)), [])
+    inputs = core.random_inputs(case.shape, case.device)
+    z, v = (rivals.split(inputs[key], case.shape.heads) for key in (case.sides, "v"))
+    states = z.mT @ v / case.shape.tokens
+    return torch.inference_mode()((lambda: z.mT @ v) if case.stage == "state" else (lambda: rivals.merge(z @ states)))
 
 
-def equations(stage: str, name: str, mode: Mode, shape: Shape, device: str) -> Call:
+def equations(case: Case) -> Call:
     """Eqs. 5-8 up to Zh in plain PyTorch, routing and all; the gradients are given that of Zh."""
-    inputs = core.random_inputs(shape, device)
-    sides, tables = sides_of(stage, shape, device), [inputs["gamma"], inputs["lam"]]
-    leaves = [*(inputs[key] for side in sides for key in (side, f"{side}_redundant")), *tables]
-    for leaf in leaves if mode == "backward" else ():
-        leaf.requires_grad_()
-    return suite.call_of(mode, lambda: [z_hat(side, inputs) for side in sides], leaves, inputs["v"])
+    inputs = core.random_inputs(case.shape, case.device)
+    leaves = [inputs[key] for side in case.sides for key in (side, f"{side}_redundant")]
+    leaves += [inputs["gamma"], inputs["lam"]]
+    for leaf in leaves:
+        leaf.requires_grad_(case.mode != "forward")
+    return suite.call_of(case.mode, lambda: [z_hat(side, inputs) for side in case.sides], leaves, inputs["v"])
 
 
 def z_hat(side: str, inputs: dict[str, Tensor]) -> Tensor:
@@ -294,17 +286,6 @@ def z_hat(side: str, inputs: dict[str, Tensor]) -> Tensor:
     )
     index = reference.route(torch.cat([z, redundant], -1), inputs["differential_routers"][number])
     return reference.difference(z, redundant, reference.choose(inputs["lam"], index))
-
-
-def projections(stage: str, name: str, mode: Mode, shape: Shape, device: str) -> Call:
-    """Q' and K' of the same tokens."""
-    x, grad = random_tokens(shape, device), random_tokens(shape, device)
-    sizes = 2 * ((PROJECTORS, shape.dim, shape.dim), (shape.dim, PROJECTORS))
-    w_q, r_q, w_k, r_k = (torch.randn(size, device=device, dtype=shape.dtype) * shape.dim**-0.5 for size in sizes)
-    for leaf in (x, w_q, w_k):
-        leaf.requires_grad_(mode != "forward")
-    project = {"grouped_mm": grouped, "dense": dense}[name]
-    return suite.call_of(mode, lambda: [project(x, w_q, r_q), project(x, w_k, r_k)], [x, w_q, w_k], grad, grad)
 
 
 def grouped(x: Tensor, weight: Tensor, router: Tensor) -> Tensor:
@@ -322,31 +303,48 @@ def dense(x: Tensor, weight: Tensor, router: Tensor) -> Tensor:
     return reference.project(x, weight, reference.route(x, router))
 
 
-def convolve(stage: str, name: str, mode: Mode, shape: Shape, device: str) -> Call:
+def projections(project: rivals.Attention, case: Case) -> Call:
+    """Q' and K' of the same tokens."""
+    d, (x, grad) = case.shape.dim, random_tokens(case, 2)
+    sizes = 2 * ((PROJECTORS, d, d), (d, PROJECTORS))
+    w_q, r_q, w_k, r_k = (torch.randn(size, device=x.device, dtype=x.dtype) * d**-0.5 for size in sizes)
+    for leaf in (x, w_q, w_k):
+        leaf.requires_grad_(case.mode != "forward")
+    return suite.call_of(case.mode, lambda: [project(x, w_q, r_q), project(x, w_k, r_k)], [x, w_q, w_k], grad, grad)
+
+
+def convolve(case: Case) -> Call:
     """``out + DWC(V)``, written into ``out``; tokens are images in the channels-last layout as they lie."""
-    v, out, grad = (random_tokens(shape, device) for _ in range(3))
-    weight = torch.randn(shape.dim, 1, 3, 3, device=device, dtype=shape.dtype) / 3
+    v, out, grad = random_tokens(case, 3)
+    weight = torch.randn(case.shape.dim, 1, 3, 3, device=v.device, dtype=v.dtype) / 3
     for leaf in (v, weight):
-        leaf.requires_grad_(mode != "forward")
+        leaf.requires_grad_(case.mode != "forward")
 
     def add_conv2d() -> Tensor:
-        image = v.unflatten(1, (isqrt(shape.tokens), -1)).permute(0, 3, 1, 2)
-        convolved = F.conv2d(image, weight, padding=1, groups=shape.dim)
+        image = v.unflatten(1, (isqrt(case.shape.tokens), -1)).permute(0, 3, 1, 2)
+        convolved = F.conv2d(image, weight, padding=1, groups=len(weight))
         return out.detach().add_(convolved.permute(0, 2, 3, 1).flatten(1, 2))
 
-    return suite.call_of(mode, add_conv2d, [v, weight], grad)
+    return suite.call_of(case.mode, add_conv2d, [v, weight], grad)
 
 
-def random_tokens(shape: Shape, device: str) -> Tensor:
-    return torch.randn(shape.batch, shape.tokens, shape.dim, device=device, dtype=shape.dtype)
+def random_tokens(case: Case, count: int) -> tuple[Tensor, ...]:
+    """So many of (B, N, d)."""
+    shape = case.shape
+    size = (shape.batch, shape.tokens, shape.dim)
+    return tuple(torch.randn(size, device=case.device, dtype=shape.dtype) for _ in range(count))
 
 
-PREPARE: dict[str, Callable[..., Call]] = {
-    **dict.fromkeys(("state", "readout"), products),
-    **dict.fromkeys(("tokens", "gradients of queries", "gradients of keys"), equations),
-    "projection": projections,
-    "convolution": convolve,
+RIVALS = {
+    "projection": {"grouped_mm": partial(projections, grouped), "dense": partial(projections, dense)},
+    "tokens": {"dydila eager": equations},
+    "state": {"bmm": products},
+    "readout": {"bmm": products},
+    "gradients of queries": {"dydila eager": equations},
+    "gradients of keys": {"dydila eager": equations},
+    "convolution": {"conv2d": convolve},
 }
+"""Who else is measured, by stage and name."""
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def test_all_stages_run_on_the_torch_backend(capsys: pytest.CaptureFixture[str])
     assert all(row["skipped"].startswith("missing: the kernels need a GPU") for row in ours if row["skipped"])
     failed = {(row["stage"], row["name"]): row["skipped"] for row in rows if row["skipped"] and row not in ours}
     assert not failed
-    assert {row["stage"] for row in rows} == set(stages.RIVALS)
+    assert {row["stage"] for row in rows} == set(stages.RIVALS) == set(stages.KERNELS)
     assert {row["mode"] for row in rows if row["stage"] == "projection"} == set(suite.MODES)
     assert all(row["error_ratio"] <= 2 for row in ours if not row["skipped"])
     assert "stage readout, mode forward, dim 32" in capsys.readouterr().out
@@ -65,10 +65,10 @@ def test_all_kernels_run_in_the_interpreter(wide: bool, monkeypatch: pytest.Monk
 
 def test_what_is_timed_is_the_part_of_the_stage() -> None:
     """Of all parts together it is the most of a call of the layer, and each is less than the call."""
-    shape = Shape(1, 1024, 64, 2, torch.float32)
+    case = stages.Case("", "forward", Shape(1, 1024, 64, 2, torch.float32), "cpu")
     call = layer.prepare(layer.Case("dydila", 2, "forward", 1, 1024, 64, "cpu", torch.float32))
     call()
-    clocks = [stages.clock_of(stage, shape, "cpu") for stage in stages.FUNCTIONS]
+    clocks = [stages.clock_of(case._replace(stage=stage)) for stage in stages.FUNCTIONS]
     start = time.perf_counter()
     call()
     whole = time.perf_counter() - start
@@ -93,7 +93,7 @@ def test_launches_are_told_by_name_and_number() -> None:
 
 
 def test_a_stage_that_a_call_does_not_have_is_no_time() -> None:
-    clock = stages.clock_of("convolution", Shape(1, 16, 32, 1, torch.float32), "cpu")
+    clock = stages.clock_of(stages.Case("convolution", "forward", Shape(1, 16, 32, 1, torch.float32), "cpu"))
     with pytest.raises(RuntimeError, match="went through none of depthwise"):
         clock(lambda: None)
 
@@ -110,12 +110,12 @@ def test_projections_agree(project: stages.Callable[..., torch.Tensor]) -> None:
 @pytest.mark.parametrize("stage", ["state", "readout", "projection", "convolution"])
 def test_declared_flops_are_those_counted(stage: str) -> None:
     name = {"projection": "dense", "convolution": "conv2d"}.get(stage, "bmm")
-    shape = Shape(2, 64, 32, 1 if stage in stages.WHOLE else 2, torch.float32)
-    call = stages.PREPARE[stage](stage, name, "forward", shape, "cpu")
+    case = stages.Case(stage, "forward", Shape(2, 64, 32, 2, torch.float32), "cpu")
+    call = stages.RIVALS[stage][name](case)
     with FlopCounterMode(display=False) as counter:
         call()
-    declared = stages.cost(stage, name, "forward", shape, "cpu").flops
-    product = 2 * 2 * shape.rows * shape.dim**2
+    declared = stages.cost(case, ours=False).flops
+    product = 2 * 2 * case.shape.rows * case.shape.dim**2
     # All projectors on all tokens does more than what has to be done.
     assert counter.get_total_flops() == declared + (stages.PROJECTORS - 1) * product * (stage == "projection")
 

@@ -16,21 +16,6 @@ from benchmarks.plot import BASELINES, OURS
 from benchmarks.suite import milliseconds
 
 Name = Literal["tests", "ceilings", "core", "stages", "layer", "model", "latency", "training", "sweep"]
-SECONDS = {
-    "tests": 140,  # several hundred kernels are compiled, by 8 processes at once; correctness goes before all else
-    "ceilings": 15,  # 60 copies and products, and the start of a process
-    "core": 80,  # three forms of our kernels to compile, heads of 64, of 72 and one; torch.compile at one size only
-    "stages": 45,  # two sizes: a stage grows with N as its bytes do
-    "layer": 50,  # the width of the speed table
-    "model": 45,  # three sides of images; DiT's step at 4096 pixels takes most of it
-    "latency": 25,  # three sides, one image at a time
-    "training": 400,  # two sizes, two seeds, four runs of each, 300 steps; for a call of its own
-    "sweep": 50,  # about a second for each configuration, most of it compiling; a row each, so it may end anywhere
-}
-"""How the time is shared out, in seconds where all parts run in the default of gpu_run, each with its reason."""
-
-QUICK = ("--repeats", "10", "--budget-seconds", "0.5")
-"""Ten calls tell a median within a few percent on a GPU; what takes half a second altogether is slow enough to tell."""
 SUITES_NEED = ("tabulate", "tqdm", "tyro")
 MODELS_NEED = (
     "accelerate", "diffusers", "huggingface_hub", "matplotlib", "PIL", "psutil", "safetensors", "sklearn",
@@ -50,26 +35,27 @@ class Command:
         return " ".join([*(f"{name}={value}" for name, value in self.environment.items()), *self.arguments])
 
 
+Commands = Callable[[str, bool, object], list[Command]]
+"""Of device, smoke and folder; each command may leave rows in FOLDER/NAME.jsonl, which are taken up."""
+
+
 @dataclass(frozen=True)
 class Part:
     """A part of a run.
 
     Attributes:
-        commands: for device, smoke and folder; each may leave rows in FOLDER/NAME.jsonl, which are taken up.
+        seconds: how the time is shared out: what it gets where all run in the default of gpu_run.
         figure: the key figure for the table, of the text printed and the rows.
         needs: packages without which it cannot run.
         by_default: whether it runs unasked; else it is too long to share a run with others.
     """
 
     name: str
-    commands: Callable[[str, bool, object], list[Command]]
+    seconds: float
+    commands: Commands
     figure: Callable[[str, list[Row]], str]
-    needs: tuple[str, ...] = ()
+    needs: tuple[str, ...] = SUITES_NEED
     by_default: bool = True
-
-    @property
-    def seconds(self) -> float:
-        return SECONDS[self.name]
 
     @property
     def missing(self) -> list[str]:
@@ -80,16 +66,20 @@ def absent(packages: Sequence[str]) -> list[str]:
     return [name for name in packages if importlib.util.find_spec(name) is None]
 
 
+# Commands -------------------------------------------------------------------------------------------------------------
+
+
 def python(*arguments: str, **environment: str) -> Command:
     return Command([sys.executable, "-m", *arguments], environment)
 
 
-def suite(name: str, *runs: Sequence[str], smoke: Sequence[str] = ()) -> Callable[[str, bool, object], list[Command]]:
+def suite(name: str, *runs: str, smoke: str = "") -> Commands:
     """A suite with the options of each of its runs on a GPU; on a CPU it takes its own defaults, in one run."""
 
     def commands(device: str, small: bool, out: object) -> list[Command]:
-        options = [["--smoke", *smoke]] if small else [[]] if device == "cpu" else runs
-        return [python(f"benchmarks.{name}", "--device", device, "--out", str(out), *each) for each in options]
+        options = [f"--smoke {smoke}"] if small else [""] if device == "cpu" else runs
+        fixed = (f"benchmarks.{name}", "--device", device, "--out", str(out))
+        return [python(*fixed, *each.split()) for each in options]
 
     return commands
 
@@ -97,18 +87,17 @@ def suite(name: str, *runs: Sequence[str], smoke: Sequence[str] = ()) -> Callabl
 def tests(device: str, smoke: bool, out: object) -> list[Command]:
     """The kernels' tests, then those that fill the memory, alone, then the short ones of all else."""
 
-    def pytest(*arguments: str, workers: int = 0) -> Command:
-        parallel = [] if not workers or absent(["xdist"]) else ["-n", str(workers)]
-        fixed = ("pytest", "-q", "--tb=short", "-p", "no:cacheprovider")
-        return python(*fixed, *parallel, *arguments, OMP_NUM_THREADS="1")
+    def pytest(*arguments: str) -> Command:
+        return python("pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *arguments, OMP_NUM_THREADS="1")
 
     if smoke:
         return [pytest("tests/ops/test_device.py"), pytest("tests/test_tokens.py")]
+    parallel = [] if absent(["xdist"]) else ["-n", "8"]
     example = ["--ignore=tests/dydi_lit"] if absent([*SUITES_NEED, *MODELS_NEED]) else []
     return [
-        pytest("tests/ops", "--ignore=tests/ops/test_device.py", workers=8),
+        pytest(*parallel, "tests/ops", "--ignore=tests/ops/test_device.py"),
         pytest("tests/ops/test_device.py"),
-        pytest("tests", "--ignore=tests/ops", "--ignore=tests/benchmarks", "-m", "not slow", *example, workers=8),
+        pytest(*parallel, "tests", "--ignore=tests/ops", "--ignore=tests/benchmarks", *example, "-m", "not slow"),
     ]
 
 
@@ -117,7 +106,7 @@ def ceilings(device: str, smoke: bool, out: object) -> list[Command]:
 
 
 def sweep(device: str, smoke: bool, out: object) -> list[Command]:
-    (command,) = suite("sweep", [])(device, smoke, out)
+    (command,) = suite("sweep", "")(device, smoke, out)
     return [Command(command.arguments, {"TRITON_INTERPRET": "1"}) if device == "cpu" else command]
 
 
@@ -126,11 +115,9 @@ def sweep(device: str, smoke: bool, out: object) -> list[Command]:
 
 def counts(text: str, rows: list[Row]) -> str:
     """The sums of what pytest counted."""
-    last_lines = re.findall(r"^.*\b\d+ \w+.* in [\d.]+s.*$", text, re.MULTILINE)
+    last_lines = "\n".join(re.findall(r"^.*\b\d+ \w+.* in [\d.]+s.*$", text, re.MULTILINE))
     sums: Counter[str] = Counter()
-    for number, kind in re.findall(
-        r"(\d+) (passed|failed|error|skipped|xfailed|deselected)s?\b", "\n".join(last_lines)
-    ):
+    for number, kind in re.findall(r"(\d+) (passed|failed|error|skipped|xfailed|deselected)s?\b", last_lines):
         sums[kind] += int(number)
     return ", ".join(f"{number} {kind}" for kind, number in sums.items())
 
@@ -143,14 +130,16 @@ def rates(text: str, rows: list[Row]) -> str:
 
 def against_softmax(text: str, rows: list[Row]) -> str:
     """Time of softmax, or DiT, over ours, forward, the faster of several heads, at the largest size that has both."""
-    measured = [row for row in rows if row["mode"] == "forward" and not row["skipped"]]
     theirs = next(name for name in BASELINES if any(row["name"] == name for row in rows))
-    for tokens in sorted({row["tokens"] for row in measured}, reverse=True):
-        here = [row for row in measured if row["tokens"] == tokens]
-        ours = [milliseconds(row) for row in here if row["name"] in OURS]
-        rivals = [milliseconds(row) for row in here if row["name"] == theirs]
-        if ours and rivals:
-            return f"{count(rows)}; forward at N = {tokens}: {min(rivals) / min(ours):.3g} times as fast as {theirs}"
+    times: dict[int, dict[bool, float]] = {}
+    for row in rows:
+        if row["mode"] == "forward" and not row["skipped"] and row["name"] in (*OURS, theirs):
+            best, ours = times.setdefault(row["tokens"], {}), row["name"] in OURS
+            best[ours] = min(milliseconds(row), best.get(ours, milliseconds(row)))
+    for tokens, best in sorted(times.items(), reverse=True):
+        if len(best) == 2:
+            ratio = best[False] / best[True]
+            return f"{count(rows)}; forward at N = {tokens}: {ratio:.3g} times as fast as {theirs}"
     return count(rows)
 
 
@@ -164,9 +153,8 @@ def furthest(text: str, rows: list[Row]) -> str:
 
 def gains(text: str, rows: list[Row]) -> str:
     """The best configuration that was found."""
-    tried = [row for row in rows if row["median_ms"] is not None]
-    best = min(tried, key=lambda row: row["median_ms"] / row["table_ms"])
-    return f"{len(rows)} tried; best: {best['stage']}, {best['median_ms'] / best['table_ms']:.3f} of the table's time"
+    ratios = {row["median_ms"] / row["table_ms"]: row["stage"] for row in rows if row["median_ms"] is not None}
+    return f"{len(rows)} tried; best: {ratios[min(ratios)]}, {min(ratios):.3f} of the table's time"
 
 
 def agreement(text: str, rows: list[Row]) -> str:
@@ -178,28 +166,37 @@ def agreement(text: str, rows: list[Row]) -> str:
 
 def count(rows: list[Row]) -> str:
     """How many rows have a time, and what became of the others."""
-    reasons = Counter(row["skipped"].split(":")[0] for row in rows if row["skipped"])
-    timed = sum(not row["skipped"] for row in rows)
-    return ", ".join([f"{timed} timed", *(f"{number} {reason}" for reason, number in reasons.items())])
+    states = Counter((row["skipped"] or "timed").split(":")[0] for row in rows)
+    return ", ".join(f"{number} {state}" for state, number in states.items())
 
 
+QUICK = "--repeats 10 --budget-seconds 0.5"
+"""Ten calls tell a median within a few percent on a GPU; what takes half a second altogether is slow enough to tell."""
 CORE = (
-    ["--dim", "768", "--sizes", "1024", "4096", "16384", "65536", "--no-compiled", *QUICK],
-    ["--dim", "768", "--sizes", "4096", "--heads", "12", "--compiled", *QUICK],
-    ["--dim", "1152", "--sizes", "4096", "--heads", "16", "--no-compiled", *QUICK],
+    f"--dim 768 --sizes 1024 4096 16384 65536 --no-compiled {QUICK}",
+    f"--dim 768 --sizes 4096 --heads 12 --compiled {QUICK}",
+    f"--dim 1152 --sizes 4096 --heads 16 --no-compiled {QUICK}",
 )
-MODEL_NEEDS = (*SUITES_NEED, *MODELS_NEED)
-IMAGES = ("--sizes", "256", "1024", "4096", *QUICK)
-FEW_MODES = ("--modes", "forward", "backward")
+IMAGES = f"--sizes 256 1024 4096 {QUICK}"
+TWO = "--modes forward backward"
 PARTS = (
-    Part("tests", tests, counts, ("pytest", "hypothesis")),
-    Part("ceilings", ceilings, rates, SUITES_NEED),
-    Part("core", suite("core", *CORE, smoke=["--dim", "128", *FEW_MODES]), against_softmax, SUITES_NEED),
-    Part("stages", suite("stages", ["--sizes", "4096", "16384", *QUICK]), furthest, SUITES_NEED),
-    Part("layer", suite("layer", ["--dims", "384", *QUICK], smoke=FEW_MODES), against_softmax, SUITES_NEED),
-    Part("model", suite("model", IMAGES, smoke=["--modes", "forward"]), against_softmax, MODEL_NEEDS),
-    Part("latency", suite("latency", IMAGES, smoke=["--batches", "1"]), against_softmax, MODEL_NEEDS),
-    Part("training", suite("training", []), agreement, MODEL_NEEDS, by_default=False),
-    Part("sweep", sweep, gains, (*SUITES_NEED, "triton")),
+    # Several hundred kernels are compiled, by 8 processes at once; correctness goes before all else.
+    Part("tests", 140, tests, counts, ("pytest", "hypothesis")),
+    # 60 copies and products, and the start of a process.
+    Part("ceilings", 15, ceilings, rates),
+    # Three forms of our kernels to compile, heads of 64, of 72 and one; torch.compile at one size only.
+    Part("core", 80, suite("core", *CORE, smoke=f"--dim 128 {TWO}"), against_softmax),
+    # Two sizes: a stage grows with N as its bytes do.
+    Part("stages", 45, suite("stages", f"--sizes 4096 16384 {QUICK}"), furthest),
+    # The width of the speed table.
+    Part("layer", 50, suite("layer", f"--dims 384 {QUICK}", smoke=TWO), against_softmax),
+    # Three sides of images; DiT's step at 4096 pixels takes most of it.
+    Part("model", 45, suite("model", IMAGES, smoke="--modes forward"), against_softmax, SUITES_NEED + MODELS_NEED),
+    # Three sides, one image at a time.
+    Part("latency", 25, suite("latency", IMAGES, smoke="--batches 1"), against_softmax, SUITES_NEED + MODELS_NEED),
+    # Two sizes, two seeds, four runs of each, 300 steps; for a call of its own.
+    Part("training", 400, suite("training", ""), agreement, SUITES_NEED + MODELS_NEED, by_default=False),
+    # About a second for each configuration, most of it compiling; a row each, so it may end anywhere.
+    Part("sweep", 50, sweep, gains, (*SUITES_NEED, "triton")),
 )
 """In the order in which they run: what is wrong or slow is told before what is nice to know."""

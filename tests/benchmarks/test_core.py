@@ -120,9 +120,9 @@ def test_a_new_size_or_mode_forgets_what_was_compiled(monkeypatch: pytest.Monkey
     """Torch gives up on a function after a few sizes."""
     resets: list[None] = []
     monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(None))
-    config = core.Config(smoke=True, device="cpu", threads=1, dim=32, heads=(2,), modes=("forward",))
+    config = core.Config(smoke=True, device="cpu", threads=1, dim=32, heads=(2,), modes=("forward", "backward"))
     core.main(config)
-    assert len(resets) == 2
+    assert len(resets) == 4
 
 
 def test_a_compiled_contender_is_compiled_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 from importlib import import_module
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import tyro
@@ -16,14 +17,13 @@ from benchmarks.harness import Row
 from tests.benchmarks.rows import row
 
 
-def part(monkeypatch: pytest.MonkeyPatch, name: str, *scripts: str, needs: tuple[str, ...] = ()) -> parts.Part:
+def part(name: str, *scripts: str, needs: tuple[str, ...] = (), seconds: float = 10) -> parts.Part:
     """A part that runs Python scripts, with the folder as their argument."""
-    monkeypatch.setitem(parts.SECONDS, name, 10)
 
     def commands(device: str, smoke: bool, out: object) -> list[parts.Command]:
         return [parts.Command([sys.executable, "-c", script, str(out)]) for script in scripts]
 
-    return parts.Part(name, commands, lambda text, rows: f"{len(rows)} rows", needs)
+    return parts.Part(name, seconds, commands, lambda text, rows: f"{len(rows)} rows", needs)
 
 
 def leaves(name: str, rows: list[Row]) -> str:
@@ -31,14 +31,14 @@ def leaves(name: str, rows: list[Row]) -> str:
     return f"import sys, pathlib; pathlib.Path(sys.argv[1], '{name}.jsonl').write_text({text!r})"
 
 
-def test_one_part_does_not_take_the_others_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_part_does_not_take_the_others_with_it(tmp_path: Path) -> None:
     first = [row("dydila", 64, 1.0, suite="good"), row("dydila", 256, 2.0, suite="good")]
     chosen = [
-        part(monkeypatch, "tests", "print('3 passed in 1s')", "raise SystemExit(1)"),
-        part(monkeypatch, "good", leaves("good", first[:1]), leaves("good", first[1:])),
-        part(monkeypatch, "killed", "import os; os.kill(os.getpid(), 9)"),
-        part(monkeypatch, "cut", leaves("cut", first[:1])[:-1] + " + '{\"half')"),
-        part(monkeypatch, "absent", "print()", needs=("no_such_package",)),
+        part("tests", "print('3 passed in 1s')", "raise SystemExit(1)"),
+        part("good", leaves("good", first[:1]), leaves("good", first[1:])),
+        part("killed", "import os; os.kill(os.getpid(), 9)"),
+        part("cut", leaves("cut", first[:1])[:-1] + " + '{\"half')"),
+        part("absent", "print()", needs=("no_such_package",)),
     ]
     outcomes = gpu_run.main(tmp_path, chosen, device="cpu")
     states = [outcome.state for outcome in outcomes]
@@ -59,15 +59,12 @@ def test_one_part_does_not_take_the_others_with_it(tmp_path: Path, monkeypatch: 
     assert "3 passed" in (tmp_path / "tests.txt").read_text()
 
 
-def test_what_hangs_is_stopped_with_all_that_it_started_and_keeps_its_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_hangs_is_stopped_with_all_that_it_started_and_keeps_its_rows(tmp_path: Path) -> None:
     child = f"import pathlib, time; time.sleep(4); pathlib.Path({str(tmp_path)!r}, 'alive').touch()"
     popen = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
     hang = f"{leaves('hang', [row('dydila', 64, 1.0)])}; {popen}"
     began = time.monotonic()
-    chosen = [part(monkeypatch, "hang", hang, "print()"), part(monkeypatch, "after", "print()")]
-    monkeypatch.setitem(parts.SECONDS, "after", 90)
+    chosen = [part("hang", hang, "print()"), part("after", "print()", seconds=90)]
     (stopped, after) = gpu_run.main(tmp_path, chosen, device="cpu", minutes=0.25)
     assert stopped.state == "out of time" and stopped.figure == "1 rows" and after.state == "passed"
     assert time.monotonic() - began < 15
@@ -81,7 +78,7 @@ def test_long_output_loses_its_middle() -> None:
 
 
 def test_the_parts_fit_into_the_time() -> None:
-    assert [p.name for p in parts.PARTS] == list(parts.SECONDS)
+    assert [p.name for p in parts.PARTS] == list(get_args(parts.Name))
     together = [p.seconds for p in parts.PARTS if p.by_default]
     assert sum(together) <= 60 * gpu_run.MINUTES < 480
     assert all(p.seconds < 480 for p in parts.PARTS)

@@ -12,8 +12,9 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from importlib import metadata
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from tqdm import tqdm
 
 import dydila_kernels
 from dydila_kernels import tuning
@@ -48,6 +50,24 @@ def require_correct(error_ratio: float, limit: float = LARGEST_RATIO) -> None:
         raise CheckFailed(
             f"our error is {error_ratio:.3g} times that of plain PyTorch (limit {limit:g}): nothing timed"
         )
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every benchmark can be told."""
+
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where to run: cpu or cuda."""
+    threads: int = 2
+    """CPU threads."""
+    smoke: bool = False
+    """Try everything in seconds, on tiny sizes; rows are stored only where --out says."""
+    out: Path | None = None
+    """Folder for the rows; by default benchmarks/results/DEVICE for comparisons, and none for others."""
+
+    @property
+    def on_gpu(self) -> bool:
+        return is_gpu(self.device)
 
 
 # Time -----------------------------------------------------------------------------------------------------------------
@@ -182,6 +202,17 @@ def facts_of(suite: str, device: str, dtype: torch.dtype) -> Row:
     """What all rows of a run have in common."""
     kind = {"device_type": torch.device(device).type, "dtype": str(dtype).removeprefix("torch.")}
     return {"suite": suite, **environment(device), **kind}
+
+
+def stored(suite: str, rows: Iterable[Row], options: Options, dtype: torch.dtype) -> list[Row]:
+    """The rows, to which the facts of the run are added, each stored as it comes."""
+    facts, found = facts_of(suite, options.device, dtype), list[Row]()
+    for row in tqdm(rows, desc=suite, unit="row"):
+        row |= facts
+        found.append(row)
+        if options.out is not None:
+            write_rows(options.out / f"{suite}.jsonl", found)
+    return found
 
 
 def environment(device: str) -> Row:

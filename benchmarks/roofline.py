@@ -100,23 +100,16 @@ def by_mode(mode: str, forward: Cost, backward: Cost) -> Cost:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(harness.Options):
     """Measure the ceilings of a device: bytes per second of a copy, FLOPs per second of matrix products."""
 
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to run: cpu or cuda."""
-    threads: int = 2
-    """CPU threads."""
-    smoke: bool = False
-    """Small sizes, in a second: numbers of no meaning."""
+    out: tyro.conf.Suppress[None] = None
 
 
-def measure(config: Config) -> Row:
+def measure(config: harness.Options) -> Row:
     """The ceilings: ``copy_gb_s`` (read and written bytes both counted) and ``{float32,bfloat16}_tflop_s``."""
     torch.set_num_threads(config.threads)
-    large, side = (2**30, 8192) if harness.is_gpu(config.device) else (2**27, 1536)
-    if config.smoke:
-        large, side = 2**20, 128
+    large, side = (2**20, 128) if config.smoke else (2**30, 8192) if config.on_gpu else (2**27, 1536)
     source = torch.randint(256, (large,), dtype=torch.uint8, device=config.device)
     calls: dict[str, Call] = {"copy": partial(torch.empty_like(source).copy_, source)}
     for dtype in (torch.float32, torch.bfloat16):

@@ -33,33 +33,21 @@ MODES: tuple[Mode, ...] = ("forward", "backward", "forward+backward")
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(harness.Options):
     """What every suite can be told."""
 
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to run: cpu or cuda."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of inputs and parameters; "auto" is bfloat16 on a GPU and float32 on a CPU."""
     sizes: tuple[int, ...] = ()
     """Numbers of tokens N, each a square; by default those that suit the device."""
     modes: tuple[Mode, ...] = MODES
     """What to time; the backward pass is timed on its own as well."""
-    threads: int = 2
-    """CPU threads."""
     repeats: int = 0
     """Timed calls of each contender, after one to warm up; by default 7 on a CPU and 30 on a GPU."""
     budget_seconds: float = 20.0
     """Make no further calls of a contender once they have taken this long (s); one is always made."""
     skip_over_seconds: float = 600.0
     """Skip a contender where one call is expected to take longer than this (s), by its time at the size before."""
-    smoke: bool = False
-    """Try everything in seconds: two short sizes, two repeats, rows stored only where --out says."""
-    out: Path | None = None
-    """Folder for the rows; by default benchmarks/results/DEVICE."""
-
-    @property
-    def on_gpu(self) -> bool:
-        return harness.is_gpu(self.device)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -169,7 +157,7 @@ def run(suite: str, options: Options, comparisons: Sequence[Comparison]) -> list
     Prints tables, and how the rows stand to the goals of the project."""
     torch.set_num_threads(options.threads)
     folder = options.folder()
-    ceilings = roofline.measure(roofline.Config(options.device, options.threads, options.smoke))
+    ceilings = roofline.measure(options)
     facts = {**harness.facts_of(suite, options.device, options.torch_dtype), "ceilings": ceilings}
     rows: list[Row] = []
     for comparison in tqdm(comparisons, desc=suite, unit="cell"):

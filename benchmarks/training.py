@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from itertools import product
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from benchmarks import harness, suite
 from benchmarks.harness import Row
@@ -34,11 +33,11 @@ RUNS = (("dydi-lit", "triton"), ("dydi-lit", "torch"), ("sana", None), ("dit", N
 
 
 @dataclass(frozen=True)
-class Config:
-    """Train DyDi-LiT with the Triton kernels and with the torch backend, Sana and DiT, from the same seeds."""
+class Config(harness.Options):
+    """Train DyDi-LiT with the Triton kernels and with the torch backend, Sana and DiT, from the same seeds.
 
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to run: cuda, or cpu, where the Triton kernels take no part (a step in the interpreter is a minute)."""
+    On a CPU the kernels take no part: a step in the interpreter is a minute."""
+
     models: tuple[Literal["tiny", "S", "B", "L"], ...] = ("tiny", "S")
     """Sizes of the models."""
     side: int = 32
@@ -51,12 +50,6 @@ class Config:
     """Seeds of weights, batches and noise, two at least."""
     learning_rate: float = 1e-3
     """AdamW's, from the first step on."""
-    threads: int = 2
-    """CPU threads."""
-    smoke: bool = False
-    """Try everything in seconds: a few steps of the tiny model."""
-    out: Path | None = None
-    """Folder for the rows, training.jsonl; by default they are printed only."""
 
 
 def main(config: Config) -> list[Row]:
@@ -64,24 +57,25 @@ def main(config: Config) -> list[Row]:
     require_example()
     if len(set(config.seeds)) < 2:
         raise ValueError(f"seeds must be two different ones at least; got {config.seeds}")
-    if config.smoke:
-        config = smoke(config)
     torch.set_num_threads(config.threads)
-    on_gpu = harness.is_gpu(config.device)
-    facts = harness.facts_of("training", config.device, torch.bfloat16 if on_gpu else torch.float32)
-    runs = [(size, seed, name, backend) for size in config.models for seed in config.seeds for name, backend in RUNS]
-    rows: list[Row] = []
-    for size, seed, name, backend in tqdm(runs, desc="training", unit="run"):
-        row = {"name": name, "backend": backend, "size": size, "seed": seed, "batch": config.batch}
-        row |= {"mode": "training", "tokens": (config.side // 2) ** 2, "skipped": None}
-        without = backend == "triton" and not on_gpu
-        found = {"skipped": "the kernels need a GPU"} if without else train(config, size, seed, name, backend)
-        rows.append(facts | row | found)
-        compare([r for r in rows if r["size"] == size])
-        if config.out is not None:
-            harness.write_rows(config.out / "training.jsonl", rows)
+    dtype = torch.bfloat16 if config.on_gpu else torch.float32
+    rows = harness.stored("training", runs(smoke(config) if config.smoke else config), config, dtype)
     print(table(rows))
     return rows
+
+
+def runs(config: Config) -> Iterator[Row]:
+    """A row for each size, seed, model and backend; those of a size are compared, and told, as they come."""
+    for size in config.models:
+        rows: list[Row] = []
+        for seed, (name, backend) in product(config.seeds, RUNS):
+            row = {"name": name, "backend": backend, "size": size, "seed": seed, "batch": config.batch}
+            row |= {"mode": "training", "tokens": (config.side // 2) ** 2, "skipped": None}
+            without = backend == "triton" and not config.on_gpu
+            found = {"skipped": "the kernels need a GPU"} if without else train(config, size, seed, name, backend)
+            rows.append(row | found)
+            compare(rows)
+            yield rows[-1]
 
 
 def smoke(config: Config) -> Config:
@@ -129,9 +123,7 @@ def train(config: Config, size: Any, seed: int, name: Any, backend: str | None) 
             seconds.append(time.perf_counter() - started)
 
     peak = harness.peak_growth_mib(run, config.device)
-    if not harness.is_gpu(
-        config.device
-    ):  # runs share a process, and memory that one gave back hides what the next takes
+    if not config.on_gpu:  # runs share a process, and memory that one gave back hides what the next one takes
         peak = None
     milliseconds = 1e3 * statistics.median(seconds[WARM_UP:])
     return {"steps": config.steps, "median_ms": milliseconds, "peak_mib": peak, "losses": losses}
@@ -175,11 +167,12 @@ def table(rows: Sequence[Row]) -> str:
     """A line for each run, and how far backends and seeds are apart."""
     lines = []
     for row in rows:
-        line = {"size": row["size"], "seed": str(row["seed"]), "model": row["name"], "backend": row["backend"] or "-"}
+        line = {"size": row["size"], "seed": str(row["seed"]), "model": row["name"], "backend": row["backend"]}
+        line |= dict.fromkeys(("last loss", "ms/step", "MiB"))
         if "losses" in row:
             line |= {"last loss": f"{last_loss(row):.4f}", "ms/step": f"{row['median_ms']:.4g}"}
-            line |= {} if row["peak_mib"] is None else {"MiB": f"{row['peak_mib']:.0f}"}
-        lines.append(line | ({"without": row["skipped"]} if row["skipped"] else {}))
+            line["MiB"] = row["peak_mib"] and f"{row['peak_mib']:.0f}"
+        lines.append(line | {"without": row["skipped"]})
     compared = {row["size"]: row for row in rows if "difference" in row}
     apart = [
         f"{size}: backends differ by {row['difference']:.2g}, seeds by {row['spread']:.2g}"

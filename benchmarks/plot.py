@@ -9,7 +9,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,17 +35,6 @@ MARKERS = "sD^vPX<>p*hd"
 LINES = ("--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
 
 
-class Style(NamedTuple):
-    """How a contender is drawn, in every panel of a picture."""
-
-    color: str
-    marker: str
-    linestyle: str | tuple[int, tuple[int, ...]]
-    linewidth: float
-    fillstyle: str
-    zorder: float
-
-
 class Quantity(NamedTuple):
     """What a panel shows of each row; None where the row does not tell."""
 
@@ -55,20 +44,15 @@ class Quantity(NamedTuple):
     line: float | None = None
 
 
-@dataclass(frozen=True)
-class Config:
-    """Time, speed-up, percentage of the ceiling and memory against N, from stored rows."""
+def main(rows: tyro.conf.Positional[tuple[Path, ...]] = (), out: Path | None = None) -> list[Path]:
+    """Time, speed-up, percentage of the ceiling and memory against N, from stored rows.
 
-    rows: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Files of rows; by default all of benchmarks/results/*/."""
-    out: Path | None = None
-    """Folder for the pictures; by default that of the rows."""
-
-
-def main(config: Config) -> list[Path]:
-    """Draws every suite of the files and returns the paths of the pictures."""
-    files = config.rows or sorted(RESULTS.glob("*/*.jsonl"))
-    return [picture for path in files for picture in draw_all(harness.read_rows(path), config.out or path.parent)]
+    Args:
+        rows: files of rows; by default all of benchmarks/results/*/.
+        out: folder for the pictures; by default that of the rows.
+    """
+    files = rows or sorted(RESULTS.glob("*/*.jsonl"))
+    return [picture for path in files for picture in draw_all(harness.read_rows(path), out or path.parent)]
 
 
 def draw_all(rows: Sequence[Row], folder: Path, *, widths: int | None = None) -> list[Path]:
@@ -99,22 +83,24 @@ def draw(rows: Sequence[Row]) -> Figure:
         grid = [[(quantity, mode, None) for mode in modes] for quantity in quantities]
     else:  # many: the sum of two modes that are shown goes without saying
         modes = [mode for mode in modes if mode != MODES[-1]] or modes
-        grid = [[(quantity, mode, stage) for stage in stages] for mode in modes for quantity in quantities]
+        grid = [[(quantity, mode, stage) for stage in stages] for mode, quantity in product(modes, quantities)]
 
     styles = styles_of(rows)
     height, width = len(grid), len(grid[0])
     figure = Figure(figsize=(max(3.4 * width, 6.4), 2.4 * height + 1.3), layout="constrained")
     axes = figure.subplots(height, width, squeeze=False, sharex=True)
     for i, line in enumerate(grid):
-        for j, (quantity, mode, stage) in enumerate(line):
-            panel(axes[i, j], quantity, [r for r in rows if (r["mode"], r.get("stage")) == (mode, stage)], styles)
-            axes[0, j].set_title(stage or mode, fontsize=10)
+        for ax, (quantity, mode, stage) in zip(axes[i], line, strict=True):
+            panel(ax, quantity, [row for row in rows if (row["mode"], row.get("stage")) == (mode, stage)], styles)
+            if i == 0:
+                ax.set_title(stage or mode, fontsize=10)
         axes[i, 0].set_ylabel(f"{line[0][1]}: {quantity.title}" if line[0][2] else quantity.title, fontsize=9)
-    place_sizes(axes, rows)
-    figure.legend(
-        *legend_of(figure, styles), loc="outside lower center", fontsize=8, handlelength=4,
-        ncols=min(len(styles), int(figure.get_figwidth() / 2.2)),
-    )  # fmt: skip
+    name_sizes(axes, rows)
+    handles = {text: handle for ax in axes.flat for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)}
+    shown = [name for name in styles if name in handles]
+    across = min(len(shown), int(figure.get_figwidth() / 2.2))
+    places: dict[str, Any] = {"loc": "outside lower center", "ncols": across, "fontsize": 8, "handlelength": 4}
+    figure.legend([handles[name] for name in shown], shown, **places)
     figure.suptitle(caption(rows), fontsize=10)
     return figure
 
@@ -123,15 +109,15 @@ def draw_losses(rows: Sequence[Row]) -> Figure:
     """Loss against the step, a panel for each size of the model, a thin line for each seed."""
     sizes = list(dict.fromkeys(row["size"] for row in rows))
     names = [f"{row['name']}, {row['backend']}" if row["backend"] else row["name"] for row in rows]
+    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(names))}
     figure = Figure(figsize=(4.8 * len(sizes), 4), layout="constrained")
     for size, ax in zip(sizes, figure.subplots(1, len(sizes), squeeze=False)[0], strict=True):
         drawn: dict[str, Any] = {}
         for row, name in zip(rows, names, strict=True):
             if row["size"] == size:
-                window = max(len(row["losses"]) // 50, 1)
-                means = [statistics.fmean(row["losses"][max(i - window, 0) : i + 1]) for i in range(len(row["losses"]))]
-                colour = f"C{list(dict.fromkeys(names)).index(name)}"
-                (drawn[name],) = ax.plot(means, color=colour, linewidth=0.9, label=name)
+                losses, window = row["losses"], max(len(row["losses"]) // 50, 1)
+                means = [statistics.fmean(losses[max(i - window, 0) : i + 1]) for i in range(len(losses))]
+                (drawn[name],) = ax.plot(means, color=colours[name], linewidth=0.9, label=name)
         ax.set(title=size, xlabel="step", ylabel="loss, mean of the last 2 % of the steps", yscale="log")
         ax.legend(handles=list(drawn.values()), fontsize=8)
     figure.suptitle(f"{rows[0]['device']}, {rows[0]['dtype']}, commit {rows[0]['commit']}", fontsize=10)
@@ -140,10 +126,8 @@ def draw_losses(rows: Sequence[Row]) -> Figure:
 
 def with_batch(rows: Sequence[Row]) -> Sequence[Row]:
     """The rows, with the batch said beside the mode where one size was measured with several."""
-    batches: dict[tuple[object, ...], set[int]] = {}
-    for row in rows:
-        batches.setdefault((label(row), row["mode"], row.get("stage"), size_of(row)), set()).add(row.get("batch", 1))
-    if all(len(found) == 1 for found in batches.values()):
+    batches = {(label(row), row["mode"], row.get("stage"), size_of(row), row.get("batch")) for row in rows}
+    if len({where[:-1] for where in batches}) == len(batches):
         return rows
     return [{**row, "mode": f"{row['mode']}, batch {row['batch']}"} for row in rows]
 
@@ -172,15 +156,15 @@ def quantities_of(rows: Sequence[Row]) -> list[Quantity]:
     ]
 
 
-def panel(axes: Axes, quantity: Quantity, rows: Sequence[Row], styles: dict[str, Style]) -> None:
+def panel(axes: Axes, quantity: Quantity, rows: Sequence[Row], styles: dict[str, dict[str, Any]]) -> None:
     """One curve for each contender; NaN, which draws nothing, where it has no number."""
+    sizes = sorted({size_of(row) for row in rows})
     drawn: list[float] = []
     for name, style in styles.items():
-        found = {size_of(row): quantity.value(row) for row in rows if label(row) == name}
-        numbers = [math.nan if found.get(size) is None else found[size] for size in sorted({*map(size_of, rows)})]
-        if any(number is not None for number in found.values()):
-            axes.plot(sorted({*map(size_of, rows)}), numbers, label=name, markersize=5, **style._asdict())
-            drawn += [number for number in found.values() if number is not None]
+        values = {size_of(row): value for row in rows if label(row) == name and (value := quantity.value(row))}
+        if values:
+            axes.plot(sizes, [values.get(size, math.nan) for size in sizes], label=name, markersize=5, **style)
+            drawn += values.values()
     if not drawn:
         axes.set_axis_off()
         return
@@ -193,45 +177,38 @@ def panel(axes: Axes, quantity: Quantity, rows: Sequence[Row], styles: dict[str,
         axes.set_ylim(0, 1.1 * max(drawn))
         return
     widen = max(1.25, math.sqrt(SMALLEST_SPAN * min(drawn) / max(drawn)))
-    span = max(drawn) / min(drawn) * widen**2
     axes.set_yscale("log")
     axes.set_ylim(min(drawn) / widen, max(drawn) * widen)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     few = FuncFormatter(lambda value, _: f"{value:,g}" if f"{value:e}"[0] in "25" else "")
-    axes.yaxis.set_minor_formatter(few if span < 30 else NullFormatter())  # one decade may have no label otherwise
+    narrow = max(drawn) / min(drawn) * widen**2 < 30  # one decade may have no label otherwise
+    axes.yaxis.set_minor_formatter(few if narrow else NullFormatter())
 
 
-def place_sizes(axes: Any, rows: Sequence[Row]) -> None:
+def name_sizes(axes: Any, rows: Sequence[Row]) -> None:
     """The sizes that were measured, on logarithmic axes, named below the lowest panel of each column that shows any."""
-    sizes = sorted({*map(size_of, rows)})
+    sizes = sorted({size_of(row) for row in rows})
     axes[-1, 0].set_xscale("log", base=2)
     axes[-1, 0].set_xticks(sizes, [f"{size:,}" for size in sizes])
     axes[-1, 0].xaxis.set_minor_locator(NullLocator())
-    for column in axes.T:
-        for ax in column:
-            ax.tick_params(axis="x", labelsize=8, rotation=30 if len(sizes) > 4 else 0)
-        for ax in [ax for ax in column if ax.axison][-1:]:
-            ax.set_xlabel("side of the image (pixels)" if "image" in rows[0] else "tokens N", fontsize=9)
-            ax.tick_params(axis="x", labelbottom=True)
+    for ax in axes.flat:
+        ax.tick_params(axis="x", labelsize=8, rotation=30 if len(sizes) > 4 else 0)
+    for ax in [[ax for ax in column if ax.axison][-1] for column in axes.T if any(ax.axison for ax in column)]:
+        ax.set_xlabel("side of the image (pixels)" if "image" in rows[0] else "tokens N", fontsize=9)
+        ax.tick_params(axis="x", labelbottom=True)
 
 
-def legend_of(figure: Figure, styles: dict[str, Style]) -> tuple[list[Any], list[str]]:
-    """Handles and names of what is drawn, in the order of the styles."""
-    handles = {text: handle for ax in figure.axes for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)}
-    names = [name for name in styles if name in handles]
-    return [handles[name] for name in names], names
-
-
-def styles_of(rows: Sequence[Row]) -> dict[str, Style]:
+def styles_of(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """By label: ours black and solid, the others by name; hollow markers for one head."""
     rivals = list(dict.fromkeys(row["name"] for row in rows if row["name"] not in OURS))
     styles = {}
     for row in sorted(rows, key=lambda row: row["name"] not in OURS):
-        fill = "none" if row.get("heads") == 1 else "full"
-        styles[label(row)] = Style("#000000", "o", "-", 2.2, fill, 3)
+        style: dict[str, Any] = {"color": "#000000", "marker": "o", "linestyle": "-", "linewidth": 2.2, "zorder": 3}
         if row["name"] in rivals:
-            looks = (each[rivals.index(row["name"]) % len(each)] for each in (COLOURS, MARKERS, LINES))
-            styles[label(row)] = Style(*looks, 1.3, fill, 2)  # type: ignore[arg-type]
+            i = rivals.index(row["name"])
+            looks = {"color": COLOURS[i % 8], "marker": MARKERS[i % 12], "linestyle": LINES[i % 5]}
+            style = {**looks, "linewidth": 1.3, "zorder": 2}
+        styles[label(row)] = style | {"fillstyle": "none" if row.get("heads") == 1 else "full"}
     return styles
 
 
@@ -250,4 +227,4 @@ def caption(rows: Sequence[Row]) -> str:
 
 
 if __name__ == "__main__":
-    print(*main(tyro.cli(Config)), sep="\n")
+    print(*tyro.cli(main), sep="\n")

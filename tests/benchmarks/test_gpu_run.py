@@ -140,9 +140,9 @@ def test_key_figures() -> None:
 def test_rows_go_where_they_are_committed(tmp_path: Path) -> None:
     rows = [row("dydila", 64, 1.0, device="NVIDIA H200", device_type="cuda"), {"suite": "gpu_run", "part": "layer"}]
     harness.write_rows(tmp_path / "rows.jsonl", rows)
-    folder = store.main(store.Config(tmp_path, tmp_path / "results"))
+    folder = store.main(tmp_path, tmp_path / "results")
     assert folder == tmp_path / "results" / "nvidia-h200"
     assert harness.read_rows(folder / "layer.jsonl") == rows[:1] and (folder / "layer.png").exists()
     harness.write_rows(tmp_path / "rows.jsonl", rows[1:])
     with pytest.raises(ValueError, match="one device"):
-        store.main(store.Config(tmp_path, tmp_path / "results"))
+        store.main(tmp_path, tmp_path / "results")

@@ -91,7 +91,7 @@ def contender(config: Config, name: str, mode: Mode, shape: Shape) -> Contender:
         check and partial(check, config.device, replace(shape, batch=1, tokens=checked)),
         missing,
         # In a fresh process all would be compiled again.
-        None if "compiled" in name and not config.on_gpu else partial(call_once, name, mode, small, config.device),
+        None if "compiled" in name and not config.on_gpu else partial(prepare, name, mode, small, config.device),
         graph=True,
     )
 
@@ -116,10 +116,6 @@ def prepare(name: str, mode: Mode, shape: Shape, device: str) -> Call:
     if "compiled" in name:
         call()  # compiles
     return call
-
-
-def call_once(name: str, mode: Mode, shape: Shape, device: str) -> None:
-    prepare(name, mode, shape, device)()
 
 
 def random_inputs(shape: Shape, device: str) -> dict[str, Tensor]:

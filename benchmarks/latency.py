@@ -8,32 +8,21 @@ A step of one image, and of two as guidance has them: with its class and without
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import tyro
 
-from benchmarks import harness, suite
+from benchmarks import harness, model, suite
 from benchmarks.harness import Row
-from benchmarks.model import (
-    CHECKED_TOKENS,
-    Case,
-    ModelOptions,
-    comparison,
-    config_of,
-    cost,
-    inputs,
-    network,
-    require_example,
-)
+from benchmarks.model import Case
 from benchmarks.suite import Comparison, Contender, Mode
 from dydila_kernels.testing import cast, equations, layer_inputs, relative_error
 
 
 @dataclass(frozen=True)
-class Config(ModelOptions):
+class Config(model.ModelOptions):
     """Time of a step of sampling with DyDi-LiT, Sana and DiT, at batch 1, called and as a CUDA graph."""
 
     modes: tyro.conf.Suppress[tuple[Mode, ...]] = ("forward",)
@@ -45,8 +34,8 @@ class Step:
     """A step of sampling, to be called; leaves the model's output (B, C, side, side) in ``output``."""
 
     def __init__(self, case: Case) -> None:
-        self.model = network(case.name, case.size, False, case.fused, case.device, case.dtype)
-        self.arguments = inputs(case)
+        self.model = model.network(case.name, case.size, False, case.fused, case.device, case.dtype)
+        self.arguments = model.inputs(case)
         self.output = torch.empty(0)
 
     def __call__(self) -> None:
@@ -55,17 +44,14 @@ class Step:
 
 
 def main(config: Config) -> list[Row]:
-    """Check, measure, print tables and store the rows.  ImportError without the extra "examples"."""
-    require_example()
-    rows = suite.run("latency", config, comparisons(config))
-    print(f"\n{table(rows)}")
-    return rows
+    """Check, measure, print tables and store the rows."""
+    return suite.run("latency", config, comparisons(config))
 
 
 def comparisons(config: Config) -> list[Comparison]:
     """By batch, each in rising order of size."""
     return [
-        comparison([case._replace(fused=case.name == "dydi-lit") for case in cases], contender)
+        model.comparison([case._replace(fused=case.name == "dydi-lit") for case in cases], contender)
         for batch in config.batches
         for cases in (config.cases("forward", batch, image) for image in config.images(on_cpu=2))
     ]
@@ -74,8 +60,8 @@ def comparisons(config: Config) -> list[Comparison]:
 def contender(case: Case) -> Contender:
     return Contender(
         prepare=partial(Step, case),
-        labels={"heads": config_of(case).num_heads, "fused": case.fused},
-        cost=cost(case),
+        labels={"heads": model.config_of(case).num_heads, "fused": case.fused},
+        cost=model.cost(case),
         error_ratio=partial(error_ratio, case) if case.fused or harness.is_gpu(case.device) else None,
         graph=True,
     )
@@ -89,8 +75,8 @@ def error_ratio(case: Case) -> float:
 
 def fused_error_ratio(case: Case) -> float:
     """Of the output of the first block's attention layer after ``fuse()``, over that of the plain equations."""
-    attn = network(case.name, case.size, False, False, case.device, case.dtype).blocks[0].attention
-    x = torch.randn(1, min(case.tokens, CHECKED_TOKENS), attn.dim, device=case.device, dtype=case.dtype)
+    attn = model.network(case.name, case.size, False, False, case.device, case.dtype).blocks[0].attention
+    x = torch.randn(1, min(case.tokens, model.CHECKED_TOKENS), attn.dim, device=case.device, dtype=case.dtype)
     with torch.no_grad():
         given, indices = layer_inputs(attn, x), attn.routing(x).indices
         exact = equations(attn, cast(given, torch.float64), indices=indices)
@@ -110,17 +96,6 @@ def captured_difference(case: Case) -> float:
         step.output.zero_()  # what it shows then is of the replay, not of the capture
     replay()
     return relative_error(step.output, called) / torch.finfo(case.dtype).eps
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Medians in ms of each row, called and captured."""
-    lines = []
-    for row in rows:
-        called = row["skipped"] or f"{row['median_ms']:.3g}"
-        graph = f"{row['graph_median_ms']:.3g}" if "graph_median_ms" in row else "-"
-        where = {key: str(row[key]) for key in ("name", "batch", "image")}
-        lines.append(where | {"called (ms)": called, "as a CUDA graph (ms)": graph})
-    return suite.table(lines)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def contender(case: Case, checked: int) -> Contender:
         labels={"name": case.name, "heads": case.heads},
         cost=cost(case),
         error_ratio=partial(error_ratio, case._replace(mode="forward", batch=1, tokens=checked)) if checks else None,
-        warm_up=None if case.mode == "backward" or compiles else partial(call_once, case._replace(batch=1, tokens=16)),
+        warm_up=None if case.mode == "backward" or compiles else partial(prepare, case._replace(batch=1, tokens=16)),
         graph=True,
     )
 
@@ -135,10 +135,6 @@ def prepare(case: Case) -> Call:
     if case.name.endswith("compiled"):
         call()  # a long first call would be taken for a long call, and kept
     return call
-
-
-def call_once(case: Case) -> None:
-    prepare(case)()
 
 
 def layer_of(case: Case) -> Any:

@@ -24,6 +24,12 @@ from benchmarks.suite import Comparison, Contender, Mode
 from dydila_kernels.functional import why_not_triton
 from dydila_kernels.testing import layer_error_ratio
 
+try:
+    from examples.dydi_lit import configs, flops
+    from examples.dydi_lit.model import DiffusionTransformer
+except ImportError as error:
+    raise ImportError(f"the models need the extra 'examples': pip install -e '.[examples]' ({error})") from error
+
 PIXELS_PER_TOKEN = 16
 """Along a side: 8 of a latent times 2 of a patch."""
 CHECKED_TOKENS = 48**2
@@ -86,17 +92,8 @@ class Case(NamedTuple):
 
 
 def main(config: Config) -> list[Row]:
-    """Check, measure, print tables and store the rows.  ImportError without the extra "examples"."""
-    require_example()
+    """Check, measure, print tables and store the rows."""
     return suite.run("model", config, comparisons(config))
-
-
-def require_example() -> None:
-    """ImportError, which says what to do, where the models cannot be imported."""
-    try:
-        import examples.dydi_lit.model  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"the models need the extra 'examples': pip install -e '.[examples]' ({error})") from error
 
 
 def comparisons(config: Config) -> list[Comparison]:
@@ -127,7 +124,7 @@ def contender(case: Case) -> Contender:
         labels={"heads": config_of(case).num_heads},
         cost=cost(case),
         error_ratio=partial(error_ratio, case) if case.name == "dydi-lit" else None,
-        warm_up=partial(call_once, case._replace(batch=1, image=2 * PIXELS_PER_TOKEN)),
+        warm_up=partial(prepare, case._replace(batch=1, image=2 * PIXELS_PER_TOKEN)),
     )
 
 
@@ -148,10 +145,6 @@ def prepare(case: Case) -> Call:
     return suite.call_of(case.mode, partial(model, *arguments), trainable, incoming)
 
 
-def call_once(case: Case) -> None:
-    prepare(case)()
-
-
 def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     """Latents (B, 4, side, side), steps (B,) and labels (B,), of which the last is the null class, as in guidance."""
     side = case.image // 8
@@ -165,11 +158,8 @@ def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
 @functools.cache
 def network(name: str, size: str, training: bool, fused: bool, device: str, dtype: torch.dtype) -> Any:
     """A DiffusionTransformer with random weights."""
-    from examples.dydi_lit.configs import config_of
-    from examples.dydi_lit.model import DiffusionTransformer
-
     torch.manual_seed(0)
-    model = DiffusionTransformer(config_of(name, size))  # type: ignore[arg-type]
+    model = DiffusionTransformer(configs.config_of(name, size))  # type: ignore[arg-type]
     for parameter in model.parameters():
         if not parameter.any():  # a GPU multiplies zeros faster than its power allows for real numbers
             nn.init.normal_(parameter, std=0.02)
@@ -179,16 +169,12 @@ def network(name: str, size: str, training: bool, fused: bool, device: str, dtyp
 
 def config_of(case: Case) -> Any:
     """The example's configuration of the model."""
-    from examples.dydi_lit import configs
-
     return configs.config_of(case.name, case.size)  # type: ignore[arg-type]
 
 
 @functools.cache
 def weight_bytes(case: Case) -> int:
     """Of all parameters."""
-    from examples.dydi_lit.model import DiffusionTransformer
-
     with torch.device("meta"):
         model = DiffusionTransformer(config_of(case))
     return sum(parameter.numel() for parameter in model.parameters()) * case.dtype.itemsize
@@ -197,8 +183,6 @@ def weight_bytes(case: Case) -> int:
 @functools.cache
 def cost(case: Case) -> Cost | None:
     """Weights and latents, read and written once in each direction, and all matrix products; None without Triton."""
-    from examples.dydi_lit import flops
-
     if why_not_triton(torch.device("meta"), torch.float32):
         return None
     products = 2e9 * flops.gflops(config_of(case), case.image)[1]  # a multiplication and its addition counted as one

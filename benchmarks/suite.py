@@ -92,7 +92,7 @@ class Contender:
         cost: what a call moves and computes, if declared.
         error_ratio: our error over that of plain PyTorch, measured in this run before any time; over 2 is wrong.
         missing: why it cannot run here, such as a package that is not installed.
-        warm_up: a small call of the same kind; where given, memory is measured: how far it rises during a call, on a
+        warm_up: as ``prepare``, for a small call; where given, memory is measured: how far it rises during a call, on a
             CPU in a fresh process in which the small call has loaded code and started threads.
         graph: whether to time it as a CUDA graph as well, which leaves the host out.
         clock: times a part of the call, in place of all of it.
@@ -103,7 +103,7 @@ class Contender:
     cost: Cost | None = None
     error_ratio: Callable[[], float] | None = None
     missing: str | None = None
-    warm_up: Call | None = None
+    warm_up: Callable[[], Call] | None = None
     graph: bool = False
     clock: Clock | None = None
 
@@ -279,7 +279,9 @@ def over_budget(options: Options, entrant: Entrant, earlier: Sequence[Row]) -> s
     return f"over budget: a call would take about {expected:.0f} s"
 
 
-def peak_mib(options: Options, prepare: Callable[[], Call], warm_up: Call, prepared: Call) -> float | None:
+def peak_mib(
+    options: Options, prepare: Callable[[], Call], warm_up: Callable[[], Call], prepared: Call
+) -> float | None:
     """How far memory rises during a call (MiB), weights and inputs left out; None where it cannot be told.
 
     Processes take seconds to start, so a smoke run makes do with this one.
@@ -291,14 +293,16 @@ def peak_mib(options: Options, prepare: Callable[[], Call], warm_up: Call, prepa
     return harness.in_fresh_process(_peak_mib, prepare, warm_up, options.threads)
 
 
-def _peak_mib(prepare: Callable[[], Call], warm_up: Call, threads: int) -> float | None:
+def _peak_mib(prepare: Callable[[], Call], warm_up: Callable[[], Call], threads: int) -> float | None:
     torch.set_num_threads(threads)
-    warm_up()
+    warm_up()()
     return harness.peak_growth_mib(prepare(), "cpu")
 
 
 def report(rows: Sequence[Row]) -> str:
-    """The rows as tables, one for each series: median times in ms, with the percentage of the nearer ceiling."""
+    """The rows as tables, one for each series: median times in ms, with the percentage of the nearer ceiling.
+
+    Where there is a CUDA graph, its time comes first, then that of the plain call."""
     tables: dict[str, dict[str, Row]] = {}
     for row in rows:
         title = ", ".join(f"{key} {row[key]}" for key in ("stage", "mode", "dim") if key in row)
@@ -319,8 +323,9 @@ def label(row: Row) -> str:
 def cell(row: Row) -> str:
     if row["skipped"]:
         return row["skipped"].split(":")[0]
+    called = f", called {row['median_ms']:.3g}" if "graph_median_ms" in row else ""
     percent = f" ({row['percent_of_ceiling']:.0f} %)" if "percent_of_ceiling" in row else ""
-    return f"{milliseconds(row):.3g}{percent}"
+    return f"{milliseconds(row):.3g}{called}{percent}"
 
 
 def milliseconds(row: Row) -> float:

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from benchmarks import harness, suite
 from benchmarks.harness import Row
-from benchmarks.model import require_example
+from benchmarks.model import DiffusionTransformer, configs
 from dydila_kernels import DyDiLAttention
+from examples.dydi_lit.data import digits
+from examples.dydi_lit.diffusion import GaussianDiffusion
 
 WARM_UP = 3
 """Steps left out of the time: they compile kernels and fill caches."""
@@ -53,8 +55,7 @@ class Config(harness.Options):
 
 
 def main(config: Config) -> list[Row]:
-    """Trains, prints a table, stores a row for each run and returns them.  ImportError without the extra "examples"."""
-    require_example()
+    """Trains, prints a table, stores a row for each run and returns them."""
     if len(set(config.seeds)) < 2:
         raise ValueError(f"seeds must be two different ones at least; got {config.seeds}")
     torch.set_num_threads(config.threads)
@@ -84,13 +85,9 @@ def smoke(config: Config) -> Config:
 
 def train(config: Config, size: Any, seed: int, name: Any, backend: str | None) -> Row:
     """A run: ``losses`` of all steps, ``median_ms`` of a step with its optimiser, and ``peak_mib`` of the whole run."""
-    from examples.dydi_lit.configs import config_of
-    from examples.dydi_lit.diffusion import GaussianDiffusion
-    from examples.dydi_lit.model import DiffusionTransformer
-
     device = torch.device(config.device)
     torch.manual_seed(seed)
-    model = DiffusionTransformer(config_of(name, size, num_classes=10)).to(device)
+    model = DiffusionTransformer(configs.config_of(name, size, num_classes=10)).to(device)
     for module in model.modules():
         if isinstance(module, DyDiLAttention) and backend is not None:
             module.backend = backend
@@ -131,8 +128,6 @@ def train(config: Config, size: Any, seed: int, name: Any, backend: str | None) 
 
 def latents(side: int) -> tuple[Tensor, Tensor]:
     """Images (n, 4, side, side) of about unit variance, and labels (n,)."""
-    from examples.dydi_lit.data import digits
-
     images, labels = digits("train").tensors
     images = F.interpolate((images - images.mean()) / images.std(), size=(side, side), mode="bilinear")
     return torch.cat([images, -images, images.mT, images.flip(-1)], 1), labels

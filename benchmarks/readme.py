@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from benchmarks.harness import Row
 from benchmarks.plot import RESULTS
 from benchmarks.suite import milliseconds
 
+PAGE = harness.REPOSITORY / "docs" / "guides" / "speed.md"
 BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
 DIM = 384
 MODES = ("forward", "forward+backward")
@@ -37,29 +36,26 @@ class Stale(RuntimeError):
     """The section does not say what the rows say."""
 
 
-@dataclass(frozen=True)
-class Config:
-    """Write the documentation's section on speed from committed rows."""
+def main(check: bool = False, page: Path = PAGE, results: Path = RESULTS) -> None:
+    """Write the documentation's section on speed from committed rows.
 
-    check: bool = False
-    """Write nothing, and fail where the section differs from what the rows give."""
-    page: Path = harness.REPOSITORY / "docs" / "guides" / "speed.md"
-    """The file with the markers."""
-    results: Path = RESULTS
-    """Folder of the results, which has one for each device."""
+    Args:
+        check: write nothing, and fail where the section differs from what the rows give.
+        page: the file with the markers.
+        results: folder of the results, which has one for each device.
 
-
-def main(config: Config) -> None:
-    """Raises ValueError where a marker, or a row that the section needs, is missing; Stale where the check fails."""
-    old = config.page.read_text(encoding="utf-8")
+    Raises:
+        ValueError: a marker, or a row that the section needs, is missing.
+        Stale: the check fails.
+    """
+    old = page.read_text(encoding="utf-8")
     if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
-        raise ValueError(f"{config.page} must have one line {BEGIN} and, behind it, one line {END}")
-    text = section(config.results, config.page.parent)
-    new = old[: old.index(BEGIN) + len(BEGIN)] + text + old[old.index(END) :]
-    if not config.check:
-        config.page.write_text(new, encoding="utf-8")
+        raise ValueError(f"{page} must have one line {BEGIN} and, behind it, one line {END}")
+    new = old[: old.index(BEGIN) + len(BEGIN)] + section(results, page.parent) + old[old.index(END) :]
+    if not check:
+        page.write_text(new, encoding="utf-8")
     elif new != old:
-        raise Stale(f"{config.page} differs from the rows in {config.results}: run python -m benchmarks.readme")
+        raise Stale(f"{page} differs from the rows in {results}: run python -m benchmarks.readme")
 
 
 def section(results: Path, folder: Path) -> str:
@@ -103,39 +99,35 @@ def device_folder(results: Path) -> Path:
 
 def speed_ups(rows: Sequence[Row]) -> str:
     """A table: time of softmax, and of Sana's layer, over ours, in each mode and with each number of heads of ours."""
-
-    def cell(mode: str, rival: str, ours: int, tokens: int) -> str:
+    lines: dict[str, list[str]] = {}
+    for mode, rival, heads in product(MODES, ("softmax", "sana"), heads_of(rows, "dydila")):
         theirs = heads_of(rows, rival)
-        same = ours if ours in theirs else next(iter(theirs), None)
-        above, below = find(rows, rival, same, mode, tokens), find(rows, "dydila", ours, mode, tokens)
-        return f"{milliseconds(above) / milliseconds(below):.3g}x" if above and below else "-"
-
-    lines = {}
-    for mode, rival, ours in product(MODES, ("softmax", "sana"), heads_of(rows, "dydila")):
-        lines[f"{mode}, over {TITLES[rival]}: {counted(ours)}"] = partial(cell, mode, rival, ours)
+        above = curve(rows, rival, heads if heads in theirs else next(iter(theirs), None), mode)
+        below = curve(rows, "dydila", heads, mode)
+        pairs = zip(above, below, strict=True)
+        ratios = [f"{milliseconds(a) / milliseconds(b):.3g}x" if a and b else "-" for a, b in pairs]
+        lines[f"{mode}, over {TITLES[rival]}: {counted(heads)}"] = ratios
     return table(rows, lines)
 
 
 def memory(rows: Sequence[Row]) -> str:
     """A table: the peak of each layer in each mode."""
-
-    def cell(mode: str, name: str, heads: int, tokens: int) -> str:
-        row = find(rows, name, heads, mode, tokens)
-        return f"{row['peak_mib']:,.0f}" if row and row.get("peak_mib") is not None else "-"
-
-    lines = {}
-    for mode, name in product(MODES, TITLES):
+    lines: dict[str, list[str]] = {}
+    for mode, (name, title) in product(MODES, TITLES.items()):
         for heads in heads_of(rows, name):
-            lines[f"{mode}: {TITLES[name]}, {counted(heads)}"] = partial(cell, mode, name, heads)
+            peaks = [row and row.get("peak_mib") for row in curve(rows, name, heads, mode)]
+            lines[f"{mode}: {title}, {counted(heads)}"] = ["-" if p is None else f"{p:,.0f}" for p in peaks]
     return table(rows, lines)
 
 
-def table(rows: Sequence[Row], lines: Mapping[str, Callable[[int], str]]) -> str:
+def table(rows: Sequence[Row], lines: dict[str, list[str]]) -> str:
     """In Markdown, a column for each N; without lines that have no number."""
-    sizes = sorted({row["tokens"] for row in rows})
-    cells = [[title, *map(cell, sizes)] for title, cell in lines.items()]
-    shown = [line for line in cells if {*line[1:]} != {"-"}]
-    return tabulate(shown, ["tokens N", *(f"{n:,}" for n in sizes)], "github", disable_numparse=True)
+    shown = [[title, *cells] for title, cells in lines.items() if {*cells} != {"-"}]
+    return tabulate(shown, ["tokens N", *(f"{n:,}" for n in sizes(rows))], "github", disable_numparse=True)
+
+
+def sizes(rows: Sequence[Row]) -> list[int]:
+    return sorted({row["tokens"] for row in rows})
 
 
 def heads_of(rows: Sequence[Row], name: str) -> list[int]:
@@ -147,14 +139,15 @@ def counted(heads: int) -> str:
     return "1 head" if heads == 1 else f"{heads} heads"
 
 
-def find(rows: Sequence[Row], name: str, heads: int | None, mode: str, tokens: int) -> Row | None:
-    """The row of a layer, if it was measured."""
-    wanted = {"name": name, "heads": heads, "mode": mode, "tokens": tokens, "skipped": None}
-    return next((row for row in rows if wanted.items() <= row.items()), None)
+def curve(rows: Sequence[Row], name: str, heads: int | None, mode: str) -> list[Row | None]:
+    """The rows of a layer over N, None where it was not measured."""
+    wanted = {"name": name, "heads": heads, "mode": mode, "skipped": None}
+    found = {row["tokens"]: row for row in rows if wanted.items() <= row.items()}
+    return [found.get(tokens) for tokens in sizes(rows)]
 
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Config))
+        tyro.cli(main)
     except (OSError, ValueError, Stale) as error:
         raise SystemExit(f"benchmarks.readme: {error}") from None

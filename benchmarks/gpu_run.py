@@ -23,7 +23,7 @@ import tyro
 
 from benchmarks import harness, plot, suite
 from benchmarks.harness import Row
-from benchmarks.parts import PARTS, Command, Name, Part
+from benchmarks.parts import PARTS, Name, Part
 
 MINUTES = 7.5
 """For all parts together: the time of a GPU is dear."""
@@ -108,7 +108,7 @@ def main(
     return outcomes
 
 
-def run(part: Part, commands: Sequence[Command], limit: float, out: Path) -> tuple[Outcome, list[Row]]:
+def run(part: Part, commands: Sequence[Sequence[str]], limit: float, out: Path) -> tuple[Outcome, list[Row]]:
     """Runs the commands of a part, the later ones also where an earlier one fails, for ``limit`` seconds at most."""
     print(f"{part.name}: at most {limit:.0f} s", flush=True)
     path = out / f"{part.name}.txt"
@@ -117,7 +117,7 @@ def run(part: Part, commands: Sequence[Command], limit: float, out: Path) -> tup
     rows: list[Row] = []
     with path.open("w") as output:
         for command in commands:
-            print(f"$ {command}", file=output, flush=True)
+            print(f"$ {' '.join(command)}", file=output, flush=True)
             left = limit - (time.monotonic() - started)
             states.append(state_of(command, left, output.fileno()) if left > 0 else "out of time")
             rows += take_rows(out / f"{part.name}.jsonl")
@@ -139,11 +139,11 @@ def run(part: Part, commands: Sequence[Command], limit: float, out: Path) -> tup
     return outcome, rows
 
 
-def state_of(command: Command, limit: float, output: int) -> str:
+def state_of(command: Sequence[str], limit: float, output: int) -> str:
     """Runs one command, with all processes that it starts in a group of its own, which is ended with it."""
-    environment = {**os.environ, "TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1", **command.environment}
+    environment = {**os.environ, "TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        command.arguments, cwd=harness.REPOSITORY, env=environment, stdin=subprocess.DEVNULL,
+        command, cwd=harness.REPOSITORY, env=environment, stdin=subprocess.DEVNULL,
         stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
     try:

@@ -7,8 +7,8 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.harness import Row
@@ -24,18 +24,7 @@ MODELS_NEED = (
 """Of the example, whose models are measured, beside those: without one of them it does not import."""
 
 
-@dataclass(frozen=True)
-class Command:
-    """A command line, and what it adds to the environment."""
-
-    arguments: Sequence[str]
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return " ".join([*(f"{name}={value}" for name, value in self.environment.items()), *self.arguments])
-
-
-Commands = Callable[[str, bool, object], list[Command]]
+Commands = Callable[[str, bool, object], list[list[str]]]
 """Of device, smoke and folder; each command may leave rows in FOLDER/NAME.jsonl, which are taken up."""
 
 
@@ -69,14 +58,14 @@ def absent(packages: Sequence[str]) -> list[str]:
 # Commands -------------------------------------------------------------------------------------------------------------
 
 
-def python(*arguments: str, **environment: str) -> Command:
-    return Command([sys.executable, "-m", *arguments], environment)
+def python(module: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", module, *arguments]
 
 
 def suite(name: str, *runs: str, smoke: str = "") -> Commands:
     """A suite with the options of each of its runs on a GPU; on a CPU it takes its own defaults, in one run."""
 
-    def commands(device: str, small: bool, out: object) -> list[Command]:
+    def commands(device: str, small: bool, out: object) -> list[list[str]]:
         options = [f"--smoke {smoke}"] if small else [""] if device == "cpu" else runs
         fixed = (f"benchmarks.{name}", "--device", device, "--out", str(out))
         return [python(*fixed, *each.split()) for each in options]
@@ -84,30 +73,27 @@ def suite(name: str, *runs: str, smoke: str = "") -> Commands:
     return commands
 
 
-def tests(device: str, smoke: bool, out: object) -> list[Command]:
+def tests(device: str, smoke: bool, out: object) -> list[list[str]]:
     """The kernels' tests, then those that fill the memory, alone, then the short ones of all else."""
-
-    def pytest(*arguments: str) -> Command:
-        return python("pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *arguments, OMP_NUM_THREADS="1")
-
+    pytest = ["env", "OMP_NUM_THREADS=1", *python("pytest", "-q", "--tb=short", "-p", "no:cacheprovider")]
     if smoke:
-        return [pytest("tests/ops/test_device.py"), pytest("tests/test_tokens.py")]
-    parallel = [] if absent(["xdist"]) else ["-n", "8"]
+        return [[*pytest, "tests/ops/test_device.py"], [*pytest, "tests/test_tokens.py"]]
+    parallel = pytest if absent(["xdist"]) else [*pytest, "-n", "8"]
     example = ["--ignore=tests/dydi_lit"] if absent([*SUITES_NEED, *MODELS_NEED]) else []
     return [
-        pytest(*parallel, "tests/ops", "--ignore=tests/ops/test_device.py"),
-        pytest("tests/ops/test_device.py"),
-        pytest(*parallel, "tests", "--ignore=tests/ops", "--ignore=tests/benchmarks", *example, "-m", "not slow"),
+        [*parallel, "tests/ops", "--ignore=tests/ops/test_device.py"],
+        [*pytest, "tests/ops/test_device.py"],
+        [*parallel, "tests", "--ignore=tests/ops", "--ignore=tests/benchmarks", *example, "-m", "not slow"],
     ]
 
 
-def ceilings(device: str, smoke: bool, out: object) -> list[Command]:
+def ceilings(device: str, smoke: bool, out: object) -> list[list[str]]:
     return [python("benchmarks.roofline", "--device", device, *(["--smoke"] if smoke else []))]
 
 
-def sweep(device: str, smoke: bool, out: object) -> list[Command]:
+def sweep(device: str, smoke: bool, out: object) -> list[list[str]]:
     (command,) = suite("sweep", "")(device, smoke, out)
-    return [Command(command.arguments, {"TRITON_INTERPRET": "1"}) if device == "cpu" else command]
+    return [["env", "TRITON_INTERPRET=1", *command] if device == "cpu" else command]
 
 
 # Key figures ----------------------------------------------------------------------------------------------------------

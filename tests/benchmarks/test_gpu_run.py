@@ -20,8 +20,8 @@ from tests.benchmarks.rows import row
 def part(name: str, *scripts: str, needs: tuple[str, ...] = (), seconds: float = 10) -> parts.Part:
     """A part that runs Python scripts, with the folder as their argument."""
 
-    def commands(device: str, smoke: bool, out: object) -> list[parts.Command]:
-        return [parts.Command([sys.executable, "-c", script, str(out)]) for script in scripts]
+    def commands(device: str, smoke: bool, out: object) -> list[list[str]]:
+        return [[sys.executable, "-c", script, str(out)] for script in scripts]
 
     return parts.Part(name, seconds, commands, lambda text, rows: f"{len(rows)} rows", needs)
 
@@ -93,8 +93,8 @@ def test_the_parts_name_all_that_the_example_needs() -> None:
 def test_a_gpu_gets_sizes_and_a_cpu_the_defaults() -> None:
     core = next(p for p in parts.PARTS if p.name == "core")
     on_gpu, on_cpu = core.commands("cuda", False, "out"), core.commands("cpu", False, "out")
-    assert all("--sizes" in command.arguments for command in on_gpu)
-    assert [list(command.arguments[3:]) for command in on_cpu] == [["--device", "cpu", "--out", "out"]]
+    assert all("--sizes" in command for command in on_gpu)
+    assert [command[3:] for command in on_cpu] == [["--device", "cpu", "--out", "out"]]
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -104,13 +104,13 @@ def test_the_options_of_the_parts_are_those_of_the_suites(part: parts.Part, devi
     if part.missing:
         pytest.skip(f"needs {part.missing}")
     for command in part.commands(device, smoke, "out"):
-        _, _, module, *options = command.arguments
+        module, *options = command[command.index("-m") + 1 :]
         config = tyro.cli(import_module(module).Config, args=options)
         assert config.device == device and config.smoke == smoke
 
 
 def test_tests_come_in_three_runs_on_a_gpu() -> None:
-    kernels, memory, rest = (command.arguments for command in parts.tests("cuda", False, "out"))
+    kernels, memory, rest = parts.tests("cuda", False, "out")
     assert "tests/ops" in kernels and "tests/ops/test_device.py" in memory and "-n" not in memory
     assert "--ignore=tests/ops" in rest
     files = [word.removeprefix("--ignore=") for words in (kernels, memory, rest) for word in words if "tests/" in word]

@@ -9,8 +9,9 @@ are left to linear attention: fused softmax has none so wide.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from benchmarks import rivals, roofline, suite
 from benchmarks.harness import Call, Row
 from benchmarks.roofline import Shape
-from benchmarks.suite import Comparison, Contender, Mode
+from benchmarks.suite import Case, Comparison, Contender
 from dydila_kernels import dydila_attention, reference
 from dydila_kernels.testing import TOKENS, cast, core_inputs, decisions, error_ratios, output_and_gradients
 
@@ -54,16 +55,11 @@ def main(config: Config) -> list[Row]:
 
 
 def comparisons(config: Config) -> Iterator[Comparison]:
-    for tokens in config.lengths(cpu=(256, 1024, 4096, 16384), gpu=(256, 1024, 4096, 16384, 65536)):
-        shape = Shape(config.batch(tokens), tokens, config.dim, 1, config.torch_dtype)
-        for mode in config.modes:
-            contenders = {
-                f"{name} H={heads}": contender(config, name, mode, replace(shape, heads=heads))
-                for heads in suite.heads_of(config.heads, config.dim)
-                for name in names(config, config.dim // heads)
-            }
-            point = {"batch": shape.batch, "tokens": tokens}
-            yield Comparison({"mode": mode, "dim": config.dim}, point, contenders, input_bytes=3 * shape.token_bytes)
+    heads = suite.heads_of(config.heads, config.dim)
+    who = [(name, h) for h in heads for name in names(config, config.dim // h)]
+    sizes = config.lengths(cpu=(256, 1024, 4096, 16384), gpu=(256, 1024, 4096, 16384, 65536))
+    for tokens, mode in product(sizes, config.modes):
+        yield suite.comparison(config, mode, tokens, config.dim, who, partial(contender, config))
 
 
 def names(config: Config, head_dim: int) -> list[str]:
@@ -73,37 +69,40 @@ def names(config: Config, head_dim: int) -> list[str]:
     return [name for name in everyone if head_dim <= 256 or not (name in SOFTMAX or name in rivals.PACKAGES)]
 
 
-def contender(config: Config, name: str, mode: Mode, shape: Shape) -> Contender:
+def contender(config: Config, case: Case) -> Contender:
+    name, _, shape, device = case
     labels: Row = {"name": name, "heads": shape.heads}
     missing = None
     if name in rivals.PACKAGES:
         labels["computes"] = rivals.PACKAGES[name].computes
-        missing = rivals.missing(name, config.device)
+        missing = rivals.missing(name, device)
     if name in rivals.BACKENDS:
-        missing = rivals.why_not_softmax(name, config.device, shape.dtype, shape.dim // shape.heads)
-    checked = min(max(config.lengths((), ()) or (CHECKED_TOKENS,)), CHECKED_TOKENS)
-    check = error_ratio if name == "dydila" else partial(rival_error_ratio, name) if name in FORMULAS else None
-    small = replace(shape, batch=1, tokens=16)
+        missing = rivals.why_not_softmax(name, device, shape.dtype, shape.dim // shape.heads)
+    checked = case.one_of(min(max(config.lengths((), ()) or (CHECKED_TOKENS,)), CHECKED_TOKENS))._replace(
+        mode="forward"
+    )
+    check = error_ratio if name == "dydila" else rival_error_ratio if name in FORMULAS else None
+    compiles = "compiled" in name and not config.on_gpu  # in a fresh process, again
     return Contender(
-        partial(prepare, name, mode, shape, config.device),
+        partial(prepare, case),
         labels,
-        cost(name, mode, shape),
-        check and partial(check, config.device, replace(shape, batch=1, tokens=checked)),
+        cost(case),
+        check and partial(check, checked),
         missing,
-        # In a fresh process all would be compiled again.
-        None if "compiled" in name and not config.on_gpu else partial(prepare, name, mode, small, config.device),
+        None if compiles else partial(prepare, case.one_of(16)),
         graph=True,
     )
 
 
-def cost(name: str, mode: Mode, shape: Shape) -> roofline.Cost:
-    of_softmax = FORMULAS.get(name) is rivals.plain_softmax
-    declared = roofline.core if name in OURS else roofline.softmax_core if of_softmax else roofline.linear_core
-    return declared(shape, mode)
+def cost(case: Case) -> roofline.Cost:
+    of_softmax = FORMULAS.get(case.name) is rivals.plain_softmax
+    declared = roofline.core if case.name in OURS else roofline.softmax_core if of_softmax else roofline.linear_core
+    return declared(case.shape, case.mode)
 
 
-def prepare(name: str, mode: Mode, shape: Shape, device: str) -> Call:
+def prepare(case: Case) -> Call:
     """What is timed, on random inputs of its own."""
+    name, mode, shape, device = case
     inputs = random_inputs(shape, device)
     tokens = [inputs.pop(key) for key in TOKENS][: 5 if name in OURS else 3]
     attend = compiled(function_of(name)) if "compiled" in name else function_of(name)
@@ -140,8 +139,10 @@ def function_of(name: str) -> rivals.Attention:
         return partial(rivals.softmax, backend=name)
     if name in OURS:
         return dydila_attention if name == "dydila" else reference.dydila_attention
-    attend = {"sana": rivals.sana, "focused": rivals.focused}.get(name.removesuffix(" compiled"))
-    return attend or rivals.PACKAGES[name].attend
+    plain = {"sana": rivals.sana, "focused": rivals.focused}
+    attend = rivals.PACKAGES[name].attend if name in rivals.PACKAGES else plain[name.removesuffix(" compiled")]
+    assert attend is not None
+    return attend
 
 
 @cache
@@ -151,14 +152,15 @@ def compiled(function: rivals.Attention) -> rivals.Attention:
 
 
 @cache
-def error_ratio(device: str, shape: Shape) -> float:
+def error_ratio(case: Case) -> float:
     """Our error over that of the equations in plain PyTorch in the same dtype and with the same decisions.
 
     The worse of two ratios: that of the output, and that of the gradients of tokens and tables together.
     """
+    shape = case.shape
     inputs = core_inputs(
         shape.batch, shape.tokens, shape.dim, num_kernel_factors=FACTORS, num_differential_factors=FACTORS,
-        dtype=shape.dtype, device=device,
+        dtype=shape.dtype, device=case.device,
     )  # fmt: skip
     wanted = [name for name in inputs if "routers" not in name]
     indices = decisions(inputs, num_heads=shape.heads)
@@ -185,11 +187,11 @@ def together(tensors: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, 
 
 
 @cache
-def rival_error_ratio(name: str, device: str, shape: Shape) -> float:
+def rival_error_ratio(case: Case) -> float:
     """The error of a rival's output over that of its own formula in the same dtype."""
-    tokens = list(random_inputs(shape, device).values())[:3]
-    found, plain = (f(*tokens, heads=shape.heads) for f in (function_of(name), FORMULAS[name]))
-    return suite.error_ratio(found, plain, FORMULAS[name](*(t.cpu().double() for t in tokens), heads=shape.heads))
+    tokens, formula = list(random_inputs(case.shape, case.device).values())[:3], FORMULAS[case.name]
+    found, plain = (f(*tokens, heads=case.shape.heads) for f in (function_of(case.name), formula))
+    return suite.error_ratio(found, plain, formula(*(t.cpu().double() for t in tokens), heads=case.shape.heads))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ parameters.  The last lines hold the rows against the goals of the project.
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from functools import cache, partial
+from itertools import product
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 
 from benchmarks import harness, rivals, roofline, suite
 from benchmarks.harness import Call, Row
-from benchmarks.roofline import Cost, Shape
-from benchmarks.suite import Comparison, Contender, Mode
+from benchmarks.roofline import Cost
+from benchmarks.suite import Case, Comparison, Contender
 from dydila_kernels import DyDiLAttention
 from dydila_kernels.testing import equations, layer_error_ratio
 
@@ -48,48 +49,25 @@ class Config(suite.Options):
         return self.dims or ((128,) if self.smoke else (384, 512, 768, 1152) if self.on_gpu else (384,))
 
 
-class Case(NamedTuple):
-    """A layer by its name and what it meets: tokens (batch, tokens, dim)."""
-
-    name: str
-    heads: int
-    mode: Mode
-    batch: int
-    tokens: int
-    dim: int
-    device: str
-    dtype: torch.dtype
-
-
 def main(config: Config) -> list[Row]:
     """Check, measure, print tables and goals, and store the rows."""
-    return suite.run("layer", config, comparisons(config))
+    return suite.run("layer", config, list(comparisons(config)))
 
 
-def comparisons(config: Config) -> list[Comparison]:
+def comparisons(config: Config) -> Iterator[Comparison]:
     """By width and mode, each in rising order of N."""
-    sizes = config.lengths(cpu=(256, 1024, 4096, 16384), gpu=(256, 1024, 2304, 4096, 16384, 65536))
-    return [
-        comparison(config, dim, mode, tokens, checked=min(max(sizes), CHECKED_TOKENS))
-        for dim in config.widths()
-        for mode in config.modes
-        for tokens in sorted(sizes)
-    ]
+    sizes = sorted(config.lengths(cpu=(256, 1024, 4096, 16384), gpu=(256, 1024, 2304, 4096, 16384, 65536)))
+    for dim, mode, tokens in product(config.widths(), config.modes, sizes):
+        of_softmax = (max(dim // 64, 1),)
+        who = [
+            (name, heads)
+            for name in ("dydila", *config.rivals)
+            for heads in suite.heads_of(of_softmax if name == "softmax" else config.heads, dim)
+        ]
+        yield suite.comparison(config, mode, tokens, dim, who, partial(contender, min(sizes[-1], CHECKED_TOKENS)))
 
 
-def comparison(config: Config, dim: int, mode: Mode, tokens: int, checked: int) -> Comparison:
-    """The layers at one width and size."""
-    shape = Shape(config.batch(tokens), tokens, dim, 1, config.torch_dtype)
-    contenders: dict[str, Contender] = {}
-    for name in ("dydila", *config.rivals):
-        for heads in suite.heads_of((max(dim // 64, 1),) if name == "softmax" else config.heads, dim):
-            case = Case(name, heads, mode, shape.batch, tokens, dim, config.device, config.torch_dtype)
-            contenders[f"{name} H={heads}"] = contender(case, checked)
-    point = {"tokens": tokens, "batch": shape.batch}
-    return Comparison({"mode": mode, "dim": dim}, point, contenders, input_bytes=shape.token_bytes)
-
-
-def contender(case: Case, checked: int) -> Contender:
+def contender(checked: int, case: Case) -> Contender:
     # What the backward pass alone adds to memory says nothing without what the forward pass has left there.  In a fresh
     # process on a CPU, a compiler would count as growth.
     compiles = case.name.endswith("compiled") and not harness.is_gpu(case.device)
@@ -97,37 +75,38 @@ def contender(case: Case, checked: int) -> Contender:
     checks = case.name not in ("dydila eager", "dydila compiled")
     return Contender(
         prepare=partial(prepare, case),
-        labels={"name": case.name, "heads": case.heads},
+        labels={"name": case.name, "heads": case.shape.heads},
         cost=cost(case),
-        error_ratio=partial(error_ratio, case._replace(mode="forward", batch=1, tokens=checked)) if checks else None,
-        warm_up=None if case.mode == "backward" or compiles else partial(prepare, case._replace(batch=1, tokens=16)),
+        error_ratio=partial(error_ratio, case.one_of(checked)._replace(mode="forward")) if checks else None,
+        warm_up=None if case.mode == "backward" or compiles else partial(prepare, case.one_of(16)),
         graph=True,
     )
 
 
-@functools.cache
+@cache
 def error_ratio(case: Case) -> float:
     """Of our layer for the output and all gradients; of a rival for its output, against its own formula."""
+    shape = case.shape
     if case.name == "dydila":
-        attn = DyDiLAttention(case.dim, case.heads, device=case.device, dtype=case.dtype)
-        return layer_error_ratio(attn, length=case.tokens)
-    case = case._replace(tokens=min(case.tokens, 256))
-    layer, x = layer_of(case), torch.randn(1, case.tokens, case.dim, device=case.device, dtype=case.dtype)
+        attn = DyDiLAttention(shape.dim, shape.heads, device=case.device, dtype=shape.dtype)
+        return layer_error_ratio(attn, length=shape.tokens)
+    layer = layer_of(case)
+    x = torch.randn(1, min(shape.tokens, 256), shape.dim, device=case.device, dtype=shape.dtype)
     core = {"softmax": rivals.plain_softmax, "sana": rivals.plain_linear}[case.name.split()[0]]
 
     def formula(dtype: torch.dtype) -> Tensor:
         qkv, weight, bias = (t.to(dtype) for t in (layer.qkv.weight, layer.proj.weight, layer.proj.bias))
-        return F.linear(core(*F.linear(x.to(dtype), qkv).chunk(3, -1), heads=case.heads), weight, bias)
+        return F.linear(core(*F.linear(x.to(dtype), qkv).chunk(3, -1), heads=shape.heads), weight, bias)
 
     with torch.no_grad():
-        return suite.error_ratio(layer(x), formula(case.dtype), formula(torch.float64))
+        return suite.error_ratio(layer(x), formula(shape.dtype), formula(torch.float64))
 
 
 def prepare(case: Case) -> Call:
     """The call to time, on weights and an input of its own."""
     torch.manual_seed(0)
-    layer = layer_of(case)
-    x = torch.randn(case.batch, case.tokens, case.dim, device=case.device, dtype=case.dtype)
+    layer, shape = layer_of(case), case.shape
+    x = torch.randn(shape.batch, shape.tokens, shape.dim, device=case.device, dtype=shape.dtype)
     # The input doubles as the incoming gradient: only the layer takes memory.
     leaf = x.detach().requires_grad_(case.mode != "forward")
     trainable = [parameter for parameter in layer.parameters() if parameter.requires_grad]
@@ -142,7 +121,7 @@ def layer_of(case: Case) -> Any:
     name, _, form = case.name.partition(" ")
     kind = {"dydila": DyDiLAttention, "softmax": rivals.SoftmaxAttention, "sana": rivals.ReLULinearAttention}[name]
     with torch.device(case.device):
-        layer: Any = kind(case.dim, case.heads).to(case.dtype)
+        layer: Any = kind(case.shape.dim, case.shape.heads).to(case.shape.dtype)
     layer.train(case.mode != "forward")
     return Equations(layer) if form == "eager" else torch.compile(layer) if form == "compiled" else layer
 
@@ -160,16 +139,13 @@ class Equations(nn.Module):
 
 def cost(case: Case) -> Cost:
     """What a layer cannot avoid: its projections, its core, and for ours two routed projections and the convolution."""
-    rows, dim, mode, dtype = case.batch * case.tokens, case.dim, case.mode, case.dtype
-    shape = Shape(case.batch, case.tokens, dim, case.heads, dtype)
-    total = roofline.linear(rows, dim, 3 * dim, mode, dtype) + roofline.linear(rows, dim, dim, mode, dtype)
+    shape, mode = case.shape, case.mode
+    square = partial(roofline.linear, shape.rows, shape.dim, mode=mode, dtype=shape.dtype)
+    total = square(3 * shape.dim) + square(shape.dim)
     name = case.name.split()[0]
-    if name == "softmax":
-        return total + roofline.softmax_core(shape, mode)
-    if name == "sana":
-        return total + roofline.linear_core(shape, mode)
-    routed = roofline.linear(rows, dim, dim, mode, dtype, weights=3)
-    return total + routed * 2 + roofline.core(shape, mode) + roofline.convolution(shape, mode)
+    if name != "dydila":
+        return total + {"softmax": roofline.softmax_core, "sana": roofline.linear_core}[name](shape, mode)
+    return total + square(shape.dim, weights=3) * 2 + roofline.core(shape, mode) + roofline.convolution(shape, mode)
 
 
 if __name__ == "__main__":

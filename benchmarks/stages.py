@@ -14,7 +14,7 @@ backend elsewhere.  KERNELS and FUNCTIONS say which those are; nothing else here
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from cProfile import Profile
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,7 +31,7 @@ from torch import Tensor
 from benchmarks import core, harness, layer, rivals, roofline, suite
 from benchmarks.harness import Call, Row
 from benchmarks.roofline import Cost, Shape, passes
-from benchmarks.suite import Comparison, Contender, Mode
+from benchmarks.suite import Case, Comparison, Contender, Mode
 from dydila_kernels import reference
 from dydila_kernels.functional import why_not_triton
 
@@ -89,7 +89,7 @@ class Config(suite.Options):
     """Stages to measure."""
 
 
-class Case(NamedTuple):
+class Stage(NamedTuple):
     """A stage and what it meets."""
 
     stage: str
@@ -131,43 +131,41 @@ def comparisons(config: Config) -> Iterator[Comparison]:
     for stage, mode, tokens in product(config.stages, config.modes, sizes):
         headless = stage in ("projection", "convolution")  # and they have all modes
         if headless or mode == ("backward" if stage.startswith("gradients") else "forward"):
-            shape = Shape(config.batch(tokens), tokens, config.dim, 1, config.torch_dtype)
-            contenders: dict[str, Contender] = {}
-            for heads in (1,) if headless else suite.heads_of(config.heads, config.dim):
-                case = Case(stage, mode, replace(shape, heads=heads), config.device)
-                labels = {} if headless else {"heads": heads}
-                contenders[f"dydila {heads}"] = ours(case, {"name": "dydila", **labels})
-                for name, prepare in RIVALS[stage].items():
-                    missing = None if hasattr(F, name) or name != "grouped_mm" else "missing: not in this torch"
-                    contenders[f"{name} {heads}"] = Contender(
-                        partial(prepare, case), {"name": name, **labels}, cost(case, False), missing=missing, graph=True
-                    )
-            point = {"batch": shape.batch, "tokens": tokens}
-            series = {"stage": stage, "mode": mode, "dim": config.dim}
-            yield Comparison(series, point, contenders, input_bytes=2 * shape.token_bytes)
+            heads = (1,) if headless else suite.heads_of(config.heads, config.dim)
+            who = [(name, h) for h in heads for name in ("dydila", *RIVALS[stage])]
+            found = suite.comparison(config, mode, tokens, config.dim, who, partial(contender, stage, headless))
+            yield replace(found, series={"stage": stage, **found.series})
 
 
-def ours(case: Case, labels: Row) -> Contender:
+def contender(stage: str, headless: bool, case: Case) -> Contender:
+    what = Stage(stage, *case[1:])
+    labels = {"name": case.name} if headless else {"name": case.name, "heads": case.shape.heads}
+    if case.name == "dydila":
+        return ours(what, case, labels)
+    missing = None if hasattr(F, case.name) or case.name != "grouped_mm" else "missing: not in this torch"
+    prepare = partial(RIVALS[stage][case.name], what)
+    return Contender(prepare, labels, cost(what, ours=False), missing=missing, graph=True)
+
+
+def ours(what: Stage, case: Case, labels: Row) -> Contender:
     """A call of the layer, and the clock of the stage."""
-    stage, mode, shape, device = case
-    whole = layer.Case("dydila", shape.heads, mode, shape.batch, shape.tokens, shape.dim, device, shape.dtype)
-    checked = whole._replace(mode="forward", batch=1, tokens=min(shape.tokens, core.CHECKED_TOKENS))
-    missing = None
-    if not case.kernels and stage not in FUNCTIONS:
+    shape, missing = what.shape, None
+    if not what.kernels and what.stage not in FUNCTIONS:
         missing = "missing: the kernels need a GPU, and for the torch backend this is no stage of its own"
-    elif not case.kernels and harness.is_gpu(device):
+    elif not what.kernels and harness.is_gpu(what.device):
         missing = "missing: the torch backend shows its stages on a CPU only"
-    elif case.fused and stage == "convolution":
+    elif what.fused and what.stage == "convolution":
         missing = "missing: it is part of the readout"
-    elif not case.fused and stage in ("state", "readout") and shape.tokens < shape.dim // shape.heads:
+    elif not what.fused and what.stage in ("state", "readout") and shape.tokens < shape.dim // shape.heads:
         missing = "missing: the products come in the order (Q K^T) V, which is cheaper here"
+    checked = case.one_of(min(shape.tokens, core.CHECKED_TOKENS))._replace(mode="forward")
     check = partial(layer.error_ratio, checked)
-    return Contender(partial(layer.prepare, whole), labels, cost(case, True), check, missing, clock=clock_of(case))
+    return Contender(partial(layer.prepare, case), labels, cost(what, True), check, missing, clock=clock_of(what))
 
 
-def cost(case: Case, ours: bool) -> Cost:
+def cost(what: Stage, ours: bool) -> Cost:
     """What a stage moves and computes: of ours as dydila_kernels/ops/README.md counts, of a rival what it is given."""
-    stage, mode, shape, _ = case
+    stage, mode, shape, _ = what
     d, e = shape.dim, shape.dim // shape.heads
     taps, routing = 2 * 9 * d, 2 * d * 4 * core.FACTORS
     if stage == "projection":
@@ -175,7 +173,7 @@ def cost(case: Case, ours: bool) -> Cost:
         return (roofline.linear(shape.rows, d, d, mode, shape.dtype, weights=PROJECTORS) + route) * 2
     if stage == "convolution":  # what is there is read, too, and the weight has a gradient of its own
         return roofline.by_mode(mode, passes(shape, 3, taps), passes(shape, 5, 2 * taps))
-    if ours and case.fused:
+    if ours and what.fused:
         return {
             "tokens": passes(shape, 2, routing),
             "state": passes(shape, 3, 2 * d * e),
@@ -184,7 +182,7 @@ def cost(case: Case, ours: bool) -> Cost:
             "gradients of keys": passes(shape, 7, 6 * d * e + taps),
         }[stage]
     if stage == "tokens":
-        return passes(shape, 3, routing) * len(case.sides)
+        return passes(shape, 3, routing) * len(what.sides)
     if stage.startswith("gradients"):
         return passes(shape, 5, 0)
     return passes(shape, 2, 2 * d * e) + Cost(shape.batch * d * e * shape.dtype.itemsize, 0)
@@ -193,12 +191,12 @@ def cost(case: Case, ours: bool) -> Cost:
 # The clock of a stage -------------------------------------------------------------------------------------------------
 
 
-def clock_of(case: Case) -> harness.Clock:
+def clock_of(what: Stage) -> harness.Clock:
     """Times what a call spends in the stage; it raises RuntimeError where the call has no such part."""
-    if not case.kernels:
-        return partial(profiled_seconds, FUNCTIONS.get(case.stage, ()))
-    launches = KERNELS if case.fused else KERNELS | WIDE
-    return partial(launched_seconds, launches[case.stage], harness.is_gpu(case.device))
+    if not what.kernels:
+        return partial(profiled_seconds, FUNCTIONS.get(what.stage, ()))
+    launches = KERNELS if what.fused else KERNELS | WIDE
+    return partial(launched_seconds, launches[what.stage], harness.is_gpu(what.device))
 
 
 def profiled_seconds(functions: tuple[str, ...], call: Call) -> float:
@@ -260,22 +258,22 @@ def intervals(stage: Launches, marks: list[tuple[str, Any, Any]], end: Any) -> l
 # Rivals ---------------------------------------------------------------------------------------------------------------
 
 
-def products(case: Case) -> Call:
+def products(what: Stage) -> Call:
     """Eq. 8 by bmm, which is given Zh."""
-    inputs = core.random_inputs(case.shape, case.device)
-    z, v = (rivals.split(inputs[key], case.shape.heads) for key in (case.sides, "v"))
-    states = z.mT @ v / case.shape.tokens
-    return torch.inference_mode()((lambda: z.mT @ v) if case.stage == "state" else (lambda: rivals.merge(z @ states)))
+    inputs = core.random_inputs(what.shape, what.device)
+    z, v = (rivals.split(inputs[key], what.shape.heads) for key in (what.sides, "v"))
+    states = z.mT @ v / what.shape.tokens
+    return torch.inference_mode()((lambda: z.mT @ v) if what.stage == "state" else (lambda: rivals.merge(z @ states)))
 
 
-def equations(case: Case) -> Call:
+def equations(what: Stage) -> Call:
     """Eqs. 5-8 up to Zh in plain PyTorch, routing and all; the gradients are given that of Zh."""
-    inputs = core.random_inputs(case.shape, case.device)
-    leaves = [inputs[key] for side in case.sides for key in (side, f"{side}_redundant")]
+    inputs = core.random_inputs(what.shape, what.device)
+    leaves = [inputs[key] for side in what.sides for key in (side, f"{side}_redundant")]
     leaves += [inputs["gamma"], inputs["lam"]]
     for leaf in leaves:
-        leaf.requires_grad_(case.mode != "forward")
-    return suite.call_of(case.mode, lambda: [z_hat(side, inputs) for side in case.sides], leaves, inputs["v"])
+        leaf.requires_grad_(what.mode != "forward")
+    return suite.call_of(what.mode, lambda: [z_hat(side, inputs) for side in what.sides], leaves, inputs["v"])
 
 
 def z_hat(side: str, inputs: dict[str, Tensor]) -> Tensor:
@@ -303,39 +301,39 @@ def dense(x: Tensor, weight: Tensor, router: Tensor) -> Tensor:
     return reference.project(x, weight, reference.route(x, router))
 
 
-def projections(project: rivals.Attention, case: Case) -> Call:
+def projections(project: rivals.Attention, what: Stage) -> Call:
     """Q' and K' of the same tokens."""
-    d, (x, grad) = case.shape.dim, random_tokens(case, 2)
+    d, (x, grad) = what.shape.dim, random_tokens(what, 2)
     sizes = 2 * ((PROJECTORS, d, d), (d, PROJECTORS))
     w_q, r_q, w_k, r_k = (torch.randn(size, device=x.device, dtype=x.dtype) * d**-0.5 for size in sizes)
     for leaf in (x, w_q, w_k):
-        leaf.requires_grad_(case.mode != "forward")
-    return suite.call_of(case.mode, lambda: [project(x, w_q, r_q), project(x, w_k, r_k)], [x, w_q, w_k], grad, grad)
+        leaf.requires_grad_(what.mode != "forward")
+    return suite.call_of(what.mode, lambda: [project(x, w_q, r_q), project(x, w_k, r_k)], [x, w_q, w_k], grad, grad)
 
 
-def convolve(case: Case) -> Call:
+def convolve(what: Stage) -> Call:
     """``out + DWC(V)``, written into ``out``; tokens are images in the channels-last layout as they lie."""
-    v, out, grad = random_tokens(case, 3)
-    weight = torch.randn(case.shape.dim, 1, 3, 3, device=v.device, dtype=v.dtype) / 3
+    v, out, grad = random_tokens(what, 3)
+    weight = torch.randn(what.shape.dim, 1, 3, 3, device=v.device, dtype=v.dtype) / 3
     for leaf in (v, weight):
-        leaf.requires_grad_(case.mode != "forward")
+        leaf.requires_grad_(what.mode != "forward")
 
     def add_conv2d() -> Tensor:
-        image = v.unflatten(1, (isqrt(case.shape.tokens), -1)).permute(0, 3, 1, 2)
+        image = v.unflatten(1, (isqrt(what.shape.tokens), -1)).permute(0, 3, 1, 2)
         convolved = F.conv2d(image, weight, padding=1, groups=len(weight))
         return out.detach().add_(convolved.permute(0, 2, 3, 1).flatten(1, 2))
 
-    return suite.call_of(case.mode, add_conv2d, [v, weight], grad)
+    return suite.call_of(what.mode, add_conv2d, [v, weight], grad)
 
 
-def random_tokens(case: Case, count: int) -> tuple[Tensor, ...]:
+def random_tokens(what: Stage, count: int) -> tuple[Tensor, ...]:
     """So many of (B, N, d)."""
-    shape = case.shape
+    shape = what.shape
     size = (shape.batch, shape.tokens, shape.dim)
-    return tuple(torch.randn(size, device=case.device, dtype=shape.dtype) for _ in range(count))
+    return tuple(torch.randn(size, device=what.device, dtype=shape.dtype) for _ in range(count))
 
 
-RIVALS = {
+RIVALS: dict[str, dict[str, Callable[[Stage], Call]]] = {
     "projection": {"grouped_mm": partial(projections, grouped), "dense": partial(projections, dense)},
     "tokens": {"dydila eager": equations},
     "state": {"bmm": products},

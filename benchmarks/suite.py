@@ -9,10 +9,10 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import tyro
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from benchmarks import harness, roofline
 from benchmarks.goals import goals, verdicts
 from benchmarks.harness import Call, Clock, Row
-from benchmarks.roofline import Cost
+from benchmarks.roofline import Cost, Shape
 from dydila_kernels.testing import relative_error
 
 Mode = Literal["forward", "backward", "forward+backward"]
@@ -76,6 +76,19 @@ class Options(harness.Options):
         return harness.REPOSITORY / "benchmarks" / "results" / harness.folder_name(kind, name)
 
 
+class Case(NamedTuple):
+    """A contender by its name, and what it meets."""
+
+    name: str
+    mode: Mode
+    shape: Shape
+    device: str
+
+    def one_of(self, tokens: int) -> Case:
+        """The same for one image of so many tokens."""
+        return self._replace(shape=replace(self.shape, batch=1, tokens=tokens))
+
+
 def heads_of(asked: tuple[int, ...], dim: int) -> tuple[int, ...]:
     """The numbers of heads that were asked for; else one, as in the paper, and as many as have 64 channels."""
     return asked or tuple(dict.fromkeys((1, max(1, dim // 64))))
@@ -120,6 +133,20 @@ class Comparison:
     point: Row
     contenders: Mapping[str, Contender]
     input_bytes: int
+
+
+def comparison(
+    options: Options, mode: Mode, tokens: int, dim: int, who: Iterable[tuple[str, int]],
+    contender: Callable[[Case], Contender],
+) -> Comparison:  # fmt: skip
+    """Of contenders by name and number of heads, on images of so many tokens."""
+    shape = Shape(options.batch(tokens), tokens, dim, 1, options.torch_dtype)
+    contenders = {
+        f"{name} {heads}": contender(Case(name, mode, replace(shape, heads=heads), options.device))
+        for name, heads in who
+    }
+    point = {"batch": shape.batch, "tokens": tokens}
+    return Comparison({"mode": mode, "dim": dim}, point, contenders, input_bytes=3 * shape.token_bytes)
 
 
 def call_of(

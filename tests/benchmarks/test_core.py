@@ -138,5 +138,5 @@ def test_a_compiled_contender_is_compiled_before_it_is_timed(monkeypatch: pytest
         return run
 
     monkeypatch.setattr(core, "compiled", stand_in)
-    core.prepare("sana compiled", "forward", Shape(1, 16, 32, 2, torch.float32), "cpu")
+    core.prepare(suite.Case("sana compiled", "forward", Shape(1, 16, 32, 2, torch.float32), "cpu"))
     assert calls == ["compile", "call"]

@@ -13,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import goals, harness, layer, suite
 from benchmarks.harness import Row
+from benchmarks.roofline import Shape
+from benchmarks.suite import Case
 
 
 def run(**options: Any) -> list[Row]:
@@ -66,7 +68,7 @@ def test_what_would_take_too_long_is_skipped_with_no_number() -> None:
 
 
 def test_declared_products_are_those_that_torch_counts() -> None:
-    case = layer.Case("softmax", 2, "forward", 3, 64, 128, "cpu", torch.float32)
+    case = Case("softmax", "forward", Shape(3, 64, 128, 2, torch.float32), "cpu")
     call = layer.prepare(case._replace(device="meta"))
     with FlopCounterMode(display=False) as counter:
         call()
@@ -75,7 +77,7 @@ def test_declared_products_are_those_that_torch_counts() -> None:
 
 def test_gradients_are_of_the_input_and_all_that_trains() -> None:
     for mode in ("backward", "forward+backward"):
-        call = layer.prepare(layer.Case("dydila", 1, mode, 2, 16, 32, "cpu", torch.float32))
+        call = layer.prepare(Case("dydila", mode, Shape(2, 16, 32, 1, torch.float32), "cpu"))
         first, second = call(), call()
         assert isinstance(first, tuple) and isinstance(second, tuple)
         assert first[0].shape == (2, 16, 32) and len(first) > 5
@@ -83,7 +85,7 @@ def test_gradients_are_of_the_input_and_all_that_trains() -> None:
 
 
 def test_our_equations_are_the_layer() -> None:
-    case = layer.Case("dydila", 2, "forward", 2, 16, 32, "cpu", torch.float32)
+    case = Case("dydila", "forward", Shape(2, 16, 32, 2, torch.float32), "cpu")
     found, expected = (layer.prepare(case._replace(name=name))() for name in ("dydila eager", "dydila"))
     torch.testing.assert_close(found, expected)
 
@@ -145,12 +147,8 @@ def test_our_failure_is_a_goal_missed_and_a_rival_s_is_no_evidence() -> None:
 @pytest.mark.slow
 def test_the_layer_is_faster_than_softmax_and_linear_by_a_wide_margin() -> None:
     """Ratios of neighbouring calls, which a busy machine slows down alike; the committed rows say 3.2 and about 4."""
-    fields = {"mode": "forward", "batch": 1, "dim": 384, "device": "cpu", "dtype": torch.float32}
-    cases = {
-        "quarter": layer.Case("dydila", 6, tokens=1024, **fields),
-        "ours": layer.Case("dydila", 6, tokens=4096, **fields),
-        "softmax": layer.Case("softmax", 6, tokens=4096, **fields),
-    }
+    ours = Case("dydila", "forward", Shape(1, 4096, 384, 6, torch.float32), "cpu")
+    cases = {"quarter": ours.one_of(1024), "ours": ours, "softmax": ours._replace(name="softmax")}
     calls = {name: layer.prepare(case) for name, case in cases.items()}
     seconds = harness.interleave(calls, repeats=9, budget_seconds=600)
 

@@ -35,6 +35,7 @@ Clock = Callable[[Call], float]
 Name = TypeVar("Name")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "benchmarks" / "results"
 MIB = 2**20
 LARGEST_RATIO = 2.0
 """Of our error to that of plain PyTorch in the same dtype."""
@@ -68,9 +69,6 @@ class Options:
     @property
     def on_gpu(self) -> bool:
         return is_gpu(self.device)
-
-
-# Time -----------------------------------------------------------------------------------------------------------------
 
 
 def is_gpu(device: str) -> bool:
@@ -113,9 +111,9 @@ def sets_for_cold_cache(bytes_per_set: int, device: str) -> int:
 
 def cache_bytes(device: str) -> int:
     """Size of the device's last cache; 0 where it cannot be told."""
+    size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
     if is_gpu(device):
         return torch.cuda.get_device_properties(device).L2_cache_size
-    size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
     return int(size.read_text().strip().removesuffix("K")) * 1024 if size.exists() else 0
 
 
@@ -151,9 +149,6 @@ def summarize(seconds: Sequence[float]) -> Row:
     samples = 1e3 * torch.tensor(seconds, dtype=torch.float64)
     q10, median, q90 = samples.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
     return {"median_ms": median, "q10_ms": q10, "q90_ms": q90, "repeats": len(seconds)}
-
-
-# Memory ---------------------------------------------------------------------------------------------------------------
 
 
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
@@ -195,9 +190,6 @@ def _resident_kib(field: str) -> int:
     return next(int(words[1]) for words in lines if words[0] == f"{field}:")
 
 
-# Rows -----------------------------------------------------------------------------------------------------------------
-
-
 def facts_of(suite: str, device: str, dtype: torch.dtype) -> Row:
     """What all rows of a run have in common."""
     kind = {"device_type": torch.device(device).type, "dtype": str(dtype).removeprefix("torch.")}
@@ -223,7 +215,7 @@ def environment(device: str) -> Row:
         "dydila_kernels": dydila_kernels.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "triton": _version("triton"),
+        "triton": next((found.version for found in metadata.distributions(name="triton")), None),
         "device": device_name(device),
         "clocks": _said_by([*query, str(torch.device(device).index or 0)]) if is_gpu(device) else None,
         "threads": torch.get_num_threads(),
@@ -247,13 +239,6 @@ def _said_by(command: Sequence[str]) -> str | None:
         return None
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def device_name(device: str) -> str:
     """What the device calls itself."""
     if is_gpu(device):
@@ -264,9 +249,9 @@ def device_name(device: str) -> str:
     return next(models, platform.processor() or platform.machine())
 
 
-def folder_name(device_type: str, name: str) -> str:
+def folder_of(device_type: str, name: str, results: Path = RESULTS) -> Path:
     """The folder of a device among the results."""
-    return name.replace(" ", "-").lower() if device_type == "cuda" else "cpu"
+    return results / (name.replace(" ", "-").lower() if device_type == "cuda" else "cpu")
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import harness, rivals, roofline, suite
 from benchmarks.harness import Call, Row
@@ -123,18 +123,9 @@ def layer_of(case: Case) -> Any:
     with torch.device(case.device):
         layer: Any = kind(case.shape.dim, case.shape.heads).to(case.shape.dtype)
     layer.train(case.mode != "forward")
-    return Equations(layer) if form == "eager" else torch.compile(layer) if form == "compiled" else layer
-
-
-class Equations(nn.Module):
-    """Our layer as the reference equations in plain PyTorch: (B, N, d) -> (B, N, d)."""
-
-    def __init__(self, attn: DyDiLAttention) -> None:
-        super().__init__()
-        self.attn = attn
-
-    def forward(self, x: Tensor) -> Tensor:
-        return equations(self.attn, {"x": x, **dict(self.attn.named_parameters())})
+    if form == "eager":  # the reference equations in plain PyTorch
+        layer.forward = lambda x: equations(layer, {"x": x, **dict(layer.named_parameters())})
+    return torch.compile(layer) if form == "compiled" else layer
 
 
 def cost(case: Case) -> Cost:

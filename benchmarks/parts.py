@@ -55,9 +55,6 @@ def absent(packages: Sequence[str]) -> list[str]:
     return [name for name in packages if importlib.util.find_spec(name) is None]
 
 
-# Commands -------------------------------------------------------------------------------------------------------------
-
-
 def python(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", module, *arguments]
 
@@ -94,9 +91,6 @@ def ceilings(device: str, smoke: bool, out: object) -> list[list[str]]:
 def sweep(device: str, smoke: bool, out: object) -> list[list[str]]:
     (command,) = suite("sweep", "")(device, smoke, out)
     return [["env", "TRITON_INTERPRET=1", *command] if device == "cpu" else command]
-
-
-# Key figures ----------------------------------------------------------------------------------------------------------
 
 
 def counts(text: str, rows: list[Row]) -> str:

@@ -22,7 +22,6 @@ from benchmarks import harness
 from benchmarks.harness import Row
 from benchmarks.suite import MODES, label, milliseconds
 
-RESULTS = harness.REPOSITORY / "benchmarks" / "results"
 BASELINES = ("softmax", "dit")
 """Whom speed-ups are over: the first of these that a suite has."""
 SMALLEST_SPAN = 6
@@ -51,7 +50,7 @@ def main(rows: tyro.conf.Positional[tuple[Path, ...]] = (), out: Path | None = N
         rows: files of rows; by default all of benchmarks/results/*/.
         out: folder for the pictures; by default that of the rows.
     """
-    files = rows or sorted(RESULTS.glob("*/*.jsonl"))
+    files = rows or sorted(harness.RESULTS.glob("*/*.jsonl"))
     return [picture for path in files for picture in draw_all(harness.read_rows(path), out or path.parent)]
 
 

@@ -16,7 +16,6 @@ from tabulate import tabulate
 
 from benchmarks import harness
 from benchmarks.harness import Row
-from benchmarks.plot import RESULTS
 from benchmarks.suite import milliseconds
 
 PAGE = harness.REPOSITORY / "docs" / "guides" / "speed.md"
@@ -36,7 +35,7 @@ class Stale(RuntimeError):
     """The section does not say what the rows say."""
 
 
-def main(check: bool = False, page: Path = PAGE, results: Path = RESULTS) -> None:
+def main(check: bool = False, page: Path = PAGE, results: Path = harness.RESULTS) -> None:
     """Write the documentation's section on speed from committed rows.
 
     Args:

@@ -106,9 +106,6 @@ def plain_linear(q: Tensor, k: Tensor, v: Tensor, *, heads: int) -> Tensor:
     return merge(q @ (k.mT @ v) / (q @ k.sum(-2, keepdim=True).mT + 1e-15))
 
 
-# Of others ------------------------------------------------------------------------------------------------------------
-
-
 def flash_attn(q: Tensor, k: Tensor, v: Tensor, *, heads: int) -> Tensor:
     """Softmax attention by the flash-attn package, which takes (B, N, H, e)."""
     q, k, v = (rearrange(t, "b n (h e) -> b n h e", h=heads) for t in (q, k, v))
@@ -145,9 +142,6 @@ def missing(name: str, device: str) -> str | None:
     if package.attend is None:
         return "missing: its linear attention is causal only: not the same function"
     return None if torch.device(device).type == "cuda" else "missing: it needs a GPU"
-
-
-# Layers ---------------------------------------------------------------------------------------------------------------
 
 
 class Layer(nn.Module):

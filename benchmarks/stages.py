@@ -188,9 +188,6 @@ def cost(what: Stage, ours: bool) -> Cost:
     return passes(shape, 2, 2 * d * e) + Cost(shape.batch * d * e * shape.dtype.itemsize, 0)
 
 
-# The clock of a stage -------------------------------------------------------------------------------------------------
-
-
 def clock_of(what: Stage) -> harness.Clock:
     """Times what a call spends in the stage; it raises RuntimeError where the call has no such part."""
     if not what.kernels:
@@ -253,9 +250,6 @@ def intervals(stage: Launches, marks: list[tuple[str, Any, Any]], end: Any) -> l
     if stage.then:
         return [(marks[i][2], marks[i + 1][1] if i + 1 < len(marks) else end) for i in places]
     return [marks[i][1:] for i in places]
-
-
-# Rivals ---------------------------------------------------------------------------------------------------------------
 
 
 def products(what: Stage) -> Call:

@@ -15,7 +15,7 @@ from benchmarks import harness, plot
 from benchmarks.gpu_run import ROWS, TESTS
 
 
-def main(run: tyro.conf.Positional[Path], results: Path = plot.RESULTS) -> Path:
+def main(run: tyro.conf.Positional[Path], results: Path = harness.RESULTS) -> Path:
     """Stores and draws the rows of a GPU run; returns the device's folder.
 
     Args:
@@ -30,7 +30,7 @@ def main(run: tyro.conf.Positional[Path], results: Path = plot.RESULTS) -> Path:
     if len(devices) != 1:
         raise ValueError(f"{run / ROWS} must hold rows of one device; got {sorted(devices)}")
     ((kind, name),) = devices
-    folder = results / harness.folder_name(kind, name)
+    folder = harness.folder_of(kind, name, results)
     for suite in dict.fromkeys(row["suite"] for row in rows):
         harness.write_rows(folder / f"{suite}.jsonl", [row for row in rows if row["suite"] == suite])
     plot.draw_all(rows, folder)

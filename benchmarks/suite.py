@@ -72,8 +72,7 @@ class Options(harness.Options):
         """Where rows go; None where they are not to be stored."""
         if self.out is not None or self.smoke:
             return self.out
-        kind, name = torch.device(self.device).type, harness.device_name(self.device)
-        return harness.REPOSITORY / "benchmarks" / "results" / harness.folder_name(kind, name)
+        return harness.folder_of(torch.device(self.device).type, harness.device_name(self.device))
 
 
 class Case(NamedTuple):

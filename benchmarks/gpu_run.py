@@ -23,7 +23,7 @@ import tyro
 
 from benchmarks import harness, plot, suite
 from benchmarks.harness import Row
-from benchmarks.parts import PARTS, Name, Part
+from benchmarks.parts import PARTS, Name, Part, figure
 
 MINUTES = 7.5
 """For all parts together: the time of a GPU is dear."""
@@ -123,10 +123,8 @@ def run(part: Part, commands: Sequence[Sequence[str]], limit: float, out: Path) 
             rows += take_rows(out / f"{part.name}.jsonl")
     failures = list(dict.fromkeys(state for state in states if state != "passed"))
     text = shortened(path.read_bytes(), LARGEST_OUTPUT)
-    figure = ""
-    with suppress(KeyError, IndexError, ValueError, StopIteration):  # a part that was stopped may have none
-        figure = part.figure(text, rows)
-    outcome = Outcome(part.name, ", ".join(failures) or "passed", time.monotonic() - started, figure)
+    seconds = time.monotonic() - started
+    outcome = Outcome(part.name, ", ".join(failures) or "passed", seconds, figure(text, rows))
     if part.name == "tests":
         path.write_text(text)
     else:

@@ -23,7 +23,7 @@ def part(name: str, *scripts: str, needs: tuple[str, ...] = (), seconds: float =
     def commands(device: str, smoke: bool, out: object) -> list[list[str]]:
         return [[sys.executable, "-c", script, str(out)] for script in scripts]
 
-    return parts.Part(name, seconds, commands, lambda text, rows: f"{len(rows)} rows", needs)
+    return parts.Part(name, seconds, commands, needs)
 
 
 def leaves(name: str, rows: list[Row]) -> str:
@@ -66,7 +66,7 @@ def test_what_hangs_is_stopped_with_all_that_it_started_and_keeps_its_rows(tmp_p
     began = time.monotonic()
     chosen = [part("hang", hang, "print()"), part("after", "print()", seconds=90)]
     (stopped, after) = gpu_run.main(tmp_path, chosen, device="cpu", minutes=0.25)
-    assert stopped.state == "out of time" and stopped.figure == "1 rows" and after.state == "passed"
+    assert stopped.state == "out of time" and stopped.figure == "1 timed" and after.state == "passed"
     assert time.monotonic() - began < 15
     time.sleep(max(0, began + 7 - time.monotonic()))
     assert not (tmp_path / "alive").exists()
@@ -126,17 +126,16 @@ def test_tests_come_in_three_runs_on_a_gpu() -> None:
     ],
 )
 def test_counts_of_pytest(text: str, words: str) -> None:
-    assert parts.counts(text, []) == words
+    assert parts.figure(text, []) == words
 
 
 def test_key_figures() -> None:
-    rows = [row("dydila", 64, 2.0), row("softmax", 64, 6.0), row("dydila", 256, 2.0), row("softmax", 256, None)]
-    assert parts.against_softmax("", rows) == "3 timed, 1 out of memory; forward at N = 64: 3 times as fast as softmax"
-    stages = [row("dydila", 64, 1.0, stage="state"), row("dydila", 64, 1.0, stage="tokens", percent_of_ceiling=9.0)]
-    assert "tokens forward at N = 64, 9 %" in parts.furthest("", stages)
-    assert parts.rates('$ python\n{"copy_gb_s": 4300.0}\n', []) == "copy_gb_s 4300"
-    tried = [{"stage": stage, "table_ms": 2.0, "median_ms": ms} for stage, ms in (("state", 1.5), ("tokens", None))]
-    assert parts.gains("", tried) == "2 tried; best: state, 0.750 of the table's time"
+    rows = [row("dydila", 1024, 2.0), row("softmax", 1024, 6.0), row("dydila", 4096, 2.0), row("softmax", 4096, None)]
+    assert parts.figure("", rows) == "3 timed, 1 out of memory, 1 goals met"
+    rows[1]["median_ms"] = 1.0
+    assert parts.figure("", rows) == "3 timed, 1 out of memory, 1 goals missed"
+    tried = [{"suite": "sweep", "stage": "state", "mode": "forward", "median_ms": ms} for ms in (1.5, None)]
+    assert parts.figure("2 in 1s", tried) == "2 timed"
 
 
 def test_rows_go_where_they_are_committed(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ PARTS = (
     # Three forms of our kernels to compile, heads of 64, of 72 and one; torch.compile at one size only.
     Part("core", 80, suite("core", *CORE, smoke=f"--dim 128 {TWO}")),
     # Two sizes: a stage grows with N as its bytes do.
-    Part("stages", 45, suite("stages", f"--sizes 4096 16384 {QUICK}")),
+    Part("stages", 45, suite("stages", f"--sizes 4096 16384 {QUICK}", smoke="--dim 128")),
     # The width of the speed table.
     Part("layer", 50, suite("layer", f"--dims 384 {QUICK}", smoke=TWO)),
     # Three sides of images; DiT's step at 4096 pixels takes most of it.

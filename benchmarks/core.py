@@ -59,7 +59,7 @@ def comparisons(config: Config) -> Iterator[Comparison]:
     who = [(name, h) for h in heads for name in names(config, config.dim // h)]
     sizes = config.lengths(cpu=(256, 1024, 4096, 16384), gpu=(256, 1024, 4096, 16384, 65536))
     for tokens, mode in product(sizes, config.modes):
-        yield suite.comparison(config, mode, tokens, config.dim, who, partial(contender, config))
+        yield suite.comparison(config, mode, tokens, config.dim, who, partial(contender, config), inputs=3)
 
 
 def names(config: Config, head_dim: int) -> list[str]:
@@ -70,7 +70,7 @@ def names(config: Config, head_dim: int) -> list[str]:
 
 
 def contender(config: Config, case: Case) -> Contender:
-    name, _, shape, device = case
+    name, _, shape, device, _ = case
     labels: Row = {"name": name, "heads": shape.heads}
     missing = None
     if name in rivals.PACKAGES:
@@ -78,18 +78,16 @@ def contender(config: Config, case: Case) -> Contender:
         missing = rivals.missing(name, device)
     if name in rivals.BACKENDS:
         missing = rivals.why_not_softmax(name, device, shape.dtype, shape.dim // shape.heads)
-    checked = case.one_of(min(max(config.lengths((), ()) or (CHECKED_TOKENS,)), CHECKED_TOKENS))._replace(
-        mode="forward"
-    )
+    checked = min(max(config.lengths((), ()) or (CHECKED_TOKENS,)), CHECKED_TOKENS)
     check = error_ratio if name == "dydila" else rival_error_ratio if name in FORMULAS else None
     compiles = "compiled" in name and not config.on_gpu  # in a fresh process, again
     return Contender(
         partial(prepare, case),
         labels,
         cost(case),
-        check and partial(check, checked),
+        check and partial(check, case.one_of(checked, "forward")),
         missing,
-        None if compiles else partial(prepare, case.one_of(16)),
+        None if compiles else partial(prepare, case.one_of(16, case.mode)),
         graph=True,
     )
 
@@ -102,7 +100,7 @@ def cost(case: Case) -> roofline.Cost:
 
 def prepare(case: Case) -> Call:
     """What is timed, on random inputs of its own."""
-    name, mode, shape, device = case
+    name, mode, shape, device, _ = case
     inputs = random_inputs(shape, device)
     tokens = [inputs.pop(key) for key in TOKENS][: 5 if name in OURS else 3]
     attend = compiled(function_of(name)) if "compiled" in name else function_of(name)

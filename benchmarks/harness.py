@@ -76,13 +76,9 @@ def is_gpu(device: str) -> bool:
 
 
 def interleave(
-    calls: Mapping[Name, Call],
-    *,
-    repeats: int,
-    budget_seconds: float,
-    device: str = "cpu",
+    calls: Mapping[Name, Call], repeats: int, budget_seconds: float, *, device: str = "cpu",
     clocks: Mapping[Name, Clock] | None = None,
-) -> dict[Name, list[float]]:
+) -> dict[Name, list[float]]:  # fmt: skip
     """Time the calls in turn, A B A B ..., so that a drift of the machine meets all of them; seconds per call.
 
     The first call of each warms up and is dropped.  A call that has used up its budget takes no further turn; if that

@@ -64,7 +64,8 @@ def comparisons(config: Config) -> Iterator[Comparison]:
             for name in ("dydila", *config.rivals)
             for heads in suite.heads_of(of_softmax if name == "softmax" else config.heads, dim)
         ]
-        yield suite.comparison(config, mode, tokens, dim, who, partial(contender, min(sizes[-1], CHECKED_TOKENS)))
+        checked = min(sizes[-1], CHECKED_TOKENS)
+        yield suite.comparison(config, mode, tokens, dim, who, partial(contender, checked), inputs=1)
 
 
 def contender(checked: int, case: Case) -> Contender:
@@ -77,8 +78,8 @@ def contender(checked: int, case: Case) -> Contender:
         prepare=partial(prepare, case),
         labels={"name": case.name, "heads": case.shape.heads},
         cost=cost(case),
-        error_ratio=partial(error_ratio, case.one_of(checked)._replace(mode="forward")) if checks else None,
-        warm_up=None if case.mode == "backward" or compiles else partial(prepare, case.one_of(16)),
+        error_ratio=partial(error_ratio, case.one_of(checked, "forward")) if checks else None,
+        warm_up=None if case.mode == "backward" or compiles else partial(prepare, case.one_of(16, case.mode)),
         graph=True,
     )
 

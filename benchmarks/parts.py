@@ -90,7 +90,7 @@ def sweep(device: str, smoke: bool, out: object) -> list[list[str]]:
 
 
 def figure(text: str, rows: Sequence[Row]) -> str:
-    """The key figure of a part: the sums of what pytest counted, or what became of the rows and of their goals."""
+    """The key figure of a part: what pytest counted, the rates of the ceilings, or what became of rows and goals."""
     last_lines = "\n".join(re.findall(r"^.*\b\d+ \w+.* in [\d.]+s.*$", text, re.MULTILINE))
     sums: Counter[str] = Counter()
     for number, kind in re.findall(r"(\d+) (passed|failed|error|skipped|xfailed|deselected)s?\b", last_lines):
@@ -99,7 +99,8 @@ def figure(text: str, rows: Sequence[Row]) -> str:
     compared = [row for row in rows if "skipped" in row and "mode" in row]
     met = Counter(verdict.met for verdict in goals(compared))
     sums |= {"goals met": met[True], "goals missed": met[False]}
-    return ", ".join(f"{number} {kind}" for kind, number in sums.items() if number)
+    rates = [f"{name} {float(rate):.4g}" for name, rate in re.findall(r'"(\w+_s)": ([\d.]+)', text)]
+    return ", ".join([*rates, *(f"{number} {kind}" for kind, number in sums.items() if number)])
 
 
 QUICK = "--repeats 10 --budget-seconds 0.5"

@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from cProfile import Profile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from itertools import product
@@ -30,11 +30,13 @@ from torch import Tensor
 
 from benchmarks import core, harness, layer, rivals, roofline, suite
 from benchmarks.harness import Call, Row
-from benchmarks.roofline import Cost, Shape, passes
-from benchmarks.suite import Case, Comparison, Contender, Mode
+from benchmarks.roofline import Cost, passes
+from benchmarks.suite import Case, Comparison, Contender
 from dydila_kernels import reference
 from dydila_kernels.functional import why_not_triton
 
+HEADLESS = ("projection", "convolution")
+"""Stages without heads, which have all modes."""
 PROJECTORS = 3
 """As in the layer by default."""
 
@@ -89,36 +91,23 @@ class Config(suite.Options):
     """Stages to measure."""
 
 
-class Stage(NamedTuple):
-    """A stage and what it meets."""
-
-    stage: str
-    mode: Mode
-    shape: Shape
-    device: str
-
-    @property
-    def kernels(self) -> bool:
-        """Whether "dydila" is the kernels."""
-        return runs_kernels(self.device, self.shape.dtype)
-
-    @property
-    def fused(self) -> bool:
-        """Whether kernels make Qh and Kh where they need them; else these are written once, and torch multiplies."""
-        from dydila_kernels.ops import configs
-
-        return self.kernels and self.shape.dim // self.shape.heads <= configs.LARGEST_HEAD
-
-    @property
-    def sides(self) -> str:
-        """Whose tokens the stage is about: "q", "k" or both."""
-        if self.stage == "tokens" and not self.fused:
-            return "qk"
-        return "q" if self.stage in ("readout", "gradients of queries") else "k"
+def runs_kernels(case: Case) -> bool:
+    """Whether "dydila" is the kernels."""
+    return harness.is_gpu(case.device) and why_not_triton(torch.device(case.device), case.shape.dtype) is None
 
 
-def runs_kernels(device: str, dtype: torch.dtype) -> bool:
-    return harness.is_gpu(device) and why_not_triton(torch.device(device), dtype) is None
+def is_fused(case: Case) -> bool:
+    """Whether kernels make Qh and Kh where they need them; else these are written once, and torch multiplies."""
+    from dydila_kernels.ops import configs
+
+    return runs_kernels(case) and case.shape.dim // case.shape.heads <= configs.LARGEST_HEAD
+
+
+def sides_of(case: Case) -> str:
+    """Whose tokens the stage is about: "q", "k" or both."""
+    if case.stage == "tokens" and not is_fused(case):
+        return "qk"
+    return "q" if case.stage in ("readout", "gradients of queries") else "k"
 
 
 def main(config: Config) -> list[Row]:
@@ -129,43 +118,39 @@ def main(config: Config) -> list[Row]:
 def comparisons(config: Config) -> Iterator[Comparison]:
     sizes = config.lengths(cpu=(256, 1024, 4096), gpu=(256, 1024, 4096, 16384, 65536))
     for stage, mode, tokens in product(config.stages, config.modes, sizes):
-        headless = stage in ("projection", "convolution")  # and they have all modes
-        if headless or mode == ("backward" if stage.startswith("gradients") else "forward"):
-            heads = (1,) if headless else suite.heads_of(config.heads, config.dim)
+        if stage in HEADLESS or mode == ("backward" if stage.startswith("gradients") else "forward"):
+            heads = (1,) if stage in HEADLESS else suite.heads_of(config.heads, config.dim)
             who = [(name, h) for h in heads for name in ("dydila", *RIVALS[stage])]
-            found = suite.comparison(config, mode, tokens, config.dim, who, partial(contender, stage, headless))
-            yield replace(found, series={"stage": stage, **found.series})
+            yield suite.comparison(config, mode, tokens, config.dim, who, contender, inputs=2, stage=stage)
 
 
-def contender(stage: str, headless: bool, case: Case) -> Contender:
-    what = Stage(stage, *case[1:])
-    labels = {"name": case.name} if headless else {"name": case.name, "heads": case.shape.heads}
+def contender(case: Case) -> Contender:
+    labels = {"name": case.name} if case.stage in HEADLESS else {"name": case.name, "heads": case.shape.heads}
     if case.name == "dydila":
-        return ours(what, case, labels)
+        return ours(case, labels)
     missing = None if hasattr(F, case.name) or case.name != "grouped_mm" else "missing: not in this torch"
-    prepare = partial(RIVALS[stage][case.name], what)
-    return Contender(prepare, labels, cost(what, ours=False), missing=missing, graph=True)
+    return Contender(partial(RIVALS[case.stage][case.name], case), labels, cost(case), missing=missing, graph=True)
 
 
-def ours(what: Stage, case: Case, labels: Row) -> Contender:
+def ours(case: Case, labels: Row) -> Contender:
     """A call of the layer, and the clock of the stage."""
-    shape, missing = what.shape, None
-    if not what.kernels and what.stage not in FUNCTIONS:
+    stage, shape, missing = case.stage, case.shape, None
+    kernels, fused = runs_kernels(case), is_fused(case)
+    if not kernels and stage not in FUNCTIONS:
         missing = "missing: the kernels need a GPU, and for the torch backend this is no stage of its own"
-    elif not what.kernels and harness.is_gpu(what.device):
+    elif not kernels and harness.is_gpu(case.device):
         missing = "missing: the torch backend shows its stages on a CPU only"
-    elif what.fused and what.stage == "convolution":
+    elif fused and stage == "convolution":
         missing = "missing: it is part of the readout"
-    elif not what.fused and what.stage in ("state", "readout") and shape.tokens < shape.dim // shape.heads:
+    elif not fused and stage in ("state", "readout") and shape.tokens < shape.dim // shape.heads:
         missing = "missing: the products come in the order (Q K^T) V, which is cheaper here"
-    checked = case.one_of(min(shape.tokens, core.CHECKED_TOKENS))._replace(mode="forward")
-    check = partial(layer.error_ratio, checked)
-    return Contender(partial(layer.prepare, case), labels, cost(what, True), check, missing, clock=clock_of(what))
+    check = partial(layer.error_ratio, case.one_of(min(shape.tokens, core.CHECKED_TOKENS), "forward"))
+    return Contender(partial(layer.prepare, case), labels, cost(case), check, missing, clock=clock_of(case))
 
 
-def cost(what: Stage, ours: bool) -> Cost:
+def cost(case: Case) -> Cost:
     """What a stage moves and computes: of ours as dydila_kernels/ops/README.md counts, of a rival what it is given."""
-    stage, mode, shape, _ = what
+    _, mode, shape, _, stage = case
     d, e = shape.dim, shape.dim // shape.heads
     taps, routing = 2 * 9 * d, 2 * d * 4 * core.FACTORS
     if stage == "projection":
@@ -173,7 +158,7 @@ def cost(what: Stage, ours: bool) -> Cost:
         return (roofline.linear(shape.rows, d, d, mode, shape.dtype, weights=PROJECTORS) + route) * 2
     if stage == "convolution":  # what is there is read, too, and the weight has a gradient of its own
         return roofline.by_mode(mode, passes(shape, 3, taps), passes(shape, 5, 2 * taps))
-    if ours and what.fused:
+    if case.name == "dydila" and is_fused(case):
         return {
             "tokens": passes(shape, 2, routing),
             "state": passes(shape, 3, 2 * d * e),
@@ -182,18 +167,18 @@ def cost(what: Stage, ours: bool) -> Cost:
             "gradients of keys": passes(shape, 7, 6 * d * e + taps),
         }[stage]
     if stage == "tokens":
-        return passes(shape, 3, routing) * len(what.sides)
+        return passes(shape, 3, routing) * len(sides_of(case))
     if stage.startswith("gradients"):
         return passes(shape, 5, 0)
     return passes(shape, 2, 2 * d * e) + Cost(shape.batch * d * e * shape.dtype.itemsize, 0)
 
 
-def clock_of(what: Stage) -> harness.Clock:
+def clock_of(case: Case) -> harness.Clock:
     """Times what a call spends in the stage; it raises RuntimeError where the call has no such part."""
-    if not what.kernels:
-        return partial(profiled_seconds, FUNCTIONS.get(what.stage, ()))
-    launches = KERNELS if what.fused else KERNELS | WIDE
-    return partial(launched_seconds, launches[what.stage], harness.is_gpu(what.device))
+    if not runs_kernels(case):
+        return partial(profiled_seconds, FUNCTIONS.get(case.stage, ()))
+    launches = KERNELS if is_fused(case) else KERNELS | WIDE
+    return partial(launched_seconds, launches[case.stage], harness.is_gpu(case.device))
 
 
 def profiled_seconds(functions: tuple[str, ...], call: Call) -> float:
@@ -252,22 +237,22 @@ def intervals(stage: Launches, marks: list[tuple[str, Any, Any]], end: Any) -> l
     return [marks[i][1:] for i in places]
 
 
-def products(what: Stage) -> Call:
+def products(case: Case) -> Call:
     """Eq. 8 by bmm, which is given Zh."""
-    inputs = core.random_inputs(what.shape, what.device)
-    z, v = (rivals.split(inputs[key], what.shape.heads) for key in (what.sides, "v"))
-    states = z.mT @ v / what.shape.tokens
-    return torch.inference_mode()((lambda: z.mT @ v) if what.stage == "state" else (lambda: rivals.merge(z @ states)))
+    inputs = core.random_inputs(case.shape, case.device)
+    z, v = (rivals.split(inputs[key], case.shape.heads) for key in (sides_of(case), "v"))
+    states = z.mT @ v / case.shape.tokens
+    return torch.inference_mode()((lambda: z.mT @ v) if case.stage == "state" else (lambda: rivals.merge(z @ states)))
 
 
-def equations(what: Stage) -> Call:
+def equations(case: Case) -> Call:
     """Eqs. 5-8 up to Zh in plain PyTorch, routing and all; the gradients are given that of Zh."""
-    inputs = core.random_inputs(what.shape, what.device)
-    leaves = [inputs[key] for side in what.sides for key in (side, f"{side}_redundant")]
+    inputs = core.random_inputs(case.shape, case.device)
+    leaves = [inputs[key] for side in sides_of(case) for key in (side, f"{side}_redundant")]
     leaves += [inputs["gamma"], inputs["lam"]]
     for leaf in leaves:
-        leaf.requires_grad_(what.mode != "forward")
-    return suite.call_of(what.mode, lambda: [z_hat(side, inputs) for side in what.sides], leaves, inputs["v"])
+        leaf.requires_grad_(case.mode != "forward")
+    return suite.call_of(case.mode, lambda: [z_hat(side, inputs) for side in sides_of(case)], leaves, inputs["v"])
 
 
 def z_hat(side: str, inputs: dict[str, Tensor]) -> Tensor:
@@ -295,39 +280,39 @@ def dense(x: Tensor, weight: Tensor, router: Tensor) -> Tensor:
     return reference.project(x, weight, reference.route(x, router))
 
 
-def projections(project: rivals.Attention, what: Stage) -> Call:
+def projections(project: rivals.Attention, case: Case) -> Call:
     """Q' and K' of the same tokens."""
-    d, (x, grad) = what.shape.dim, random_tokens(what, 2)
+    d, (x, grad) = case.shape.dim, random_tokens(case, 2)
     sizes = 2 * ((PROJECTORS, d, d), (d, PROJECTORS))
     w_q, r_q, w_k, r_k = (torch.randn(size, device=x.device, dtype=x.dtype) * d**-0.5 for size in sizes)
     for leaf in (x, w_q, w_k):
-        leaf.requires_grad_(what.mode != "forward")
-    return suite.call_of(what.mode, lambda: [project(x, w_q, r_q), project(x, w_k, r_k)], [x, w_q, w_k], grad, grad)
+        leaf.requires_grad_(case.mode != "forward")
+    return suite.call_of(case.mode, lambda: [project(x, w_q, r_q), project(x, w_k, r_k)], [x, w_q, w_k], grad, grad)
 
 
-def convolve(what: Stage) -> Call:
+def convolve(case: Case) -> Call:
     """``out + DWC(V)``, written into ``out``; tokens are images in the channels-last layout as they lie."""
-    v, out, grad = random_tokens(what, 3)
-    weight = torch.randn(what.shape.dim, 1, 3, 3, device=v.device, dtype=v.dtype) / 3
+    v, out, grad = random_tokens(case, 3)
+    weight = torch.randn(case.shape.dim, 1, 3, 3, device=v.device, dtype=v.dtype) / 3
     for leaf in (v, weight):
-        leaf.requires_grad_(what.mode != "forward")
+        leaf.requires_grad_(case.mode != "forward")
 
     def add_conv2d() -> Tensor:
-        image = v.unflatten(1, (isqrt(what.shape.tokens), -1)).permute(0, 3, 1, 2)
+        image = v.unflatten(1, (isqrt(case.shape.tokens), -1)).permute(0, 3, 1, 2)
         convolved = F.conv2d(image, weight, padding=1, groups=len(weight))
         return out.detach().add_(convolved.permute(0, 2, 3, 1).flatten(1, 2))
 
-    return suite.call_of(what.mode, add_conv2d, [v, weight], grad)
+    return suite.call_of(case.mode, add_conv2d, [v, weight], grad)
 
 
-def random_tokens(what: Stage, count: int) -> tuple[Tensor, ...]:
+def random_tokens(case: Case, count: int) -> tuple[Tensor, ...]:
     """So many of (B, N, d)."""
-    shape = what.shape
+    shape = case.shape
     size = (shape.batch, shape.tokens, shape.dim)
-    return tuple(torch.randn(size, device=what.device, dtype=shape.dtype) for _ in range(count))
+    return tuple(torch.randn(size, device=case.device, dtype=shape.dtype) for _ in range(count))
 
 
-RIVALS: dict[str, dict[str, Callable[[Stage], Call]]] = {
+RIVALS: dict[str, dict[str, Callable[[Case], Call]]] = {
     "projection": {"grouped_mm": partial(projections, grouped), "dense": partial(projections, dense)},
     "tokens": {"dydila eager": equations},
     "state": {"bmm": products},

@@ -76,16 +76,17 @@ class Options(harness.Options):
 
 
 class Case(NamedTuple):
-    """A contender by its name, and what it meets."""
+    """A contender by its name, what it meets, and the stage that it is about, if it is about one."""
 
     name: str
     mode: Mode
     shape: Shape
     device: str
+    stage: str = ""
 
-    def one_of(self, tokens: int) -> Case:
-        """The same for one image of so many tokens."""
-        return self._replace(shape=replace(self.shape, batch=1, tokens=tokens))
+    def one_of(self, tokens: int, mode: Mode) -> Case:
+        """The whole for one image of so many tokens."""
+        return self._replace(mode=mode, shape=replace(self.shape, batch=1, tokens=tokens), stage="")
 
 
 def heads_of(asked: tuple[int, ...], dim: int) -> tuple[int, ...]:
@@ -136,16 +137,17 @@ class Comparison:
 
 def comparison(
     options: Options, mode: Mode, tokens: int, dim: int, who: Iterable[tuple[str, int]],
-    contender: Callable[[Case], Contender],
+    contender: Callable[[Case], Contender], *, inputs: int, stage: str = "",
 ) -> Comparison:  # fmt: skip
-    """Of contenders by name and number of heads, on images of so many tokens."""
+    """Of contenders by name and number of heads, on ``inputs`` tensors of so many tokens an image."""
     shape = Shape(options.batch(tokens), tokens, dim, 1, options.torch_dtype)
     contenders = {
-        f"{name} {heads}": contender(Case(name, mode, replace(shape, heads=heads), options.device))
+        f"{name} {heads}": contender(Case(name, mode, replace(shape, heads=heads), options.device, stage))
         for name, heads in who
     }
+    series: Row = {"stage": stage} if stage else {}
     point = {"batch": shape.batch, "tokens": tokens}
-    return Comparison({"mode": mode, "dim": dim}, point, contenders, input_bytes=3 * shape.token_bytes)
+    return Comparison({**series, "mode": mode, "dim": dim}, point, contenders, inputs * shape.token_bytes)
 
 
 def call_of(
@@ -213,24 +215,24 @@ def measure(options: Options, comparison: Comparison, earlier: Sequence[Row], ce
         entrant.try_to(entrant.check)
         entrant.try_to(partial(entrant.prepare, sets))
 
-    def time_in_turn(prefix: str, calls: Mapping[int, Sequence[Call]], clocks: Mapping[int, Clock]) -> None:
-        attempts = {i: partial(entrants[i].try_to, harness.in_turn(each)) for i, each in calls.items() if each}
-        seconds = harness.interleave(
-            attempts, repeats=options.calls, budget_seconds=options.budget_seconds, device=options.device, clocks=clocks
-        )
+    def time_in_turn(prefix: str) -> None:
+        among = {i: entrant for i, entrant in enumerate(entrants) if entrant.calls.get(prefix)}
+        attempts = {i: partial(entrant.try_to, harness.in_turn(entrant.calls[prefix])) for i, entrant in among.items()}
+        clocks = {i: entrant.clock for i, entrant in among.items() if entrant.contender.clock}
+        repeats, budget = options.calls, options.budget_seconds
+        seconds = harness.interleave(attempts, repeats, budget, device=options.device, clocks=clocks)
         for i, samples in seconds.items():
             if not entrants[i].row["skipped"]:
                 entrants[i].row |= {f"{prefix}{key}": value for key, value in harness.summarize(samples).items()}
 
-    clocks = {i: entrant.clock for i, entrant in enumerate(entrants) if entrant.contender.clock}
-    time_in_turn("", {i: entrant.calls for i, entrant in enumerate(entrants)}, clocks)
+    time_in_turn("")
     if options.on_gpu:
         for entrant in entrants:
             entrant.try_to(entrant.capture, "graph_skipped")
-        time_in_turn("graph_", {i: entrant.graphs for i, entrant in enumerate(entrants)}, {})
+        time_in_turn("graph_")
     for entrant in entrants:
         entrant.try_to(partial(entrant.finish, options, ceilings))
-        entrant.calls, entrant.graphs = [], []
+        entrant.calls.clear()
     return [entrant.row for entrant in entrants]
 
 
@@ -239,8 +241,7 @@ class Entrant:
 
     def __init__(self, contender: Contender, row: Row) -> None:
         self.contender, self.row = contender, row
-        self.calls: list[Call] = []
-        self.graphs: list[Call] = []
+        self.calls: dict[str, list[Call]] = {}
 
     def try_to(self, action: Call, where: str = "skipped") -> None:
         """Does nothing from the first failure on; notes ``where`` in the row what goes wrong."""
@@ -261,7 +262,7 @@ class Entrant:
                 self.row["skipped"] = WRONG
 
     def prepare(self, sets: int) -> None:
-        self.calls = [self.contender.prepare() for _ in range(sets)]
+        self.calls[""] = [self.contender.prepare() for _ in range(sets)]
 
     def clock(self, call: Call) -> float:
         """The contender's own, of which a failure is noted as well."""
@@ -275,14 +276,14 @@ class Entrant:
         if self.contender.graph:
             stream = harness.side_stream()
             with torch.cuda.stream(stream):
-                calls = [self.contender.prepare() for _ in self.calls]
-            self.graphs = [harness.captured(call, stream) for call in calls]
+                calls = [self.contender.prepare() for _ in self.calls[""]]
+            self.calls["graph_"] = [harness.captured(call, stream) for call in calls]
 
     def finish(self, options: Options, ceilings: Row) -> None:
         """Memory, and the percentage of the ceilings."""
         contender, row = self.contender, self.row
         if contender.warm_up is not None:
-            row["peak_mib"] = peak_mib(options, contender.prepare, contender.warm_up, self.calls[0])
+            row["peak_mib"] = peak_mib(options, contender.prepare, contender.warm_up, self.calls[""][0])
         if contender.cost is not None:
             seconds = milliseconds(row) / 1e3
             row |= {"bytes": contender.cost.bytes, "flops": contender.cost.flops}

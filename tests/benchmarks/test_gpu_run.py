@@ -134,6 +134,7 @@ def test_key_figures() -> None:
     assert parts.figure("", rows) == "3 timed, 1 out of memory, 1 goals met"
     rows[1]["median_ms"] = 1.0
     assert parts.figure("", rows) == "3 timed, 1 out of memory, 1 goals missed"
+    assert parts.figure('$ python\n{"copy_gb_s": 4300.0}\n', []) == "copy_gb_s 4300"
     tried = [{"suite": "sweep", "stage": "state", "mode": "forward", "median_ms": ms} for ms in (1.5, None)]
     assert parts.figure("2 in 1s", tried) == "2 timed"
 

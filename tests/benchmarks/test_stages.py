@@ -65,8 +65,8 @@ def test_all_kernels_run_in_the_interpreter(wide: bool, monkeypatch: pytest.Monk
 
 def test_what_is_timed_is_the_part_of_the_stage() -> None:
     """Of all parts together it is the most of a call of the layer, and each is less than the call."""
-    case = stages.Stage("", "forward", Shape(1, 1024, 64, 2, torch.float32), "cpu")
-    call = layer.prepare(suite.Case("dydila", "forward", Shape(1, 1024, 64, 2, torch.float32), "cpu"))
+    case = suite.Case("dydila", "forward", Shape(1, 1024, 64, 2, torch.float32), "cpu")
+    call = layer.prepare(case)
     call()
     clocks = [stages.clock_of(case._replace(stage=stage)) for stage in stages.FUNCTIONS]
     start = time.perf_counter()
@@ -93,7 +93,7 @@ def test_launches_are_told_by_name_and_number() -> None:
 
 
 def test_a_stage_that_a_call_does_not_have_is_no_time() -> None:
-    clock = stages.clock_of(stages.Stage("convolution", "forward", Shape(1, 16, 32, 1, torch.float32), "cpu"))
+    clock = stages.clock_of(suite.Case("dydila", "forward", Shape(1, 16, 32, 1, torch.float32), "cpu", "convolution"))
     with pytest.raises(RuntimeError, match="went through none of depthwise"):
         clock(lambda: None)
 
@@ -110,11 +110,11 @@ def test_projections_agree(project: stages.Callable[..., torch.Tensor]) -> None:
 @pytest.mark.parametrize("stage", ["state", "readout", "projection", "convolution"])
 def test_declared_flops_are_those_counted(stage: str) -> None:
     name = {"projection": "dense", "convolution": "conv2d"}.get(stage, "bmm")
-    case = stages.Stage(stage, "forward", Shape(2, 64, 32, 2, torch.float32), "cpu")
+    case = suite.Case(name, "forward", Shape(2, 64, 32, 2, torch.float32), "cpu", stage)
     call = stages.RIVALS[stage][name](case)
     with FlopCounterMode(display=False) as counter:
         call()
-    declared = stages.cost(case, ours=False).flops
+    declared = stages.cost(case).flops
     product = 2 * 2 * case.shape.rows * case.shape.dim**2
     # All projectors on all tokens does more than what has to be done.
     assert counter.get_total_flops() == declared + (stages.PROJECTORS - 1) * product * (stage == "projection")

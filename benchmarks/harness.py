@@ -33,6 +33,7 @@ Call = Callable[[], object]
 Clock = Callable[[Call], float]
 """Makes a call and says how many seconds it took, or the part of it that is asked for."""
 Name = TypeVar("Name")
+Result = TypeVar("Result")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -69,6 +70,15 @@ class Options:
     @property
     def on_gpu(self) -> bool:
         return is_gpu(self.device)
+
+
+def told(command: Callable[[], Result], *errors: type[Exception]) -> Result:
+    """What the command returns; an error that is to be expected ends it with a message, and no traceback."""
+    expected: tuple[type[Exception], ...] = (ImportError, OSError, ValueError, *errors)
+    try:
+        return command()
+    except expected as error:
+        raise SystemExit(f"benchmarks.{Path(sys.argv[0]).stem}: {error}") from None
 
 
 def is_gpu(device: str) -> bool:

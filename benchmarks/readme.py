@@ -146,7 +146,4 @@ def curve(rows: Sequence[Row], name: str, heads: int | None, mode: str) -> list[
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except (OSError, ValueError, Stale) as error:
-        raise SystemExit(f"benchmarks.readme: {error}") from None
+    harness.told(lambda: tyro.cli(main), Stale)

@@ -40,7 +40,4 @@ def main(run: tyro.conf.Positional[Path], results: Path = harness.RESULTS) -> Pa
 
 
 if __name__ == "__main__":
-    try:
-        print(tyro.cli(main))
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"benchmarks.store: {error}") from None
+    print(harness.told(lambda: tyro.cli(main)))

@@ -7,7 +7,6 @@ that says so under "skipped", and no time.
 from __future__ import annotations
 
 import platform
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -173,10 +172,7 @@ def error_ratio(found: Tensor, plain: Tensor, exact: Tensor) -> float:
 
 def command(main: Callable[..., Sequence[Row]], config: type) -> None:
     """The suite from the command line: exit code 1 where a result was wrong, a message where it cannot run."""
-    try:
-        raise SystemExit(exit_code(main(tyro.cli(config))))
-    except (ImportError, ValueError) as error:
-        raise SystemExit(f"benchmarks.{Path(sys.argv[0]).stem}: {error}") from None
+    raise SystemExit(exit_code(harness.told(lambda: main(tyro.cli(config)))))
 
 
 def run(suite: str, options: Options, comparisons: Sequence[Comparison]) -> list[Row]:

@@ -91,7 +91,4 @@ def numbers(config: configs.Config) -> Row:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config))
-    except (RuntimeError, ValueError) as error:
-        raise SystemExit(f"benchmarks.sweep: {error}") from None
+    harness.told(lambda: main(tyro.cli(Config)), RuntimeError)

@@ -9,27 +9,19 @@ are left to linear attention: fused softmax has none so wide.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cache, lru_cache, partial
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import product
 
 import torch
-import tyro
 from torch import Tensor
 
 from benchmarks import rivals, roofline, suite
-from benchmarks.harness import Row
+from benchmarks.harness import Call, Row
 from benchmarks.roofline import Shape
-from benchmarks.suite import Call, Comparison, Contender, Mode
+from benchmarks.suite import Case, Comparison, Contender
 from dydila_kernels import dydila_attention, reference
-from dydila_kernels.testing import (
-    TOKENS,
-    cast,
-    core_inputs,
-    decisions,
-    error_ratios,
-    output_and_gradients,
-    relative_error,
-)
+from dydila_kernels.testing import TOKENS, cast, core_inputs, decisions, error_ratios, output_and_gradients
 
 OURS = ("dydila", "dydila eager", "dydila compiled")
 FACTORS = 9
@@ -63,17 +55,11 @@ def main(config: Config) -> list[Row]:
 
 
 def comparisons(config: Config) -> Iterator[Comparison]:
-    for tokens in config.lengths(cpu=(256, 1024, 4096, 16384), gpu=(256, 1024, 4096, 16384, 65536)):
-        batch = max(1, 65536 // tokens) if config.on_gpu and not config.smoke else 1
-        shape = Shape(batch, tokens, config.dim, 1, config.torch_dtype)
-        for mode in config.modes:
-            contenders = {
-                f"{name} H={heads}": contender(config, name, mode, replace(shape, heads=heads))
-                for heads in config.heads or tuple(dict.fromkeys((1, max(1, config.dim // 64))))
-                for name in names(config, config.dim // heads)
-            }
-            point = {"batch": batch, "tokens": tokens}
-            yield Comparison({"mode": mode, "dim": config.dim}, point, contenders, input_bytes=3 * shape.unit)
+    heads = suite.heads_of(config.heads, config.dim)
+    who = [(name, h) for h in heads for name in names(config, config.dim // h)]
+    sizes = config.lengths(cpu=(256, 1024, 4096, 16384), gpu=(256, 1024, 4096, 16384, 65536))
+    for tokens, mode in product(sizes, config.modes):
+        yield suite.comparison(config, mode, tokens, config.dim, who, partial(contender, config), inputs=3)
 
 
 def names(config: Config, head_dim: int) -> list[str]:
@@ -83,50 +69,43 @@ def names(config: Config, head_dim: int) -> list[str]:
     return [name for name in everyone if head_dim <= 256 or not (name in SOFTMAX or name in rivals.PACKAGES)]
 
 
-def contender(config: Config, name: str, mode: Mode, shape: Shape) -> Contender:
+def contender(config: Config, case: Case) -> Contender:
+    name, _, shape, device, _ = case
     labels: Row = {"name": name, "heads": shape.heads}
+    missing = None
     if name in rivals.PACKAGES:
         labels["computes"] = rivals.PACKAGES[name].computes
+        missing = rivals.missing(name, device)
+    if name in rivals.BACKENDS:
+        missing = rivals.why_not_softmax(name, device, shape.dtype, shape.dim // shape.heads)
+    checked = min(max(config.lengths((), ()) or (CHECKED_TOKENS,)), CHECKED_TOKENS)
+    check = error_ratio if name == "dydila" else rival_error_ratio if name in FORMULAS else None
+    compiles = "compiled" in name and not config.on_gpu  # in a fresh process, again
     return Contender(
-        partial(prepare, name, mode, shape, config.device),
+        partial(prepare, case),
         labels,
-        cost(name, mode, shape),
-        checked(config, name, shape),
-        missing(config, name, shape),
-        # In a fresh process all would be compiled again.
-        None if "compiled" in name and not config.on_gpu else partial(warm_up, name, mode, shape, config.device),
+        cost(case),
+        check and partial(check, case.one_of(checked, "forward")),
+        missing,
+        None if compiles else partial(prepare, case.one_of(16, case.mode)),
         graph=True,
     )
 
 
-def cost(name: str, mode: Mode, shape: Shape) -> roofline.Cost:
-    if name in OURS:
-        return roofline.core(shape, mode, num_kernel_factors=FACTORS, num_differential_factors=FACTORS)
-    declared = roofline.softmax_core if name in SOFTMAX or name == "flash-attn" else roofline.linear_core
-    return declared(shape, mode)
+def cost(case: Case) -> roofline.Cost:
+    of_softmax = FORMULAS.get(case.name) is rivals.plain_softmax
+    declared = roofline.core if case.name in OURS else roofline.softmax_core if of_softmax else roofline.linear_core
+    return declared(case.shape, case.mode)
 
 
-def missing(config: Config, name: str, shape: Shape) -> str | None:
-    if name in rivals.PACKAGES:
-        return rivals.missing(name, config.device)
-    if name in rivals.BACKENDS:
-        return rivals.why_not_softmax(name, config.device, shape.dtype, shape.dim // shape.heads)
-    return None
-
-
-def prepare(name: str, mode: Mode, shape: Shape, device: str) -> Call:
+def prepare(case: Case) -> Call:
     """What is timed, on random inputs of its own."""
+    name, mode, shape, device, _ = case
     inputs = random_inputs(shape, device)
     tokens = [inputs.pop(key) for key in TOKENS][: 5 if name in OURS else 3]
-    leaves, attend = tokens, function_of(name)
-    if "compiled" in name:
-        compile_anew(mode, shape.batch, shape.tokens, shape.dim)
-        attend = compiled(attend)
-    if name in OURS:
-        leaves = [*tokens, inputs["gamma"], inputs["lam"]]
-        attend = partial(attend, num_heads=shape.heads, **inputs)
-    else:
-        attend = partial(attend, heads=shape.heads)
+    attend = compiled(function_of(name)) if "compiled" in name else function_of(name)
+    attend = partial(attend, num_heads=shape.heads, **inputs) if name in OURS else partial(attend, heads=shape.heads)
+    leaves = [*tokens, inputs["gamma"], inputs["lam"]] if name in OURS else tokens
     for leaf in leaves:
         leaf.requires_grad_(mode != "forward")
     # The queries double as the gradient that comes in, which saves their memory.
@@ -154,15 +133,14 @@ def random_inputs(shape: Shape, device: str) -> dict[str, Tensor]:
 
 def function_of(name: str) -> rivals.Attention:
     """What is called: of ours with the keywords of the core, of others with q, k, v and ``heads``."""
-    if name in OURS:
-        return dydila_attention if name == "dydila" else reference.dydila_attention
     if name in SOFTMAX:
         return partial(rivals.softmax, backend=name)
-    if name in rivals.PACKAGES:
-        attend = rivals.PACKAGES[name].attend
-        assert attend is not None
-        return attend
-    return {"sana": rivals.sana, "focused": rivals.focused}[name.removesuffix(" compiled")]
+    if name in OURS:
+        return dydila_attention if name == "dydila" else reference.dydila_attention
+    plain = {"sana": rivals.sana, "focused": rivals.focused}
+    attend = rivals.PACKAGES[name].attend if name in rivals.PACKAGES else plain[name.removesuffix(" compiled")]
+    assert attend is not None
+    return attend
 
 
 @cache
@@ -171,46 +149,30 @@ def compiled(function: rivals.Attention) -> rivals.Attention:
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
-@lru_cache(maxsize=1)
-def compile_anew(*cell: object) -> None:
-    """Forgets what was compiled for another mode or size: torch gives up on a function after a few."""
-    torch.compiler.reset()
-
-
-def warm_up(name: str, mode: Mode, shape: Shape, device: str) -> None:
-    prepare(name, mode, replace(shape, batch=1, tokens=16), device)()
-
-
-def checked(config: Config, name: str, shape: Shape) -> partial[float] | None:
-    longest = max(config.lengths((), ()) or (CHECKED_TOKENS,))
-    what = (config.device, replace(shape, batch=1, tokens=min(longest, CHECKED_TOKENS)))
-    if name == "dydila":
-        return partial(error_ratio, *what)
-    return partial(rival_error_ratio, name, *what) if name in FORMULAS else None
-
-
 @cache
-def error_ratio(device: str, shape: Shape) -> float:
+def error_ratio(case: Case) -> float:
     """Our error over that of the equations in plain PyTorch in the same dtype and with the same decisions.
 
     The worse of two ratios: that of the output, and that of the gradients of tokens and tables together.
     """
+    shape = case.shape
     inputs = core_inputs(
         shape.batch, shape.tokens, shape.dim, num_kernel_factors=FACTORS, num_differential_factors=FACTORS,
-        dtype=shape.dtype, device=device,
+        dtype=shape.dtype, device=case.device,
     )  # fmt: skip
     wanted = [name for name in inputs if "routers" not in name]
-    at = decisions(inputs, num_heads=shape.heads)
-    equations: rivals.Attention = partial(reference.dydila_attention, num_heads=shape.heads)
-    attend: rivals.Attention = partial(dydila_attention, num_heads=shape.heads)
-    on_cpu = {name: t.cpu() for name, t in inputs.items()}  # not every device has float64
-    truth = output_and_gradients(
-        lambda t: equations(**t, indices={name: index.cpu() for name, index in at.items()}),
-        cast(on_cpu, torch.float64),
-        wanted,
-    )
-    found = output_and_gradients(lambda t: attend(**t), inputs, wanted)
-    plain = output_and_gradients(lambda t: equations(**t, indices=at), inputs, wanted)
+    indices = decisions(inputs, num_heads=shape.heads)
+
+    def ours(t: dict[str, Tensor]) -> Tensor:
+        return dydila_attention(**t, num_heads=shape.heads)  # type: ignore[arg-type]
+
+    def equations(t: dict[str, Tensor]) -> Tensor:
+        at = {name: index.to(t["q"].device) for name, index in indices.items()}
+        return reference.dydila_attention(**t, indices=at, num_heads=shape.heads)  # type: ignore[arg-type]
+
+    exact = cast({name: t.cpu() for name, t in inputs.items()}, torch.float64)  # not every device has float64
+    truth = output_and_gradients(equations, exact, wanted)
+    found, plain = (output_and_gradients(function, inputs, wanted) for function in (ours, equations))
     ratios = error_ratios(*([together(tensors, truth)] for tensors in (found, plain, truth)))
     return max(ratios.values())
 
@@ -223,14 +185,12 @@ def together(tensors: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, 
 
 
 @cache
-def rival_error_ratio(name: str, device: str, shape: Shape) -> float:
+def rival_error_ratio(case: Case) -> float:
     """The error of a rival's output over that of its own formula in the same dtype."""
-    tokens = list(random_inputs(shape, device).values())[:3]
-    formula = FORMULAS[name]
-    truth = formula(*(t.cpu().double() for t in tokens), heads=shape.heads)
-    found, plain = (relative_error(f(*tokens, heads=shape.heads), truth) for f in (function_of(name), formula))
-    return found / plain if plain else found
+    tokens, formula = list(random_inputs(case.shape, case.device).values())[:3], FORMULAS[case.name]
+    found, plain = (f(*tokens, heads=case.shape.heads) for f in (function_of(case.name), formula))
+    return suite.error_ratio(found, plain, formula(*(t.cpu().double() for t in tokens), heads=case.shape.heads))
 
 
 if __name__ == "__main__":
-    raise SystemExit(suite.exit_code(main(tyro.cli(Config))))
+    suite.command(main, Config)

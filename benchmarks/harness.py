@@ -1,4 +1,4 @@
-"""What every benchmark suite shares: timing, peak memory, the facts of the environment, and rows of results.
+"""What every benchmark shares: timing, peak memory, the facts of the environment, and rows of results.
 
 A row is a flat dict, stored as one line of JSON.  Times are in milliseconds, memory in MiB (2^20 bytes).
 """
@@ -12,31 +12,38 @@ import os
 import platform
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
+from tqdm import tqdm
 
 import dydila_kernels
+from dydila_kernels import tuning
 
 Row = dict[str, Any]
+Call = Callable[[], object]
+Clock = Callable[[Call], float]
+"""Makes a call and says how many seconds it took, or the part of it that is asked for."""
+Name = TypeVar("Name")
+Result = TypeVar("Result")
+
 REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "benchmarks" / "results"
 MIB = 2**20
+LARGEST_RATIO = 2.0
+"""Of our error to that of plain PyTorch in the same dtype."""
 
 
 class CheckFailed(RuntimeError):
     """The results are wrong, so their speed is not worth measuring."""
-
-
-LARGEST_RATIO = 2.0
-"""Of our error to that of plain PyTorch in the same dtype."""
 
 
 def require_correct(error_ratio: float, limit: float = LARGEST_RATIO) -> None:
@@ -47,49 +54,57 @@ def require_correct(error_ratio: float, limit: float = LARGEST_RATIO) -> None:
         )
 
 
-Name = TypeVar("Name")
+@dataclass(frozen=True)
+class Options:
+    """What every benchmark can be told."""
+
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where to run: cpu or cuda."""
+    threads: int = 2
+    """CPU threads."""
+    smoke: bool = False
+    """Try everything in seconds, on tiny sizes; rows are stored only where --out says."""
+    out: Path | None = None
+    """Folder for the rows; by default benchmarks/results/DEVICE for comparisons, and none for others."""
+
+    @property
+    def on_gpu(self) -> bool:
+        return is_gpu(self.device)
+
+
+def told(command: Callable[[], Result], *errors: type[Exception]) -> Result:
+    """What the command returns; an error that is to be expected ends it with a message, and no traceback."""
+    expected: tuple[type[Exception], ...] = (ImportError, OSError, ValueError, *errors)
+    try:
+        return command()
+    except expected as error:
+        raise SystemExit(f"benchmarks.{Path(sys.argv[0]).stem}: {error}") from None
+
+
+def is_gpu(device: str) -> bool:
+    return torch.device(device).type == "cuda"
 
 
 def interleave(
-    calls: Mapping[Name, Callable[[], object]], *, repeats: int, budget_seconds: float, device: str = "cpu"
-) -> dict[Name, list[float]]:
+    calls: Mapping[Name, Call], repeats: int, budget_seconds: float, *, device: str = "cpu",
+    clocks: Mapping[Name, Clock] | None = None,
+) -> dict[Name, list[float]]:  # fmt: skip
     """Time the calls in turn, A B A B ..., so that a drift of the machine meets all of them; seconds per call.
 
     The first call of each warms up and is dropped.  A call that has used up its budget takes no further turn; if that
     happens in the first round already, its first call is a long one, in which warming up is no part to speak of, and it
-    is kept as the only sample.
+    is kept as the only sample.  ``clocks`` are those of calls that are not timed as a whole.
     """
     seconds: dict[Name, list[float]] = {name: [] for name in calls}
-    clock = event_seconds if torch.device(device).type == "cuda" else wall_seconds
+    whole: Clock = partial(tuning.seconds_of, device=torch.device(device))
     for _ in range(repeats + 1):
         for name, call in calls.items():
             if sum(seconds[name]) <= budget_seconds:
-                seconds[name].append(clock(call))
+                seconds[name].append((clocks or {}).get(name, whole)(call))
     return {name: samples[1:] or samples for name, samples in seconds.items()}
 
 
-def wall_seconds(call: Callable[[], object]) -> float:
-    """Duration of a call by the CPU's clock."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def event_seconds(call: Callable[[], object]) -> float:
-    """Duration of a call by events on the current CUDA stream: from an idle device until it is idle again.
-
-    Where the host launches more slowly than the device computes, this is the time of the host.
-    """
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    start.record()
-    call()
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop) / 1e3
-
-
-def in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+def in_turn(calls: Sequence[Call]) -> Call:
     """One call that makes these, one each time, over and over."""
     turns = itertools.cycle(calls)
     return lambda: next(turns)()
@@ -102,9 +117,9 @@ def sets_for_cold_cache(bytes_per_set: int, device: str) -> int:
 
 def cache_bytes(device: str) -> int:
     """Size of the device's last cache; 0 where it cannot be told."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_properties(device).L2_cache_size
     size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+    if is_gpu(device):
+        return torch.cuda.get_device_properties(device).L2_cache_size
     return int(size.read_text().strip().removesuffix("K")) * 1024 if size.exists() else 0
 
 
@@ -115,7 +130,7 @@ def side_stream() -> torch.cuda.Stream:
     return stream
 
 
-def captured(call: Callable[[], object], stream: torch.cuda.Stream | None = None) -> Callable[[], object]:
+def captured(call: Call, stream: torch.cuda.Stream | None = None) -> Call:
     """The call as a CUDA graph: replaying it takes the time of the device alone.
 
     ``stream`` is where to capture: for a backward pass, which runs where its forward pass ran, that of the latter.
@@ -137,8 +152,9 @@ def captured(call: Callable[[], object], stream: torch.cuda.Stream | None = None
 
 def summarize(seconds: Sequence[float]) -> Row:
     """Median and 10 % and 90 % quantiles in milliseconds, and of how many calls."""
-    q10, median, q90 = np.quantile(seconds, [0.1, 0.5, 0.9]) * 1e3
-    return {"median_ms": float(median), "q10_ms": float(q10), "q90_ms": float(q90), "repeats": len(seconds)}
+    samples = 1e3 * torch.tensor(seconds, dtype=torch.float64)
+    q10, median, q90 = samples.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
+    return {"median_ms": median, "q10_ms": q10, "q90_ms": q90, "repeats": len(seconds)}
 
 
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
@@ -153,13 +169,13 @@ def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
         return pool.submit(function, *args).result()
 
 
-def peak_growth_mib(call: Callable[[], object], device: str = "cpu") -> float | None:
+def peak_growth_mib(call: Call, device: str = "cpu") -> float | None:
     """How far memory rises above its present level during the call; None where it cannot be told.
 
     On the CPU this is resident memory of the process.  Measure it :func:`in_fresh_process`: memory that an earlier call
     has returned to the allocator, but not to the system, would hide the growth.
     """
-    if torch.device(device).type == "cuda":
+    if is_gpu(device):
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -176,22 +192,38 @@ def peak_growth_mib(call: Callable[[], object], device: str = "cpu") -> float | 
 
 
 def _resident_kib(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1])
-    raise KeyError(field)
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return next(int(words[1]) for words in lines if words[0] == f"{field}:")
+
+
+def facts_of(suite: str, device: str, dtype: torch.dtype) -> Row:
+    """What all rows of a run have in common."""
+    kind = {"device_type": torch.device(device).type, "dtype": str(dtype).removeprefix("torch.")}
+    return {"suite": suite, **environment(device), **kind}
+
+
+def stored(suite: str, rows: Iterable[Row], options: Options, dtype: torch.dtype) -> list[Row]:
+    """The rows, to which the facts of the run are added, each stored as it comes."""
+    facts, found = facts_of(suite, options.device, dtype), list[Row]()
+    for row in tqdm(rows, desc=suite, unit="row"):
+        row |= facts
+        found.append(row)
+        if options.out is not None:
+            write_rows(options.out / f"{suite}.jsonl", found)
+    return found
 
 
 def environment(device: str) -> Row:
     """Where and when a row was measured: commit, versions, device, threads, date, and how busy the machine has been."""
+    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.draw", "--format=csv,noheader", "-i"]
     return {
         "commit": _commit(),
         "dydila_kernels": dydila_kernels.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "triton": _version("triton"),
+        "triton": next((found.version for found in metadata.distributions(name="triton")), None),
         "device": device_name(device),
-        "clocks": _clocks(device),
+        "clocks": _said_by([*query, str(torch.device(device).index or 0)]) if is_gpu(device) else None,
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # processes running, last minute
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -201,48 +233,31 @@ def environment(device: str) -> Row:
 def _commit() -> str:
     """The short hash of the commit, with "+" behind it where code differs from it; "unknown" outside a repository."""
     git = ["git", "-C", str(REPOSITORY)]
+    commit = _said_by([*git, "rev-parse", "--short", "HEAD"])
+    changes = _said_by([*git, "status", "--porcelain", "--", ":!benchmarks/results"])
+    return "unknown" if commit is None or changes is None else commit + ("+" if changes else "")
+
+
+def _said_by(command: Sequence[str]) -> str | None:
     try:
-        commit = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], stderr=subprocess.DEVNULL, text=True)
-        status = [*git, "status", "--porcelain", "--", ":!benchmarks/results"]
-        changes = subprocess.check_output(status, stderr=subprocess.DEVNULL, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit.strip() + ("+" if changes.strip() else "")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _clocks(device: str) -> str | None:
-    """Clocks of a GPU as its driver tells them: of the multiprocessors, of the memory, and the power drawn."""
-    if torch.device(device).type != "cuda":
-        return None
-    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.draw", "--format=csv,noheader", "-i"]
-    number = torch.device(device).index or 0
-    try:
-        return subprocess.check_output([*query, str(number)], stderr=subprocess.DEVNULL, text=True).strip()
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def folder_name(device_type: str, name: str) -> str:
-    """The folder of a device among the results."""
-    return name.replace(" ", "-").lower() if device_type == "cuda" else "cpu"
 
 
 def device_name(device: str) -> str:
     """What the device calls itself."""
-    if torch.device(device).type == "cuda":
+    if is_gpu(device):
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
+
+
+def folder_of(device_type: str, name: str, results: Path = RESULTS) -> Path:
+    """The folder of a device among the results."""
+    return results / (name.replace(" ", "-").lower() if device_type == "cuda" else "cpu")
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:

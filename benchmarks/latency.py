@@ -10,42 +10,22 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 import tyro
 
-from benchmarks import harness, suite
+from benchmarks import harness, model, suite
 from benchmarks.harness import Row
-from benchmarks.model import (
-    CHECKED_TOKENS,
-    IMAGES,
-    Case,
-    Images,
-    Name,
-    checked_images,
-    comparison,
-    config_of,
-    cost,
-    inputs,
-    network,
-    require_example,
-)
-from benchmarks.suite import Call, Comparison, Contender, Mode
+from benchmarks.model import Case
+from benchmarks.suite import Comparison, Contender, Mode
 from dydila_kernels.testing import cast, equations, layer_inputs, relative_error
 
 
 @dataclass(frozen=True)
-class Config(suite.Options):
+class Config(model.ModelOptions):
     """Time of a step of sampling with DyDi-LiT, Sana and DiT, at batch 1, called and as a CUDA graph."""
 
-    sizes: Images = ()
-    """Sides of the images in pixels, multiples of 16; by default 256 and 512 on a CPU, 256 to 4096 on a GPU."""
     modes: tyro.conf.Suppress[tuple[Mode, ...]] = ("forward",)
-    models: tuple[Name, ...] = ("dydi-lit", "sana", "dit")
-    """Which models of the example."""
-    size: Literal["tiny", "S", "B", "L"] = "S"
-    """How large they are; "tiny" is no size of the paper, and what --smoke takes."""
     batches: tuple[int, ...] = (1, 2)
     """Images at once: one, and two for guidance."""
 
@@ -54,8 +34,8 @@ class Step:
     """A step of sampling, to be called; leaves the model's output (B, C, side, side) in ``output``."""
 
     def __init__(self, case: Case) -> None:
-        self.model = network(case.name, case.size, False, case.fused, case.device, case.dtype)
-        self.arguments = inputs(case)
+        self.model = model.network(case.name, case.size, False, case.fused, case.device, case.dtype)
+        self.arguments = model.inputs(case)
         self.output = torch.empty(0)
 
     def __call__(self) -> None:
@@ -64,61 +44,43 @@ class Step:
 
 
 def main(config: Config) -> list[Row]:
-    """Check, measure, print tables and store the rows.  ImportError without the extra "examples"."""
-    require_example()
-    rows = suite.run("latency", config, comparisons(config))
-    print(f"\n{table(rows)}")
-    return rows
+    """Check, measure, print tables and store the rows."""
+    return suite.run("latency", config, comparisons(config))
 
 
 def comparisons(config: Config) -> list[Comparison]:
     """By batch, each in rising order of size."""
-    found = []
-    for batch in config.batches:
-        for image in checked_images(config.lengths(cpu=IMAGES[:2], gpu=IMAGES)):
-            size = "tiny" if config.smoke else config.size
-            cases = [
-                Case(name, size, "forward", batch, image, config.device, config.torch_dtype, fused=name == "dydi-lit")
-                for name in config.models
-            ]
-            found.append(comparison({case.name: contender(case) for case in cases}, cases[0]))
-    return found
+    return [
+        model.comparison([case._replace(fused=case.name == "dydi-lit") for case in cases], contender)
+        for batch in config.batches
+        for cases in (config.cases("forward", batch, image) for image in config.images(on_cpu=2))
+    ]
 
 
 def contender(case: Case) -> Contender:
-    on_gpu = torch.device(case.device).type == "cuda"
     return Contender(
-        prepare=partial(prepare, case),
-        labels={"heads": config_of(case).num_heads, "fused": case.fused},
-        cost=cost(case),
-        error_ratio=partial(error_ratio, case) if case.fused or on_gpu else None,
+        prepare=partial(Step, case),
+        labels={"heads": model.config_of(case).num_heads, "fused": case.fused},
+        cost=model.cost(case),
+        error_ratio=partial(error_ratio, case) if case.fused or harness.is_gpu(case.device) else None,
         graph=True,
     )
-
-
-def prepare(case: Case) -> Call:
-    return Step(case)
 
 
 def error_ratio(case: Case) -> float:
     """The worse of that of our attention layer in its inference form, and, on a GPU, the difference by capturing."""
     ratios = [fused_error_ratio(case)] if case.fused else []
-    if torch.device(case.device).type == "cuda":
-        ratios.append(captured_difference(case))
-    return max(ratios)
+    return max([*ratios, captured_difference(case)] if harness.is_gpu(case.device) else ratios)
 
 
 def fused_error_ratio(case: Case) -> float:
     """Of the output of the first block's attention layer after ``fuse()``, over that of the plain equations."""
-    attn = network(case.name, case.size, False, False, case.device, case.dtype).blocks[0].attention
-    tokens = min(case.tokens, CHECKED_TOKENS)
-    x = torch.randn(1, tokens, attn.dim, device=case.device, dtype=case.dtype)
+    attn = model.network(case.name, case.size, False, False, case.device, case.dtype).blocks[0].attention
+    x = torch.randn(1, min(case.tokens, model.CHECKED_TOKENS), attn.dim, device=case.device, dtype=case.dtype)
     with torch.no_grad():
         given, indices = layer_inputs(attn, x), attn.routing(x).indices
         exact = equations(attn, cast(given, torch.float64), indices=indices)
-        plain = equations(attn, given, indices=indices)
-        found = copy.deepcopy(attn).fuse()(x)
-    return relative_error(found, exact) / relative_error(plain, exact)
+        return suite.error_ratio(copy.deepcopy(attn).fuse()(x), equations(attn, given, indices=indices), exact)
 
 
 def captured_difference(case: Case) -> float:
@@ -136,18 +98,5 @@ def captured_difference(case: Case) -> float:
     return relative_error(step.output, called) / torch.finfo(case.dtype).eps
 
 
-def table(rows: list[Row]) -> str:
-    """Medians in ms of each row, called and captured."""
-    lines = ["milliseconds of a step: called, as a CUDA graph"]
-    for row in rows:
-        what = f"  {row['name']:<10} batch={row['batch']} image={row['image']}: "
-        graph = f", {row['graph_median_ms']:.3g}" if "graph_median_ms" in row else ""
-        lines.append(what + (row["skipped"] or f"{row['median_ms']:.3g}{graph}"))
-    return "\n".join(lines)
-
-
 if __name__ == "__main__":
-    try:
-        raise SystemExit(suite.exit_code(main(tyro.cli(Config))))
-    except (ImportError, ValueError) as error:
-        raise SystemExit(f"benchmarks.latency: {error}") from None
+    suite.command(main, Config)

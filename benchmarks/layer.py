@@ -7,28 +7,25 @@ parameters.  The last lines hold the rows against the goals of the project.
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from functools import cache, partial
+from itertools import product
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks import rivals, roofline, suite
-from benchmarks.goals import goals, verdicts
-from benchmarks.harness import Row
-from benchmarks.roofline import Cost, Shape
-from benchmarks.suite import Call, Comparison, Contender, Mode
+from benchmarks import harness, rivals, roofline, suite
+from benchmarks.harness import Call, Row
+from benchmarks.roofline import Cost
+from benchmarks.suite import Case, Comparison, Contender
 from dydila_kernels import DyDiLAttention
-from dydila_kernels.testing import equations, layer_error_ratio, relative_error
+from dydila_kernels.testing import equations, layer_error_ratio
 
 CHECKED_TOKENS = 48**2
 """Tokens of the image that the check is done on, unless all sizes are shorter: longer ones take the same path."""
-TOKENS_AT_ONCE = 65536
-"""Tokens in all images of a batch together, on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -44,103 +41,73 @@ class Config(suite.Options):
         "softmax",
         "sana",
     )
-    """Layers to compare ours with; "dydila eager" is our reference equations in eager PyTorch."""
+    """Layers to compare ours with; "dydila eager" is our reference equations in eager PyTorch, "compiled" a layer under
+    torch.compile."""
 
     def widths(self) -> tuple[int, ...]:
         """The values of d to run."""
-        if self.smoke:
-            return self.dims or (128,)
-        return self.dims or ((384, 512, 768, 1152) if self.on_gpu else (384,))
-
-
-class Case(NamedTuple):
-    """A layer by its name and what it meets: tokens (batch, tokens, dim)."""
-
-    name: str
-    heads: int
-    mode: Mode
-    batch: int
-    tokens: int
-    dim: int
-    device: str
-    dtype: torch.dtype
+        return self.dims or ((128,) if self.smoke else (384, 512, 768, 1152) if self.on_gpu else (384,))
 
 
 def main(config: Config) -> list[Row]:
     """Check, measure, print tables and goals, and store the rows."""
-    rows = suite.run("layer", config, comparisons(config))
-    print(f"\n{verdicts(goals(rows))}")
-    return rows
+    return suite.run("layer", config, list(comparisons(config)))
 
 
-def comparisons(config: Config) -> list[Comparison]:
+def comparisons(config: Config) -> Iterator[Comparison]:
     """By width and mode, each in rising order of N."""
-    sizes = config.lengths(cpu=(256, 1024, 4096, 16384), gpu=(256, 1024, 2304, 4096, 16384, 65536))
-    return [
-        comparison(config, dim, mode, tokens, checked=min(max(sizes), CHECKED_TOKENS))
-        for dim in config.widths()
-        for mode in config.modes
-        for tokens in sorted(sizes)
-    ]
+    sizes = sorted(config.lengths(cpu=(256, 1024, 4096, 16384), gpu=(256, 1024, 2304, 4096, 16384, 65536)))
+    for dim, mode, tokens in product(config.widths(), config.modes, sizes):
+        of_softmax = (max(dim // 64, 1),)
+        who = [
+            (name, heads)
+            for name in ("dydila", *config.rivals)
+            for heads in suite.heads_of(of_softmax if name == "softmax" else config.heads, dim)
+        ]
+        checked = min(sizes[-1], CHECKED_TOKENS)
+        yield suite.comparison(config, mode, tokens, dim, who, partial(contender, checked), inputs=1)
 
 
-def comparison(config: Config, dim: int, mode: Mode, tokens: int, checked: int) -> Comparison:
-    """The layers at one width and size."""
-    batch = max(TOKENS_AT_ONCE // tokens, 1) if config.on_gpu else 1
-    softmax_heads = max(dim // 64, 1)
-    contenders: dict[str, Contender] = {}
-    point = {"tokens": tokens, "batch": batch}
-    for name in ("dydila", *config.rivals):
-        of_name = (softmax_heads,) if name == "softmax" else config.heads or (1, softmax_heads)
-        for heads in dict.fromkeys(of_name):
-            case = Case(name, heads, mode, batch, tokens, dim, config.device, config.torch_dtype)
-            contenders[f"{name} H={heads}"] = contender(case, checked)
-    shape = Shape(batch, tokens, dim, 1, config.torch_dtype)
-    return Comparison({"mode": mode, "dim": dim}, point, contenders, input_bytes=shape.unit)
-
-
-def contender(case: Case, checked: int) -> Contender:
-    on_gpu = torch.device(case.device).type == "cuda"
+def contender(checked: int, case: Case) -> Contender:
     # What the backward pass alone adds to memory says nothing without what the forward pass has left there.  In a fresh
     # process on a CPU, a compiler would count as growth.
-    measures_memory = case.mode != "backward" and (on_gpu or not case.name.endswith("compiled"))
-    small = case._replace(batch=1, tokens=16)
+    compiles = case.name.endswith("compiled") and not harness.is_gpu(case.device)
+    # What is left is the formula that ours is checked against.
+    checks = case.name not in ("dydila eager", "dydila compiled")
     return Contender(
         prepare=partial(prepare, case),
-        labels={"name": case.name, "heads": case.heads},
+        labels={"name": case.name, "heads": case.shape.heads},
         cost=cost(case),
-        error_ratio=None  # it is the formula that ours is checked against
-        if case.name in ("dydila eager", "dydila compiled")
-        else partial(error_ratio, case._replace(mode="forward", batch=1, tokens=checked)),
-        warm_up=partial(call_once, small) if measures_memory else None,
+        error_ratio=partial(error_ratio, case.one_of(checked, "forward")) if checks else None,
+        warm_up=None if case.mode == "backward" or compiles else partial(prepare, case.one_of(16, case.mode)),
         graph=True,
     )
 
 
-@functools.cache
+@cache
 def error_ratio(case: Case) -> float:
     """Of our layer for the output and all gradients; of a rival for its output, against its own formula."""
+    shape = case.shape
     if case.name == "dydila":
-        attn = DyDiLAttention(case.dim, case.heads, device=case.device, dtype=case.dtype)
-        return layer_error_ratio(attn, length=case.tokens)
-    case = case._replace(tokens=min(case.tokens, 256))
-    layer, x = layer_of(case), torch.randn(1, case.tokens, case.dim, device=case.device, dtype=case.dtype)
+        attn = DyDiLAttention(shape.dim, shape.heads, device=case.device, dtype=shape.dtype)
+        return layer_error_ratio(attn, length=shape.tokens)
+    layer = layer_of(case)
+    x = torch.randn(1, min(shape.tokens, 256), shape.dim, device=case.device, dtype=shape.dtype)
     core = {"softmax": rivals.plain_softmax, "sana": rivals.plain_linear}[case.name.split()[0]]
 
     def formula(dtype: torch.dtype) -> Tensor:
         qkv, weight, bias = (t.to(dtype) for t in (layer.qkv.weight, layer.proj.weight, layer.proj.bias))
-        return F.linear(core(*F.linear(x.to(dtype), qkv).chunk(3, -1), heads=case.heads), weight, bias)
+        return F.linear(core(*F.linear(x.to(dtype), qkv).chunk(3, -1), heads=shape.heads), weight, bias)
 
     with torch.no_grad():
-        exact = formula(torch.float64)
-        return relative_error(layer(x), exact) / relative_error(formula(case.dtype), exact)
+        return suite.error_ratio(layer(x), formula(shape.dtype), formula(torch.float64))
 
 
 def prepare(case: Case) -> Call:
     """The call to time, on weights and an input of its own."""
     torch.manual_seed(0)
-    layer = layer_of(case)
-    x = torch.randn(case.batch, case.tokens, case.dim, device=case.device, dtype=case.dtype)
+    layer, shape = layer_of(case), case.shape
+    x = torch.randn(shape.batch, shape.tokens, shape.dim, device=case.device, dtype=shape.dtype)
     # The input doubles as the incoming gradient: only the layer takes memory.
     leaf = x.detach().requires_grad_(case.mode != "forward")
     trainable = [parameter for parameter in layer.parameters() if parameter.requires_grad]
@@ -150,46 +117,28 @@ def prepare(case: Case) -> Call:
     return call
 
 
-def call_once(case: Case) -> None:
-    prepare(case)()
-
-
 def layer_of(case: Case) -> Any:
     """The module with random weights, in train mode where there will be gradients."""
     name, _, form = case.name.partition(" ")
     kind = {"dydila": DyDiLAttention, "softmax": rivals.SoftmaxAttention, "sana": rivals.ReLULinearAttention}[name]
     with torch.device(case.device):
-        layer: Any = kind(case.dim, case.heads).to(case.dtype)
+        layer: Any = kind(case.shape.dim, case.shape.heads).to(case.shape.dtype)
     layer.train(case.mode != "forward")
-    if name == "dydila" and form:
-        layer = Equations(layer)
+    if form == "eager":  # the reference equations in plain PyTorch
+        layer.forward = lambda x: equations(layer, {"x": x, **dict(layer.named_parameters())})
     return torch.compile(layer) if form == "compiled" else layer
-
-
-class Equations(nn.Module):
-    """Our layer as the reference equations in plain PyTorch: (B, N, d) -> (B, N, d)."""
-
-    def __init__(self, attn: DyDiLAttention) -> None:
-        super().__init__()
-        self.attn = attn
-
-    def forward(self, x: Tensor) -> Tensor:
-        return equations(self.attn, {"x": x, **dict(self.attn.named_parameters())})
 
 
 def cost(case: Case) -> Cost:
     """What a layer cannot avoid: its projections, its core, and for ours two routed projections and the convolution."""
-    rows, dim, mode, dtype = case.batch * case.tokens, case.dim, case.mode, case.dtype
-    shape = Shape(case.batch, case.tokens, dim, case.heads, dtype)
-    total = roofline.linear(rows, dim, 3 * dim, mode, dtype) + roofline.linear(rows, dim, dim, mode, dtype)
+    shape, mode = case.shape, case.mode
+    square = partial(roofline.linear, shape.rows, shape.dim, mode=mode, dtype=shape.dtype)
+    total = square(3 * shape.dim) + square(shape.dim)
     name = case.name.split()[0]
-    if name == "softmax":
-        return total + roofline.softmax_core(shape, mode)
-    if name == "sana":
-        return total + roofline.linear_core(shape, mode)
-    routed = roofline.linear(rows, dim, dim, mode, dtype, weights=3)
-    return total + routed + routed + roofline.core(shape, mode) + roofline.convolution(shape, mode)
+    if name != "dydila":
+        return total + {"softmax": roofline.softmax_core, "sana": roofline.linear_core}[name](shape, mode)
+    return total + square(shape.dim, weights=3) * 2 + roofline.core(shape, mode) + roofline.convolution(shape, mode)
 
 
 if __name__ == "__main__":
-    raise SystemExit(suite.exit_code(main(tyro.cli(Config))))
+    suite.command(main, Config)

@@ -8,7 +8,7 @@ side, in patches of 2 x 2: an image of P pixels a side has (P/16)^2 tokens.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
@@ -18,37 +18,59 @@ import tyro
 from torch import Tensor, nn
 
 from benchmarks import suite
-from benchmarks.harness import Row
+from benchmarks.harness import Call, Row
 from benchmarks.roofline import Cost
-from benchmarks.suite import Call, Comparison, Contender, Mode
+from benchmarks.suite import Comparison, Contender, Mode
 from dydila_kernels.functional import why_not_triton
 from dydila_kernels.testing import layer_error_ratio
+
+try:
+    from examples.dydi_lit import configs, flops
+    from examples.dydi_lit.model import DiffusionTransformer
+except ImportError as error:
+    raise ImportError(f"the models need the extra 'examples': pip install -e '.[examples]' ({error})") from error
 
 PIXELS_PER_TOKEN = 16
 """Along a side: 8 of a latent times 2 of a patch."""
 CHECKED_TOKENS = 48**2
 """Tokens that the check is done on at most: longer images take the same path."""
-TOKENS_AT_ONCE = 32768
-"""Tokens in all images of a batch together, on a GPU."""
 IMAGES = (256, 512, 1024, 2048, 4096)
 
 Name = Literal["dydi-lit", "sana", "dit"]
-Images = Annotated[tuple[int, ...], tyro.conf.arg(name="images", aliases=("--sizes",))]
 
 
 @dataclass(frozen=True)
-class Config(suite.Options):
-    """Time and memory of a denoising step and a training step of DyDi-LiT, Sana and DiT."""
+class ModelOptions(suite.Options):
+    """What the suites of whole models can be told."""
 
-    sizes: Images = ()
-    """Sides of the images in pixels, multiples of 16; by default 256 to 1024 on a CPU, to 4096 on a GPU."""
-    modes: tuple[Mode, ...] = ("forward", "forward+backward")
-    """A denoising step, and a training step."""
+    sizes: Annotated[tuple[int, ...], tyro.conf.arg(name="images", aliases=("--sizes",))] = ()
+    """Sides of the images in pixels, multiples of 16; by default short ones on a CPU, and 256 to 4096 on a GPU."""
     models: tuple[Name, ...] = ("dydi-lit", "sana", "dit")
     """Which models of the example."""
     size: Literal["tiny", "S", "B", "L"] = "S"
     """How large they are; "tiny" is no size of the paper, and what --smoke takes."""
-    batch: int = 0
+
+    def images(self, on_cpu: int) -> list[int]:
+        """In rising order, on a CPU so many; ValueError where one does not divide into patches of latents."""
+        images = self.lengths(cpu=IMAGES[:on_cpu], gpu=IMAGES)
+        for image in images:
+            if image < PIXELS_PER_TOKEN or image % PIXELS_PER_TOKEN:
+                raise ValueError(f"images must be multiples of {PIXELS_PER_TOKEN} pixels a side; got {image}")
+        return sorted(images)
+
+    def cases(self, mode: Mode, batch: int, image: int) -> list[Case]:
+        """Of all models."""
+        size = "tiny" if self.smoke else self.size
+        return [Case(name, size, mode, batch, image, self.device, self.torch_dtype) for name in self.models]
+
+
+@dataclass(frozen=True)
+class Config(ModelOptions):
+    """Time and memory of a denoising step and a training step of DyDi-LiT, Sana and DiT."""
+
+    modes: tuple[Mode, ...] = ("forward", "forward+backward")
+    """A denoising step, and a training step."""
+    batch_size: Annotated[int, tyro.conf.arg(name="batch")] = 0
     """Images at once; by default 1 on a CPU, and on a GPU as many as make 32,768 tokens, at least 1."""
 
 
@@ -66,60 +88,43 @@ class Case(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        return (self.image // PIXELS_PER_TOKEN) ** 2
+        return tokens_of(self.image)
 
 
 def main(config: Config) -> list[Row]:
-    """Check, measure, print tables and store the rows.  ImportError without the extra "examples"."""
-    require_example()
+    """Check, measure, print tables and store the rows."""
     return suite.run("model", config, comparisons(config))
-
-
-def require_example() -> None:
-    """ImportError, which says what to do, where the models cannot be imported."""
-    try:
-        import examples.dydi_lit.model  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"the models need the extra 'examples': pip install -e '.[examples]' ({error})") from error
 
 
 def comparisons(config: Config) -> list[Comparison]:
     """By mode, each in rising order of size."""
-    images = checked_images(config.lengths(cpu=IMAGES[:3], gpu=IMAGES))
-    found = []
-    for mode in config.modes:
-        for image in images:
-            default = max(TOKENS_AT_ONCE // (image // PIXELS_PER_TOKEN) ** 2, 1) if config.on_gpu else 1
-            batch = config.batch or default
-            size = "tiny" if config.smoke else config.size
-            cases = [Case(n, size, mode, batch, image, config.device, config.torch_dtype) for n in config.models]
-            found.append(comparison({case.name: contender(case) for case in cases}, cases[0]))
-    return found
+    return [
+        comparison(config.cases(mode, config.batch_size or config.batch(tokens_of(image), 32768), image), contender)
+        for mode in config.modes
+        for image in config.images(on_cpu=3)
+    ]
 
 
-def checked_images(images: tuple[int, ...]) -> list[int]:
-    """In rising order; ValueError where one does not divide into patches of latents."""
-    for image in images:
-        if image < PIXELS_PER_TOKEN or image % PIXELS_PER_TOKEN:
-            raise ValueError(f"images must be multiples of {PIXELS_PER_TOKEN} pixels a side; got {image}")
-    return sorted(images)
+def tokens_of(image: int) -> int:
+    """Of an image of so many pixels a side."""
+    return (image // PIXELS_PER_TOKEN) ** 2
 
 
-def comparison(contenders: Mapping[str, Contender], case: Case) -> Comparison:
-    """Of contenders that meet what ``case`` meets."""
+def comparison(cases: Sequence[Case], contender: Callable[[Case], Contender]) -> Comparison:
+    """Of models that meet the same input."""
+    case = cases[0]
     series = {"mode": case.mode, "size": case.size, "dim": config_of(case).dim}
     point = {"image": case.image, "tokens": case.tokens, "batch": case.batch}
-    return Comparison(series, point, contenders, input_bytes=weight_bytes(case))
+    return Comparison(series, point, {each.name: contender(each) for each in cases}, input_bytes=weight_bytes(case))
 
 
 def contender(case: Case) -> Contender:
-    ours = case.name == "dydi-lit"
     return Contender(
         prepare=partial(prepare, case),
         labels={"heads": config_of(case).num_heads},
         cost=cost(case),
-        error_ratio=partial(error_ratio, case) if ours else None,
-        warm_up=partial(call_once, case._replace(batch=1, image=2 * PIXELS_PER_TOKEN)),
+        error_ratio=partial(error_ratio, case) if case.name == "dydi-lit" else None,
+        warm_up=partial(prepare, case._replace(batch=1, image=2 * PIXELS_PER_TOKEN)),
     )
 
 
@@ -140,10 +145,6 @@ def prepare(case: Case) -> Call:
     return suite.call_of(case.mode, partial(model, *arguments), trainable, incoming)
 
 
-def call_once(case: Case) -> None:
-    prepare(case)()
-
-
 def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     """Latents (B, 4, side, side), steps (B,) and labels (B,), of which the last is the null class, as in guidance."""
     side = case.image // 8
@@ -157,11 +158,8 @@ def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
 @functools.cache
 def network(name: str, size: str, training: bool, fused: bool, device: str, dtype: torch.dtype) -> Any:
     """A DiffusionTransformer with random weights."""
-    from examples.dydi_lit.configs import config_of
-    from examples.dydi_lit.model import DiffusionTransformer
-
     torch.manual_seed(0)
-    model = DiffusionTransformer(config_of(name, size))  # type: ignore[arg-type]
+    model = DiffusionTransformer(configs.config_of(name, size))  # type: ignore[arg-type]
     for parameter in model.parameters():
         if not parameter.any():  # a GPU multiplies zeros faster than its power allows for real numbers
             nn.init.normal_(parameter, std=0.02)
@@ -171,48 +169,27 @@ def network(name: str, size: str, training: bool, fused: bool, device: str, dtyp
 
 def config_of(case: Case) -> Any:
     """The example's configuration of the model."""
-    from examples.dydi_lit import configs
-
     return configs.config_of(case.name, case.size)  # type: ignore[arg-type]
 
 
 @functools.cache
-def gflops(name: str, size: str, image: int) -> float | None:
-    """Of a forward pass of one image, a multiplication and its addition as one; None where Triton is not installed."""
-    from examples.dydi_lit import configs, flops
-
-    if why_not_triton(torch.device("meta"), torch.float32):
-        return None
-    return flops.gflops(configs.config_of(name, size), image)[1]  # type: ignore[arg-type]
+def weight_bytes(case: Case) -> int:
+    """Of all parameters."""
+    with torch.device("meta"):
+        model = DiffusionTransformer(config_of(case))
+    return sum(parameter.numel() for parameter in model.parameters()) * case.dtype.itemsize
 
 
 @functools.cache
-def weights(name: str, size: str) -> int:
-    """Parameters of a model."""
-    from examples.dydi_lit import configs
-    from examples.dydi_lit.model import DiffusionTransformer
-
-    with torch.device("meta"):
-        model = DiffusionTransformer(configs.config_of(name, size))  # type: ignore[arg-type]
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def weight_bytes(case: Case) -> int:
-    return weights(case.name, case.size) * case.dtype.itemsize
-
-
 def cost(case: Case) -> Cost | None:
     """Weights and latents, read and written once in each direction, and all matrix products; None without Triton."""
-    found = gflops(case.name, case.size, case.image)
-    if found is None:
+    if why_not_triton(torch.device("meta"), torch.float32):
         return None
+    products = 2e9 * flops.gflops(config_of(case), case.image)[1]  # a multiplication and its addition counted as one
     latents = 3 * case.batch * 4 * (case.image // 8) ** 2 * case.dtype.itemsize  # in, and out twice as wide
-    forward = Cost(weight_bytes(case) + latents, found * 2e9 * case.batch)
+    forward = Cost(weight_bytes(case) + latents, products * case.batch)
     return {"forward": forward, "backward": forward * 2, "forward+backward": forward * 3}[case.mode]
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(suite.exit_code(main(tyro.cli(Config))))
-    except (ImportError, ValueError) as error:
-        raise SystemExit(f"benchmarks.model: {error}") from None
+    suite.command(main, Config)

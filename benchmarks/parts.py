@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
+from benchmarks.goals import goals
 from benchmarks.harness import Row
 
-SECONDS = {
-    "tests": 140,  # several hundred kernels are compiled, by 8 processes at once; correctness goes before all else
-    "ceilings": 15,  # 60 copies and products, and the start of a process
-    "core": 75,  # two forms of our kernels to compile, H = 1 and heads of 64; torch.compile at one size only
-    "stages": 45,  # two sizes: a stage grows with N as its bytes do
-    "layer": 50,  # the width that the README shows
-    "model": 45,  # three sides of images; DiT's step at 4096 pixels takes most of it
-    "latency": 25,  # three sides, one image at a time
-    "training": 400,  # two sizes, two seeds, four runs of each, 300 steps; for a call of its own
-    "sweep": 50,  # about a second for each configuration, most of it compiling; a row each, so it may end anywhere
-}
-"""Shares of the time, in seconds where all parts run in the default of gpu_run, each with its reason."""
-
-QUICK = ("--repeats", "10", "--budget-seconds", "0.5")
-"""Ten calls tell a median within a few percent on a GPU; what takes half a second altogether is slow enough to tell."""
-SUITES_NEED = ("tyro", "tqdm")
+Name = Literal["tests", "ceilings", "core", "stages", "layer", "model", "latency", "training", "sweep"]
+SUITES_NEED = ("tabulate", "tqdm", "tyro")
 MODELS_NEED = (
     "accelerate", "diffusers", "huggingface_hub", "matplotlib", "PIL", "psutil", "safetensors", "sklearn",
     "tensorboard", "torchmetrics",
@@ -35,15 +22,8 @@ MODELS_NEED = (
 """Of the example, whose models are measured, beside those: without one of them it does not import."""
 
 
-@dataclass(frozen=True)
-class Command:
-    """A command line, and what it adds to the environment."""
-
-    arguments: Sequence[str]
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return " ".join([*(f"{name}={value}" for name, value in self.environment.items()), *self.arguments])
+Commands = Callable[[str, bool, object], list[list[str]]]
+"""Of device, smoke and folder; each command may leave rows in FOLDER/NAME.jsonl, which are taken up."""
 
 
 @dataclass(frozen=True)
@@ -51,158 +31,105 @@ class Part:
     """A part of a run.
 
     Attributes:
-        commands: for device, smoke and folder; each may leave rows in FOLDER/NAME.jsonl, which are taken up.
-        figure: the key figure for the table, of the text printed and the rows.
+        seconds: how the time is shared out: what it gets where all run in the default of gpu_run.
         needs: packages without which it cannot run.
-        on_request: too long to share a run with others: left out unless it is asked for.
+        by_default: whether it runs unasked; else it is too long to share a run with others.
     """
 
     name: str
-    commands: Callable[[str, bool, object], list[Command]]
-    figure: Callable[[str, list[Row]], str]
-    needs: tuple[str, ...] = ()
-    on_request: bool = False
+    seconds: float
+    commands: Commands
+    needs: tuple[str, ...] = SUITES_NEED
+    by_default: bool = True
 
     @property
-    def seconds(self) -> float:
-        return SECONDS[self.name]
+    def missing(self) -> list[str]:
+        return absent(self.needs)
 
 
-def python(*arguments: str, **environment: str) -> Command:
-    return Command([sys.executable, "-m", *arguments], environment)
+def absent(packages: Sequence[str]) -> list[str]:
+    return [name for name in packages if importlib.util.find_spec(name) is None]
 
 
-def suite(name: str, *runs: Sequence[str], smoke: Sequence[str] = ()) -> Callable[[str, bool, object], list[Command]]:
+def python(module: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", module, *arguments]
+
+
+def suite(name: str, *runs: str, smoke: str = "") -> Commands:
     """A suite with the options of each of its runs on a GPU; on a CPU it takes its own defaults, in one run."""
 
-    def commands(device: str, small: bool, out: object) -> list[Command]:
-        options = [["--smoke", *smoke]] if small else [[]] if device == "cpu" else runs
-        return [python(f"benchmarks.{name}", "--device", device, "--out", str(out), *each) for each in options]
+    def commands(device: str, small: bool, out: object) -> list[list[str]]:
+        options = [f"--smoke {smoke}"] if small else [""] if device == "cpu" else runs
+        fixed = (f"benchmarks.{name}", "--device", device, "--out", str(out))
+        return [python(*fixed, *each.split()) for each in options]
 
     return commands
 
 
-def tests(device: str, smoke: bool, out: object) -> list[Command]:
+def tests(device: str, smoke: bool, out: object) -> list[list[str]]:
     """The kernels' tests, then those that fill the memory, alone, then the short ones of all else."""
-
-    def pytest(*arguments: str, workers: int = 0) -> Command:
-        parallel = ["-n", str(workers)] if workers and importlib.util.find_spec("xdist") else []
-        return python(
-            "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *parallel, *arguments, OMP_NUM_THREADS="1"
-        )
-
+    pytest = ["env", "OMP_NUM_THREADS=1", *python("pytest", "-q", "--tb=short", "-p", "no:cacheprovider")]
     if smoke:
-        return [pytest("tests/ops/test_device.py"), pytest("tests/test_tokens.py")]
-    rest = ["tests", "--ignore=tests/ops", "--ignore=tests/benchmarks", "-m", "not slow"]
-    if any(importlib.util.find_spec(name) is None for name in (*SUITES_NEED, *MODELS_NEED)):  # of the example
-        rest.append("--ignore=tests/dydi_lit")
-    kernels = pytest("tests/ops", "--ignore=tests/ops/test_device.py", workers=8)
-    return [kernels, pytest("tests/ops/test_device.py"), pytest(*rest, workers=8)]
+        return [[*pytest, "tests/ops/test_device.py"], [*pytest, "tests/test_tokens.py"]]
+    parallel = pytest if absent(["xdist"]) else [*pytest, "-n", "8"]
+    example = ["--ignore=tests/dydi_lit"] if absent([*SUITES_NEED, *MODELS_NEED]) else []
+    return [
+        [*parallel, "tests/ops", "--ignore=tests/ops/test_device.py"],
+        [*pytest, "tests/ops/test_device.py"],
+        [*parallel, "tests", "--ignore=tests/ops", "--ignore=tests/benchmarks", *example, "-m", "not slow"],
+    ]
 
 
-def ceilings(device: str, smoke: bool, out: object) -> list[Command]:
+def ceilings(device: str, smoke: bool, out: object) -> list[list[str]]:
     return [python("benchmarks.roofline", "--device", device, *(["--smoke"] if smoke else []))]
 
 
-def sweep(device: str, smoke: bool, out: object) -> list[Command]:
-    (command,) = suite("sweep", [])(device, smoke, out)
-    return [Command(command.arguments, {"TRITON_INTERPRET": "1"}) if device == "cpu" else command]
+def sweep(device: str, smoke: bool, out: object) -> list[list[str]]:
+    (command,) = suite("sweep", "")(device, smoke, out)
+    return [["env", "TRITON_INTERPRET=1", *command] if device == "cpu" else command]
 
 
-def counts(text: str, rows: list[Row]) -> str:
-    """The sums of what pytest counted."""
-    last_lines = re.findall(r"^.*\b\d+ \w+.* in [\d.]+s.*$", text, re.MULTILINE)
-    found = re.findall(r"(\d+) (passed|failed|errors?|skipped|xfailed|deselected)\b", "\n".join(last_lines))
-    kinds = dict.fromkeys(kind.rstrip("s") for _, kind in found)
-    sums = {kind: sum(int(number) for number, k in found if k.rstrip("s") == kind) for kind in kinds}
-    return ", ".join(f"{number} {kind}" for kind, number in sums.items())
+def figure(text: str, rows: Sequence[Row]) -> str:
+    """The key figure of a part: what pytest counted, the rates of the ceilings, or what became of rows and goals."""
+    last_lines = "\n".join(re.findall(r"^.*\b\d+ \w+.* in [\d.]+s.*$", text, re.MULTILINE))
+    sums: Counter[str] = Counter()
+    for number, kind in re.findall(r"(\d+) (passed|failed|error|skipped|xfailed|deselected)s?\b", last_lines):
+        sums[kind] += int(number)
+    sums.update((row.get("skipped") or "timed").split(":")[0] for row in rows)
+    compared = [row for row in rows if "skipped" in row and "mode" in row]
+    met = Counter(verdict.met for verdict in goals(compared))
+    sums |= {"goals met": met[True], "goals missed": met[False]}
+    rates = [f"{name} {float(rate):.4g}" for name, rate in re.findall(r'"(\w+_s)": ([\d.]+)', text)]
+    return ", ".join([*rates, *(f"{number} {kind}" for kind, number in sums.items() if number)])
 
 
-def rates(text: str, rows: list[Row]) -> str:
-    """The ceilings in GB/s, read and written, and TFLOP/s."""
-    found = json.loads(text[text.index("{") : text.rindex("}") + 1])
-    return ", ".join(f"{name} {value:.4g}" for name, value in found.items())
-
-
-def against_softmax(text: str, rows: list[Row]) -> str:
-    """Time of softmax, or DiT, over ours, forward, the faster of several heads, at the largest size that has both."""
-    from benchmarks.plot import BASELINES, OURS
-    from benchmarks.suite import milliseconds  # here: both need tyro, and a run is to begin without it
-
-    measured = [row for row in rows if row["mode"] == "forward" and not row["skipped"]]
-    theirs = next(name for name in BASELINES if any(row["name"] == name for row in rows))
-    for tokens in sorted({row["tokens"] for row in measured}, reverse=True):
-        here = [row for row in measured if row["tokens"] == tokens]
-        ours = [milliseconds(row) for row in here if row["name"] in OURS]
-        rivals = [milliseconds(row) for row in here if row["name"] == theirs]
-        if ours and rivals:
-            return f"{count(rows)}; forward at N = {tokens}: {min(rivals) / min(ours):.3g} times as fast as {theirs}"
-    return count(rows)
-
-
-def furthest(text: str, rows: list[Row]) -> str:
-    """The stage of ours that is furthest from its ceiling."""
-    ours = [row for row in rows if row["name"] == "dydila" and "percent_of_ceiling" in row]
-    worst = min(ours, key=lambda row: row["percent_of_ceiling"])
-    where = f"{worst['stage']} {worst['mode']} at N = {worst['tokens']}"
-    return f"{count(rows)}; furthest from its ceiling: {where}, {worst['percent_of_ceiling']:.0f} %"
-
-
-def gains(text: str, rows: list[Row]) -> str:
-    """The best configuration that was found."""
-    tried = [row for row in rows if row["median_ms"] is not None]
-    best = min(tried, key=lambda row: row["median_ms"] / row["table_ms"])
-    return f"{len(rows)} tried; best: {best['stage']}, {best['median_ms'] / best['table_ms']:.3f} of the table's time"
-
-
-def agreement(text: str, rows: list[Row]) -> str:
-    """How far the losses of the two backends are apart, and those of two seeds, for the largest model."""
-    row = [row for row in rows if "difference" in row][-1]
-    apart = f"losses of backends differ by {row['difference']:.2g}, of seeds by {row['spread']:.2g}"
-    return f"{count(rows)}; {row['size']}: {apart}"
-
-
-def count(rows: list[Row]) -> str:
-    """How many rows have a time, and what became of the others."""
-    reasons = Counter(row["skipped"].split(":")[0] for row in rows if row["skipped"])
-    timed = sum(not row["skipped"] for row in rows)
-    return ", ".join([f"{timed} timed", *(f"{number} {reason}" for reason, number in reasons.items())])
-
-
+QUICK = "--repeats 10 --budget-seconds 0.5"
+"""Ten calls tell a median within a few percent on a GPU; what takes half a second altogether is slow enough to tell."""
+CORE = (
+    f"--dim 768 --sizes 1024 4096 16384 65536 --no-compiled {QUICK}",
+    f"--dim 768 --sizes 4096 --heads 12 --compiled {QUICK}",
+    f"--dim 1152 --sizes 4096 --heads 16 --no-compiled {QUICK}",
+)
+IMAGES = f"--sizes 256 1024 4096 {QUICK}"
+TWO = "--modes forward backward"
 PARTS = (
-    Part("tests", tests, counts, ("pytest", "hypothesis")),
-    Part("ceilings", ceilings, rates, ("tyro",)),
-    Part(
-        "core",
-        suite(
-            "core",
-            ["--sizes", "1024", "4096", "16384", "65536", "--no-compiled", *QUICK],
-            ["--sizes", "4096", "--heads", "6", "--compiled", *QUICK],
-            smoke=["--dim", "128", "--modes", "forward", "backward"],
-        ),
-        against_softmax,
-        SUITES_NEED,
-    ),
-    Part("stages", suite("stages", ["--sizes", "4096", "16384", *QUICK]), furthest, SUITES_NEED),
-    Part(
-        "layer",
-        suite("layer", ["--dims", "384", *QUICK], smoke=["--modes", "forward", "backward"]),
-        against_softmax,
-        SUITES_NEED,
-    ),
-    Part(
-        "model",
-        suite("model", ["--sizes", "256", "1024", "4096", *QUICK], smoke=["--modes", "forward"]),
-        against_softmax,
-        (*SUITES_NEED, *MODELS_NEED),
-    ),
-    Part(
-        "latency",
-        suite("latency", ["--sizes", "256", "1024", "4096", *QUICK], smoke=["--batches", "1"]),
-        against_softmax,
-        (*SUITES_NEED, *MODELS_NEED),
-    ),
-    Part("training", suite("training", []), agreement, (*SUITES_NEED, *MODELS_NEED), on_request=True),
-    Part("sweep", sweep, gains, (*SUITES_NEED, "triton")),
+    # Several hundred kernels are compiled, by 8 processes at once; correctness goes before all else.
+    Part("tests", 140, tests, ("pytest", "hypothesis")),
+    # 60 copies and products, and the start of a process.
+    Part("ceilings", 15, ceilings),
+    # Three forms of our kernels to compile, heads of 64, of 72 and one; torch.compile at one size only.
+    Part("core", 80, suite("core", *CORE, smoke=f"--dim 128 {TWO}")),
+    # Two sizes: a stage grows with N as its bytes do.
+    Part("stages", 45, suite("stages", f"--sizes 4096 16384 {QUICK}", smoke="--dim 128")),
+    # The width of the speed table.
+    Part("layer", 50, suite("layer", f"--dims 384 {QUICK}", smoke=TWO)),
+    # Three sides of images; DiT's step at 4096 pixels takes most of it.
+    Part("model", 45, suite("model", IMAGES, smoke="--modes forward"), SUITES_NEED + MODELS_NEED),
+    # Three sides, one image at a time.
+    Part("latency", 25, suite("latency", IMAGES, smoke="--batches 1"), SUITES_NEED + MODELS_NEED),
+    # Two sizes, two seeds, four runs of each, 300 steps; for a call of its own.
+    Part("training", 400, suite("training", ""), SUITES_NEED + MODELS_NEED, by_default=False),
+    # About a second for each configuration, most of it compiling; a row each, so it may end anywhere.
+    Part("sweep", 50, sweep, (*SUITES_NEED, "triton")),
 )
 """In the order in which they run: what is wrong or slow is told before what is nice to know."""

@@ -9,9 +9,9 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tyro
 from matplotlib.axes import Axes
@@ -22,7 +22,6 @@ from benchmarks import harness
 from benchmarks.harness import Row
 from benchmarks.suite import MODES, label, milliseconds
 
-RESULTS = harness.REPOSITORY / "benchmarks" / "results"
 BASELINES = ("softmax", "dit")
 """Whom speed-ups are over: the first of these that a suite has."""
 SMALLEST_SPAN = 6
@@ -35,98 +34,72 @@ MARKERS = "sD^vPX<>p*hd"
 LINES = ("--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
 
 
-class Style(NamedTuple):
-    """How a contender is drawn, in every panel of a picture."""
-
-    color: str
-    marker: str
-    linestyle: str | tuple[int, tuple[int, ...]]
-    linewidth: float
-    fillstyle: str
-    zorder: float
-
-
 class Quantity(NamedTuple):
     """What a panel shows of each row; None where the row does not tell."""
 
     title: str
     value: Callable[[Row], float | None]
-    logarithmic: bool
+    logarithmic: bool = True
     line: float | None = None
 
 
-@dataclass(frozen=True)
-class Config:
-    """Time, speed-up, share of the ceiling and memory against N, from stored rows."""
+def main(rows: tyro.conf.Positional[tuple[Path, ...]] = (), out: Path | None = None) -> list[Path]:
+    """Time, speed-up, percentage of the ceiling and memory against N, from stored rows.
 
-    rows: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Files of rows; by default all of benchmarks/results/*/."""
-    out: Path | None = None
-    """Folder for the pictures; by default that of the rows."""
-
-
-def main(config: Config) -> list[Path]:
-    """Draws every suite of the files and returns the paths of the pictures."""
-    pictures = []
-    for path in config.rows or sorted(RESULTS.glob("*/*.jsonl")):
-        pictures += draw_all(harness.read_rows(path), config.out or path.parent)
-    return pictures
+    Args:
+        rows: files of rows; by default all of benchmarks/results/*/.
+        out: folder for the pictures; by default that of the rows.
+    """
+    files = rows or sorted(harness.RESULTS.glob("*/*.jsonl"))
+    return [picture for path in files for picture in draw_all(harness.read_rows(path), out or path.parent)]
 
 
 def draw_all(rows: Sequence[Row], folder: Path, *, widths: int | None = None) -> list[Path]:
     """Pictures SUITE.png of the width with most points, and SUITE-dWIDTH.png of others (up to ``widths`` in all)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    pictures = []
+    figures: dict[str, Figure] = {}
     if runs := [row for row in rows if "losses" in row]:
-        pictures.append(folder / "training.png")
-        draw_losses(runs).savefig(pictures[-1], dpi=120)
-    rows = [row for row in rows if row["suite"] != "training"]
-    for suite in dict.fromkeys(row["suite"] for row in rows):
-        of_suite = [row for row in rows if row["suite"] == suite and "skipped" in row]  # those of a comparison
+        figures["training"] = draw_losses(runs)
+    compared = [row for row in rows if row["suite"] != "training" and "skipped" in row]
+    for suite in dict.fromkeys(row["suite"] for row in compared):
+        of_suite = [row for row in compared if row["suite"] == suite]
         dims = Counter(row.get("dim") for row in of_suite if not row["skipped"])
         for number, (dim, _) in enumerate(dims.most_common(widths)):
-            figure = draw([row for row in of_suite if row.get("dim") == dim])
-            pictures.append(folder / (f"{suite}-d{dim}.png" if number else f"{suite}.png"))
-            figure.savefig(pictures[-1], dpi=120)
-    return pictures
+            name = f"{suite}-d{dim}" if number else suite
+            figures[name] = draw([row for row in of_suite if row.get("dim") == dim])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=120)
+    return [folder / f"{name}.png" for name in figures]
 
 
 def draw(rows: Sequence[Row]) -> Figure:
     """The picture of one suite and width: quantities downwards, modes (or stages) across."""
     rows = with_batch(rows)
     modes = list(dict.fromkeys(row["mode"] for row in rows))
-    stages = list(dict.fromkeys(row["stage"] for row in rows if "stage" in row))
+    stages = list(dict.fromkeys(row.get("stage") for row in rows))
     quantities = [q for q in quantities_of(rows) if any(q.value(row) is not None for row in rows)]
-    if stages:  # many: the sum of two modes that are shown goes without saying
+    if stages == [None]:
+        grid = [[(quantity, mode, None) for mode in modes] for quantity in quantities]
+    else:  # many: the sum of two modes that are shown goes without saying
         modes = [mode for mode in modes if mode != MODES[-1]] or modes
-    grid: list[tuple[Quantity, list[tuple[str, str | None]]]]
-    if stages:
-        grid = [(q, [(mode, stage) for stage in stages]) for mode in modes for q in quantities]
-    else:
-        grid = [(q, [(mode, None) for mode in modes]) for q in quantities]
+        grid = [[(quantity, mode, stage) for stage in stages] for mode, quantity in product(modes, quantities)]
 
     styles = styles_of(rows)
-    width, height = max(len(columns) for _, columns in grid), len(grid)
+    height, width = len(grid), len(grid[0])
     figure = Figure(figsize=(max(3.4 * width, 6.4), 2.4 * height + 1.3), layout="constrained")
     axes = figure.subplots(height, width, squeeze=False, sharex=True)
-    for i, (quantity, columns) in enumerate(grid):
-        for j, (mode, stage) in enumerate(columns):
-            chosen = [row for row in rows if row["mode"] == mode and row.get("stage") == stage]
-            panel(axes[i, j], quantity, chosen, styles)
-            axes[0, j].set_title(stage or mode, fontsize=10)
-            if j == 0:
-                axes[i, j].set_ylabel(f"{mode}: {quantity.title}" if stage else quantity.title, fontsize=9)
-    ticks(axes[-1, 0], sorted({place(row) for row in rows}))
-    for column in axes.T:  # the lowest panel of each that shows something
-        lowest = [ax for ax in column if ax.axison][-1:]
-        for ax in lowest:
-            ax.set_xlabel("side of the image (pixels)" if "image" in rows[0] else "tokens N", fontsize=9)
-            ax.tick_params(axis="x", labelbottom=True)
+    for i, line in enumerate(grid):
+        for ax, (quantity, mode, stage) in zip(axes[i], line, strict=True):
+            panel(ax, quantity, [row for row in rows if (row["mode"], row.get("stage")) == (mode, stage)], styles)
+            if i == 0:
+                ax.set_title(stage or mode, fontsize=10)
+        axes[i, 0].set_ylabel(f"{line[0][1]}: {quantity.title}" if line[0][2] else quantity.title, fontsize=9)
+    name_sizes(axes, rows)
     handles = {text: handle for ax in axes.flat for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)}
     shown = [name for name in styles if name in handles]
     across = min(len(shown), int(figure.get_figwidth() / 2.2))
-    legend = [handles[name] for name in shown]
-    figure.legend(legend, shown, loc="outside lower center", ncols=across, fontsize=8, handlelength=4)
+    places: dict[str, Any] = {"loc": "outside lower center", "ncols": across, "fontsize": 8, "handlelength": 4}
+    figure.legend([handles[name] for name in shown], shown, **places)
     figure.suptitle(caption(rows), fontsize=10)
     return figure
 
@@ -134,31 +107,26 @@ def draw(rows: Sequence[Row]) -> Figure:
 def draw_losses(rows: Sequence[Row]) -> Figure:
     """Loss against the step, a panel for each size of the model, a thin line for each seed."""
     sizes = list(dict.fromkeys(row["size"] for row in rows))
+    names = [f"{row['name']}, {row['backend']}" if row["backend"] else row["name"] for row in rows]
+    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(names))}
     figure = Figure(figsize=(4.8 * len(sizes), 4), layout="constrained")
-    panels = dict(zip(sizes, figure.subplots(1, len(sizes), squeeze=False)[0], strict=True))
-    names = list(dict.fromkeys(run_name(row) for row in rows))
-    for row in rows:
-        window = max(len(row["losses"]) // 50, 1)
-        smooth = [statistics.fmean(row["losses"][max(i - window, 0) : i + 1]) for i in range(len(row["losses"]))]
-        panels[row["size"]].plot(smooth, color=f"C{names.index(run_name(row))}", linewidth=0.9, label=run_name(row))
-    for size, ax in panels.items():
+    for size, ax in zip(sizes, figure.subplots(1, len(sizes), squeeze=False)[0], strict=True):
+        drawn: dict[str, Any] = {}
+        for row, name in zip(rows, names, strict=True):
+            if row["size"] == size:
+                losses, window = row["losses"], max(len(row["losses"]) // 50, 1)
+                means = [statistics.fmean(losses[max(i - window, 0) : i + 1]) for i in range(len(losses))]
+                (drawn[name],) = ax.plot(means, color=colours[name], linewidth=0.9, label=name)
         ax.set(title=size, xlabel="step", ylabel="loss, mean of the last 2 % of the steps", yscale="log")
-        handles, labels = ax.get_legend_handles_labels()
-        ax.legend(*zip(*{t: (h, t) for h, t in zip(handles, labels, strict=True)}.values(), strict=True), fontsize=8)
+        ax.legend(handles=list(drawn.values()), fontsize=8)
     figure.suptitle(f"{rows[0]['device']}, {rows[0]['dtype']}, commit {rows[0]['commit']}", fontsize=10)
     return figure
 
 
-def run_name(row: Row) -> str:
-    return f"{row['name']}, {row['backend']}" if row["backend"] else row["name"]
-
-
 def with_batch(rows: Sequence[Row]) -> Sequence[Row]:
     """The rows, with the batch said beside the mode where one size was measured with several."""
-    batches: dict[tuple[object, ...], set[int]] = {}
-    for row in rows:
-        batches.setdefault((label(row), row["mode"], row.get("stage"), place(row)), set()).add(row.get("batch", 1))
-    if all(len(found) == 1 for found in batches.values()):
+    batches = {(label(row), row["mode"], row.get("stage"), size_of(row), row.get("batch")) for row in rows}
+    if len({where[:-1] for where in batches}) == len(batches):
         return rows
     return [{**row, "mode": f"{row['mode']}, batch {row['batch']}"} for row in rows]
 
@@ -179,32 +147,23 @@ def quantities_of(rows: Sequence[Row]) -> list[Quantity]:
         measured = not row["skipped"] and row["name"] != baseline and where(row) in times
         return times[where(row)] / milliseconds(row) if measured else None
 
-    def memory(row: Row) -> float | None:
-        mib = row.get("peak_mib")
-        return mib if mib is not None and mib > 0 else None  # 0 has no logarithm
-
     return [
-        Quantity("time (ms)", lambda row: None if row["skipped"] else milliseconds(row), True),
-        Quantity(f"times as fast as {baseline}", speed_up, True, 1),
-        Quantity("% of the ceiling", lambda row: row.get("percent_of_ceiling"), False),
-        Quantity("peak memory (MiB)", memory, True),
+        Quantity("time (ms)", lambda row: None if row["skipped"] else milliseconds(row)),
+        Quantity(f"times as fast as {baseline}", speed_up, line=1),
+        Quantity("% of the ceiling", lambda row: row.get("percent_of_ceiling"), logarithmic=False),
+        Quantity("peak memory (MiB)", lambda row: row.get("peak_mib") or None),  # 0 has no logarithm
     ]
 
 
-def panel(axes: Axes, quantity: Quantity, rows: Sequence[Row], styles: dict[str, Style]) -> None:
+def panel(axes: Axes, quantity: Quantity, rows: Sequence[Row], styles: dict[str, dict[str, Any]]) -> None:
     """One curve for each contender; NaN, which draws nothing, where it has no number."""
-    points = sorted({place(row) for row in rows})
+    sizes = sorted({size_of(row) for row in rows})
     drawn: list[float] = []
     for name, style in styles.items():
-        values = dict.fromkeys(points, math.nan)
-        for row in rows:
-            value = quantity.value(row) if label(row) == name else None
-            if value is not None:
-                values[place(row)] = value
-        numbers = list(values.values())
-        if not all(map(math.isnan, numbers)):
-            axes.plot(points, numbers, label=name, markersize=5, **style._asdict())
-            drawn += [number for number in numbers if not math.isnan(number)]
+        values = {size_of(row): value for row in rows if label(row) == name and (value := quantity.value(row))}
+        if values:
+            axes.plot(sizes, [values.get(size, math.nan) for size in sizes], label=name, markersize=5, **style)
+            drawn += values.values()
     if not drawn:
         axes.set_axis_off()
         return
@@ -217,40 +176,42 @@ def panel(axes: Axes, quantity: Quantity, rows: Sequence[Row], styles: dict[str,
         axes.set_ylim(0, 1.1 * max(drawn))
         return
     widen = max(1.25, math.sqrt(SMALLEST_SPAN * min(drawn) / max(drawn)))
-    span = max(drawn) / min(drawn) * widen**2
     axes.set_yscale("log")
     axes.set_ylim(min(drawn) / widen, max(drawn) * widen)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     few = FuncFormatter(lambda value, _: f"{value:,g}" if f"{value:e}"[0] in "25" else "")
-    axes.yaxis.set_minor_formatter(few if span < 30 else NullFormatter())  # one decade may have no label otherwise
+    narrow = max(drawn) / min(drawn) * widen**2 < 30  # one decade may have no label otherwise
+    axes.yaxis.set_minor_formatter(few if narrow else NullFormatter())
 
 
-def ticks(axes: Axes, points: Sequence[int]) -> None:
-    """The sizes that were measured, on a logarithmic axis."""
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(points, [f"{point:,}" for point in points])
-    axes.xaxis.set_minor_locator(NullLocator())
-    for row in axes.figure.axes:
-        row.tick_params(axis="x", labelsize=8, rotation=30 if len(points) > 4 else 0)
+def name_sizes(axes: Any, rows: Sequence[Row]) -> None:
+    """The sizes that were measured, on logarithmic axes, named below the lowest panel of each column that shows any."""
+    sizes = sorted({size_of(row) for row in rows})
+    axes[-1, 0].set_xscale("log", base=2)
+    axes[-1, 0].set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes[-1, 0].xaxis.set_minor_locator(NullLocator())
+    for ax in axes.flat:
+        ax.tick_params(axis="x", labelsize=8, rotation=30 if len(sizes) > 4 else 0)
+    for ax in [[ax for ax in column if ax.axison][-1] for column in axes.T if any(ax.axison for ax in column)]:
+        ax.set_xlabel("side of the image (pixels)" if "image" in rows[0] else "tokens N", fontsize=9)
+        ax.tick_params(axis="x", labelbottom=True)
 
 
-def styles_of(rows: Sequence[Row]) -> dict[str, Style]:
+def styles_of(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """By label: ours black and solid, the others by name; hollow markers for one head."""
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    rivals = [name for name in names if name not in OURS]
+    rivals = list(dict.fromkeys(row["name"] for row in rows if row["name"] not in OURS))
     styles = {}
     for row in sorted(rows, key=lambda row: row["name"] not in OURS):
-        fill = "none" if row.get("heads") == 1 else "full"
-        if row["name"] in OURS:
-            styles[label(row)] = Style("#000000", "o", "-", 2.2, fill, 3)
-        else:
-            number = rivals.index(row["name"])
-            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-            styles[label(row)] = Style(colour, marker, LINES[number % len(LINES)], 1.3, fill, 2)
+        style: dict[str, Any] = {"color": "#000000", "marker": "o", "linestyle": "-", "linewidth": 2.2, "zorder": 3}
+        if row["name"] in rivals:
+            i = rivals.index(row["name"])
+            looks = {"color": COLOURS[i % 8], "marker": MARKERS[i % 12], "linestyle": LINES[i % 5]}
+            style = {**looks, "linewidth": 1.3, "zorder": 2}
+        styles[label(row)] = style | {"fillstyle": "none" if row.get("heads") == 1 else "full"}
     return styles
 
 
-def place(row: Row) -> int:
+def size_of(row: Row) -> int:
     """Where a row stands on the axis: the side of its image, or N."""
     return row["image"] if "image" in row else row["tokens"]
 
@@ -265,4 +226,4 @@ def caption(rows: Sequence[Row]) -> str:
 
 
 if __name__ == "__main__":
-    print(*main(tyro.cli(Config)), sep="\n")
+    print(*tyro.cli(main), sep="\n")

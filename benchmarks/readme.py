@@ -1,22 +1,24 @@
-"""Writes the README's section on speed from committed rows: ``python -m benchmarks.readme``, or ``--check``.
+"""Writes the documentation's section on speed from committed rows: ``python -m benchmarks.readme``, or ``--check``.
 
 The section stands between two markers.  It shows the rows of a GPU where there are any, else those of the CPU.
 """
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import tyro
+from tabulate import tabulate
 
 from benchmarks import harness
 from benchmarks.harness import Row
-from benchmarks.plot import RESULTS
 from benchmarks.suite import milliseconds
 
+PAGE = harness.REPOSITORY / "docs" / "guides" / "speed.md"
 BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
 DIM = 384
 MODES = ("forward", "forward+backward")
@@ -25,78 +27,67 @@ other widths, dtypes and machines, where the ratios are others; a whole model, o
 (`python -m benchmarks.model`). Weights and tokens are random. A ratio is that of medians of one run, in which all
 layers met the same input in turn; below 1x ours is slower. Before anything is timed it is held against float64, and
 what is wrong has no time. Memory is the peak of a call above weights and input.
-[benchmarks/README.md](benchmarks/README.md) tells how to repeat it and what each row says."""
+[benchmarks/README.md]({}/README.md) tells how to repeat it and what each row says."""
 TITLES = {"dydila": "ours", "softmax": "softmax", "sana": "Sana"}
 
 
 class Stale(RuntimeError):
-    """The README does not say what the rows say."""
+    """The section does not say what the rows say."""
 
 
-@dataclass(frozen=True)
-class Config:
-    """Write the README's section on speed from committed rows."""
+def main(check: bool = False, page: Path = PAGE, results: Path = harness.RESULTS) -> None:
+    """Write the documentation's section on speed from committed rows.
 
-    check: bool = False
-    """Write nothing, and fail where the README differs from what the rows give."""
-    readme: Path = harness.REPOSITORY / "README.md"
-    """The file with the markers."""
-    results: Path = RESULTS
-    """Folder of the results, which has one for each device."""
+    Args:
+        check: write nothing, and fail where the section differs from what the rows give.
+        page: the file with the markers.
+        results: folder of the results, which has one for each device.
 
-
-def main(config: Config) -> None:
-    """Raises ValueError where a marker, or a row that the section needs, is missing; Stale where the check fails."""
-    old = config.readme.read_text(encoding="utf-8")
-    before, after = around(old, config.readme)
-    new = before + section(config.results) + after
-    if not config.check:
-        config.readme.write_text(new, encoding="utf-8")
+    Raises:
+        ValueError: a marker, or a row that the section needs, is missing.
+        Stale: the check fails.
+    """
+    old = page.read_text(encoding="utf-8")
+    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
+        raise ValueError(f"{page} must have one line {BEGIN} and, behind it, one line {END}")
+    new = old[: old.index(BEGIN) + len(BEGIN)] + section(results, page.parent) + old[old.index(END) :]
+    if not check:
+        page.write_text(new, encoding="utf-8")
     elif new != old:
-        raise Stale(f"{config.readme} differs from the rows in {config.results}: run python -m benchmarks.readme")
+        raise Stale(f"{page} differs from the rows in {results}: run python -m benchmarks.readme")
 
 
-def around(text: str, path: Path) -> tuple[str, str]:
-    """What is before and behind the section, with the markers."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{path} must have one line {BEGIN} and, behind it, one line {END}")
-    return text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-
-
-def section(results: Path) -> str:
-    """The section, made from the rows of one device."""
-    folder = folder_of(results)
-    rows = [row for row in harness.read_rows(folder / "layer.jsonl") if row["dim"] == DIM]
+def section(results: Path, folder: Path) -> str:
+    """The section, made from the rows of one device, for a page in ``folder``."""
+    of_device = device_folder(results)
+    rows = [row for row in harness.read_rows(of_device / "layer.jsonl") if row["dim"] == DIM]
     if not any(row["name"] == "dydila" and not row["skipped"] for row in rows):
-        raise ValueError(f"{folder / 'layer.jsonl'} has no time of ours at d = {DIM}")
+        raise ValueError(f"{of_device / 'layer.jsonl'} has no time of ours at d = {DIM}")
     first = rows[0]
-    link = f"benchmarks/results/{folder.name}"
-    threads = f"{first['threads']} threads of an " if first["device_type"] == "cpu" else ""
+    on_cpu = first["device_type"] == "cpu"
+    link = Path(os.path.relpath(of_device, folder)).as_posix()
+    threads = f"{first['threads']} threads of an " if on_cpu else ""
     facts = f"{first['date'][:10]}, {threads}{first['device']}, {first['dtype']}, d = {DIM}"
     versions = f"commit {first['commit']}, torch {first['torch']}, Triton {first['triton']}"
-    opening = (
-        "**No GPU has been measured yet: these are times of the torch backend on a CPU.**"
-        if first["device_type"] == "cpu"
-        else "Forward times are those of CUDA graphs, which leave the host out."
-    )
+    on_gpu = "Forward times are those of CUDA graphs, which leave the host out."
+    opening = "**No GPU has been measured yet: these are times of the torch backend on a CPU.**" if on_cpu else on_gpu
     introduction = (
         f"{opening} How many times as fast our layer is as a softmax layer of the same width, with heads of 64 "
         f"channels, and as Sana's ReLU linear attention, with as many heads as ours ({facts}; {versions}; "
         f"[rows]({link}/layer.jsonl)):"
     )
-    picture = f"![Time, speed-up, share of the ceiling and memory against N]({link}/layer.png)"
     blocks = [
         textwrap.fill(introduction, 120, break_long_words=False, break_on_hyphens=False),
-        "\n".join(speed_ups(rows)),
+        speed_ups(rows),
         "The most memory that a call takes, in MiB:",
-        "\n".join(memory(rows)),
-        picture,
-        NOT_SHOWN,
+        memory(rows),
+        f"![Time, speed-up, percentage of the ceiling and memory against N]({link}/layer.png)",
+        NOT_SHOWN.format(Path(os.path.relpath(harness.REPOSITORY / "benchmarks", folder)).as_posix()),
     ]
     return "\n" + "\n\n".join(blocks) + "\n"
 
 
-def folder_of(results: Path) -> Path:
+def device_folder(results: Path) -> Path:
     """That of the GPU measured last, else that of the CPU."""
     found = sorted(path.parent for path in results.glob("*/layer.jsonl"))
     if not found:
@@ -105,64 +96,54 @@ def folder_of(results: Path) -> Path:
     return max(gpus or found, key=lambda folder: harness.read_rows(folder / "layer.jsonl")[0]["date"])
 
 
-def speed_ups(rows: Sequence[Row]) -> list[str]:
-    """A table: the time of softmax, and of Sana, over ours, in each mode and with each number of heads of ours."""
-    lines = heading(rows)
-    for mode in MODES:
-        for rival in ("softmax", "sana"):
-            for ours in curves(rows, "dydila"):
-                theirs = curves(rows, rival)
-                same = ours if ours in theirs else next(iter(theirs), None)
-                cells = []
-                for tokens in sizes(rows):
-                    above, below = find(rows, rival, same, mode, tokens), find(rows, "dydila", ours, mode, tokens)
-                    cells.append(f"{milliseconds(above) / milliseconds(below):.3g}x" if above and below else "-")
-                if set(cells) != {"-"}:
-                    lines.append(f"| {mode}, over {TITLES[rival]}: {heads_of(ours)} | {' | '.join(cells)} |")
-    return lines
+def speed_ups(rows: Sequence[Row]) -> str:
+    """A table: time of softmax, and of Sana's layer, over ours, in each mode and with each number of heads of ours."""
+    lines: dict[str, list[str]] = {}
+    for mode, rival, heads in product(MODES, ("softmax", "sana"), heads_of(rows, "dydila")):
+        theirs = heads_of(rows, rival)
+        above = curve(rows, rival, heads if heads in theirs else next(iter(theirs), None), mode)
+        below = curve(rows, "dydila", heads, mode)
+        pairs = zip(above, below, strict=True)
+        ratios = [f"{milliseconds(a) / milliseconds(b):.3g}x" if a and b else "-" for a, b in pairs]
+        lines[f"{mode}, over {TITLES[rival]}: {counted(heads)}"] = ratios
+    return table(rows, lines)
 
 
-def memory(rows: Sequence[Row]) -> list[str]:
+def memory(rows: Sequence[Row]) -> str:
     """A table: the peak of each layer in each mode."""
-    lines = heading(rows)
-    for mode in MODES:
-        for name, title in TITLES.items():
-            for heads in curves(rows, name):
-                found = [find(rows, name, heads, mode, tokens) for tokens in sizes(rows)]
-                cells = [f"{row['peak_mib']:,.0f}" if row and row.get("peak_mib") is not None else "-" for row in found]
-                if set(cells) != {"-"}:
-                    lines.append(f"| {mode}: {title}, {heads_of(heads)} | {' | '.join(cells)} |")
-    return lines
+    lines: dict[str, list[str]] = {}
+    for mode, (name, title) in product(MODES, TITLES.items()):
+        for heads in heads_of(rows, name):
+            peaks = [row and row.get("peak_mib") for row in curve(rows, name, heads, mode)]
+            lines[f"{mode}: {title}, {counted(heads)}"] = ["-" if p is None else f"{p:,.0f}" for p in peaks]
+    return table(rows, lines)
 
 
-def heading(rows: Sequence[Row]) -> list[str]:
-    return [
-        f"| tokens N | {' | '.join(f'{tokens:,}' for tokens in sizes(rows))} |",
-        "|---" * (len(sizes(rows)) + 1) + "|",
-    ]
+def table(rows: Sequence[Row], lines: dict[str, list[str]]) -> str:
+    """In Markdown, a column for each N; without lines that have no number."""
+    shown = [[title, *cells] for title, cells in lines.items() if {*cells} != {"-"}]
+    return tabulate(shown, ["tokens N", *(f"{n:,}" for n in sizes(rows))], "github", disable_numparse=True)
 
 
 def sizes(rows: Sequence[Row]) -> list[int]:
     return sorted({row["tokens"] for row in rows})
 
 
-def curves(rows: Sequence[Row], name: str) -> list[int]:
+def heads_of(rows: Sequence[Row], name: str) -> list[int]:
     """The numbers of heads that a layer was measured with."""
     return sorted({row["heads"] for row in rows if row["name"] == name}, reverse=True)
 
 
-def heads_of(number: int) -> str:
-    return "1 head" if number == 1 else f"{number} heads"
+def counted(heads: int) -> str:
+    return "1 head" if heads == 1 else f"{heads} heads"
 
 
-def find(rows: Sequence[Row], name: str, heads: int | None, mode: str, tokens: int) -> Row | None:
-    """The row of a layer, if it was measured."""
-    wanted = {"name": name, "heads": heads, "mode": mode, "tokens": tokens, "skipped": None}
-    return next((row for row in rows if all(row[key] == value for key, value in wanted.items())), None)
+def curve(rows: Sequence[Row], name: str, heads: int | None, mode: str) -> list[Row | None]:
+    """The rows of a layer over N, None where it was not measured."""
+    wanted = {"name": name, "heads": heads, "mode": mode, "skipped": None}
+    found = {row["tokens"]: row for row in rows if wanted.items() <= row.items()}
+    return [found.get(tokens) for tokens in sizes(rows)]
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config))
-    except (OSError, ValueError, Stale) as error:
-        raise SystemExit(f"benchmarks.readme: {error}") from None
+    harness.told(lambda: tyro.cli(main), Stale)

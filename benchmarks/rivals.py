@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from typing import NamedTuple
@@ -106,9 +106,6 @@ def plain_linear(q: Tensor, k: Tensor, v: Tensor, *, heads: int) -> Tensor:
     return merge(q @ (k.mT @ v) / (q @ k.sum(-2, keepdim=True).mT + 1e-15))
 
 
-# Of others ------------------------------------------------------------------------------------------------------------
-
-
 def flash_attn(q: Tensor, k: Tensor, v: Tensor, *, heads: int) -> Tensor:
     """Softmax attention by the flash-attn package, which takes (B, N, H, e)."""
     q, k, v = (rearrange(t, "b n (h e) -> b n h e", h=heads) for t in (q, k, v))
@@ -123,20 +120,17 @@ def flash_bla(q: Tensor, k: Tensor, v: Tensor, *, heads: int) -> Tensor:
 
 
 class Package(NamedTuple):
-    """Of others.  What it ``computes``, in words; ``attend`` is None where that is not comparable, for a ``reason``."""
+    """Of others; what it ``computes``, in words.  ``attend`` is None where that is not comparable."""
 
     module: str
     attend: Attention | None
     computes: str
-    reason: str = ""
 
 
-PACKAGES: Mapping[str, Package] = {
+PACKAGES = {
     "flash-attn": Package("flash_attn", flash_attn, "softmax attention"),
     "flash_bla": Package("flash_bla", flash_bla, "ReLU linear attention, Eq. 4"),
-    "flash-linear-attention": Package(
-        "fla", None, "causal linear attention", "its linear attention is causal only: not the same function"
-    ),
+    "flash-linear-attention": Package("fla", None, "causal linear attention"),
 }
 
 
@@ -146,11 +140,8 @@ def missing(name: str, device: str) -> str | None:
     if importlib.util.find_spec(package.module) is None:
         return "missing: not installed"
     if package.attend is None:
-        return f"missing: {package.reason}"
+        return "missing: its linear attention is causal only: not the same function"
     return None if torch.device(device).type == "cuda" else "missing: it needs a GPU"
-
-
-# Layers ---------------------------------------------------------------------------------------------------------------
 
 
 class Layer(nn.Module):

@@ -1,22 +1,22 @@
 """Bytes and FLOPs declared for what is timed, and the ceilings of the device that they are held against.
 
-Bytes are what a call cannot avoid: each input read once, each output written once, in units of B N d elements.  FLOPs
-are those of matrix products and convolutions, two for a multiply-accumulate; powers and norms are not counted.
+Bytes are what a call cannot avoid: each input read once, each output written once, in passes over a tensor of tokens.
+FLOPs are those of products and convolutions, two for a multiply-accumulate; powers and norms are not counted.
 ``python -m benchmarks.roofline`` measures the ceilings: a copy for bytes, square matrix products for FLOPs.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import tyro
 
 from benchmarks import harness
-from benchmarks.harness import Row
+from benchmarks.harness import Call, Row
 
 GIGA, TERA = 1e9, 1e12
 
@@ -45,36 +45,40 @@ class Shape:
     dtype: torch.dtype
 
     @property
-    def unit(self) -> int:
-        """Bytes of B N d elements."""
-        return self.batch * self.tokens * self.dim * self.dtype.itemsize
-
-    @property
     def rows(self) -> int:
         return self.batch * self.tokens
 
+    @property
+    def token_bytes(self) -> int:
+        return self.rows * self.dim * self.dtype.itemsize
+
+
+def passes(shape: Shape, count: int, flops: float) -> Cost:
+    """So many passes over a tensor of tokens, and FLOPs for each token."""
+    return Cost(count * shape.token_bytes, flops * shape.rows)
+
 
 def products(shape: Shape) -> float:
-    """FLOPs of K^T V and Q (K^T V), or of the other order where it is cheaper."""
-    return 4 * shape.rows * min(shape.dim // shape.heads, shape.tokens) * shape.dim
+    """FLOPs for each token of K^T V and Q (K^T V), or of the other order where it is cheaper."""
+    return 4 * min(shape.dim // shape.heads, shape.tokens) * shape.dim
 
 
-def core(shape: Shape, mode: str, *, num_kernel_factors: int = 9, num_differential_factors: int = 9) -> Cost:
-    """Eqs. 5-8 given q, k, v, q', k': reads five, writes one; backward reads six and writes five."""
-    logits = 2 * shape.rows * shape.dim * 4 * (num_kernel_factors + num_differential_factors)
-    return by_mode(mode, Cost(6 * shape.unit, products(shape) + logits), Cost(11 * shape.unit, 2 * products(shape)))
+def core(shape: Shape, mode: str, factors: int = 9) -> Cost:
+    """Eqs. 5-8 given q, k, v, q', k' and tables of so many: reads five, writes one; backward reads six, writes five."""
+    logits = 16 * shape.dim * factors
+    return by_mode(mode, passes(shape, 6, products(shape) + logits), passes(shape, 11, 2 * products(shape)))
 
 
 def softmax_core(shape: Shape, mode: str) -> Cost:
     """Scaled dot-product attention: reads three, writes one; backward reads five, writes three, and does the products
     five times over, because it computes the scores again."""
-    product = 2 * shape.rows * shape.tokens * shape.dim
-    return by_mode(mode, Cost(4 * shape.unit, 2 * product), Cost(8 * shape.unit, 5 * product))
+    product = 2 * shape.tokens * shape.dim
+    return by_mode(mode, passes(shape, 4, 2 * product), passes(shape, 8, 5 * product))
 
 
 def linear_core(shape: Shape, mode: str) -> Cost:
     """Linear attention given q, k, v, with any element-wise kernel function."""
-    return by_mode(mode, Cost(4 * shape.unit, products(shape)), Cost(7 * shape.unit, 2 * products(shape)))
+    return by_mode(mode, passes(shape, 4, products(shape)), passes(shape, 7, 2 * products(shape)))
 
 
 def linear(rows: int, inputs: int, outputs: int, mode: str, dtype: torch.dtype, *, weights: int = 1) -> Cost:
@@ -87,8 +91,8 @@ def linear(rows: int, inputs: int, outputs: int, mode: str, dtype: torch.dtype, 
 
 def convolution(shape: Shape, mode: str, taps: int = 9) -> Cost:
     """The depth-wise convolution: reads one, writes one; backward reads two and writes one."""
-    flops = 2 * taps * shape.rows * shape.dim
-    return by_mode(mode, Cost(2 * shape.unit, flops), Cost(3 * shape.unit, 2 * flops))
+    flops = 2 * taps * shape.dim
+    return by_mode(mode, passes(shape, 2, flops), passes(shape, 3, 2 * flops))
 
 
 def by_mode(mode: str, forward: Cost, backward: Cost) -> Cost:
@@ -96,33 +100,22 @@ def by_mode(mode: str, forward: Cost, backward: Cost) -> Cost:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(harness.Options):
     """Measure the ceilings of a device: bytes per second of a copy, FLOPs per second of matrix products."""
 
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to run: cpu or cuda."""
-    threads: int = 2
-    """CPU threads."""
-    smoke: bool = False
-    """Small sizes, in a second: numbers of no meaning."""
+    out: tyro.conf.Suppress[None] = None
 
 
-def measure(config: Config) -> Row:
+def measure(config: harness.Options) -> Row:
     """The ceilings: ``copy_gb_s`` (read and written bytes both counted) and ``{float32,bfloat16}_tflop_s``."""
     torch.set_num_threads(config.threads)
-    on_gpu = torch.device(config.device).type == "cuda"
-    large = 2**30 if on_gpu else 2**27
-    side = 8192 if on_gpu else 1536
-    if config.smoke:
-        large, side = 2**20, 128
+    large, side = (2**20, 128) if config.smoke else (2**30, 8192) if config.on_gpu else (2**27, 1536)
     source = torch.randint(256, (large,), dtype=torch.uint8, device=config.device)
-    target = torch.empty_like(source)
-    calls = {"copy": lambda: target.copy_(source)}
-    matrices = {  # random: a GPU multiplies zeros and ones faster than its power allows for real numbers
-        dtype: torch.randn(side, side, device=config.device).to(dtype) for dtype in (torch.float32, torch.bfloat16)
-    }
-    for dtype, matrix in matrices.items():
-        calls[str(dtype).removeprefix("torch.")] = lambda matrix=matrix: matrix @ matrix  # type: ignore[misc]
+    calls: dict[str, Call] = {"copy": partial(torch.empty_like(source).copy_, source)}
+    for dtype in (torch.float32, torch.bfloat16):
+        # Random: a GPU multiplies zeros and ones faster than its power allows for real numbers.
+        matrix = torch.randn(side, side, device=config.device).to(dtype)
+        calls[str(dtype).removeprefix("torch.")] = partial(torch.mm, matrix, matrix)
     repeats = 2 if config.smoke else 20
     seconds = harness.interleave(calls, repeats=repeats, budget_seconds=20, device=config.device)
     best = {name: min(samples) for name, samples in seconds.items()}  # a ceiling is the best there was
@@ -131,9 +124,9 @@ def measure(config: Config) -> Row:
 
 
 def against(cost: Cost, seconds: float, ceilings: Row, dtype: torch.dtype) -> Row:
-    """Rates of a call, and its share of the nearer ceiling: the time that the ceilings allow over the time it took."""
-    products = ceilings[f"{'float32' if dtype == torch.float32 else 'bfloat16'}_tflop_s"] * TERA
-    floors = {"bytes": cost.bytes / (ceilings["copy_gb_s"] * GIGA), "FLOPs": cost.flops / products}
+    """Rates of a call, and the percentage of the nearer ceiling: the time that the ceilings allow over that taken."""
+    rate = ceilings["float32_tflop_s" if dtype == torch.float32 else "bfloat16_tflop_s"]
+    floors = {"bytes": cost.bytes / (ceilings["copy_gb_s"] * GIGA), "FLOPs": cost.flops / (rate * TERA)}
     nearer = max(floors, key=lambda name: floors[name])
     return {
         "gb_s": cost.bytes / seconds / GIGA,
@@ -144,4 +137,4 @@ def against(cost: Cost, seconds: float, ceilings: Row, dtype: torch.dtype) -> Ro
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(tyro.cli(Config)), indent=2), file=sys.stdout)
+    print(json.dumps(measure(tyro.cli(Config)), indent=2))

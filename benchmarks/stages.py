@@ -1,64 +1,112 @@
-"""Each stage of the layer alone, against what libraries have for it: ``python -m benchmarks.stages``.
+"""Each stage of the layer, inside a real call of it, against what libraries have: ``python -m benchmarks.stages``.
 
-    projection           Eqs. 1-2: route, then multiply each token; against grouped_mm, and all projectors on all tokens
-    tokens               Eqs. 5-7 of the keys: route and measure; for wide heads also Eq. 8's difference, written
+    projection           Eqs. 1-2 for Q' and K': route, then multiply each token; against grouped_mm, and all projectors
+                         on all tokens
+    tokens               Eqs. 5-7: route and measure; of the keys alone where the queries' part belongs to the readout
     state, readout       Eq. 8: Kh^T V and Qh S; against bmm, which is given Kh and Qh
     gradients of queries, gradients of keys      of Eqs. 5-8, from dO and V; against autograd, which is given dQh or dKh
     convolution          Eq. 9, added to what is there; against conv2d on channels-last images
 
-"dydila" is the kernels on a GPU and the torch backend elsewhere.  Bytes and FLOPs are those that
-dydila_kernels/ops/README.md counts for our stage, and for a rival that is given other tensors, its own.
+"dydila" is a call of the layer, of which the stage alone is timed: its kernels on a GPU, its functions of the torch
+backend elsewhere.  KERNELS and FUNCTIONS say which those are; nothing else here knows how the backends work.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from cProfile import Profile
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from itertools import product
 from math import isqrt
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
 
-from benchmarks import core, rivals, roofline, suite
-from benchmarks.harness import Row
-from benchmarks.roofline import Cost, Shape
-from benchmarks.suite import Call, Comparison, Contender, Mode
-from dydila_kernels import reference, torch_backend
+from benchmarks import core, harness, layer, rivals, roofline, suite
+from benchmarks.harness import Call, Row
+from benchmarks.roofline import Cost, passes
+from benchmarks.suite import Case, Comparison, Contender
+from dydila_kernels import reference
 from dydila_kernels.functional import why_not_triton
-from dydila_kernels.testing import cast, output_and_gradients, relative_error
-from dydila_kernels.torch_backend import blocks, linear_attention
-from dydila_kernels.torch_backend import tokens as torch_tokens
 
-RIVALS = {
-    "projection": ("dydila", "grouped_mm", "dense"),
-    "tokens": ("dydila", "dydila eager"),
-    "state": ("dydila", "bmm"),
-    "readout": ("dydila", "bmm"),
-    "gradients of queries": ("dydila", "dydila eager"),
-    "gradients of keys": ("dydila", "dydila eager"),
-    "convolution": ("dydila", "conv2d"),
-}
-"""Who is measured, by stage."""
-WHOLE = ("projection", "convolution")
+HEADLESS = ("projection", "convolution")
 """Stages without heads, which have all modes."""
 PROJECTORS = 3
 """As in the layer by default."""
 
 
+class Launches(NamedTuple):
+    """Kernels of a stage by name; ``number`` is which of their launches in a call it is, None: all of them.
+
+    ``then``: the stage is what torch does between that launch and the next.
+    """
+
+    kernels: tuple[str, ...]
+    number: int | None = None
+    then: bool = False
+
+
+KERNELS = {
+    "projection": Launches(
+        ("route_kernel", "count_kernel", "rank_kernel", "project_kernel", "weight_gradient_kernel", "sum_parts_kernel")
+    ),
+    "tokens": Launches(("tokens_kernel",)),
+    "state": Launches(("state_kernel",)),
+    "readout": Launches(("readout_kernel",)),
+    "gradients of queries": Launches(("gradients_kernel",), 0),
+    "gradients of keys": Launches(("gradients_kernel",), 1),
+    "convolution": Launches(("add_convolution", "weight_gradient")),
+}
+"""What a stage launches."""
+WIDE = {"state": Launches(("tokens_kernel",), 0, then=True), "readout": Launches(("tokens_kernel",), 1, then=True)}
+"""The same for heads too wide for those kernels: keys, torch's K^T V, queries, torch's Q S."""
+FUNCTIONS = {
+    "projection": (
+        "blocks.choices_of_each", "projection.projection_logits", "projection.project_block", "projection.backward",
+    ),
+    "tokens": ("tokens.tokens_of",),
+    "state": ("linear_attention.states_of",),
+    "readout": ("linear_attention.readout",),
+    "convolution": ("depthwise.ValueBlocks.convolve", "depthwise.Depthwise.forward", "depthwise.Depthwise.backward"),
+}  # fmt: skip
+"""What a stage calls in :mod:`dydila_kernels.torch_backend`; none of them calls another of its stage."""
+
+
 @dataclass(frozen=True)
 class Config(suite.Options):
-    """Each stage of the layer alone, against what libraries have for it."""
+    """Each stage of the layer, inside a real call of it, against what libraries have for it."""
 
     dim: int = 384
     """Channels d."""
     heads: tuple[int, ...] = ()
     """Heads to measure with, where a stage has them; by default 1 and DIM/64."""
-    stages: tuple[str, ...] = tuple(RIVALS)
+    stages: tuple[str, ...] = tuple(KERNELS)
     """Stages to measure."""
+
+
+def runs_kernels(case: Case) -> bool:
+    """Whether "dydila" is the kernels."""
+    return harness.is_gpu(case.device) and why_not_triton(torch.device(case.device), case.shape.dtype) is None
+
+
+def is_fused(case: Case) -> bool:
+    """Whether kernels make Qh and Kh where they need them; else these are written once, and torch multiplies."""
+    from dydila_kernels.ops import configs
+
+    return runs_kernels(case) and case.shape.dim // case.shape.heads <= configs.LARGEST_HEAD
+
+
+def sides_of(case: Case) -> str:
+    """Whose tokens the stage is about: "q", "k" or both."""
+    if case.stage == "tokens" and not is_fused(case):
+        return "qk"
+    return "q" if case.stage in ("readout", "gradients of queries") else "k"
 
 
 def main(config: Config) -> list[Row]:
@@ -67,186 +115,153 @@ def main(config: Config) -> list[Row]:
 
 
 def comparisons(config: Config) -> Iterator[Comparison]:
-    per_head = config.heads or tuple(dict.fromkeys((1, max(1, config.dim // 64))))
-    for stage in config.stages:
-        modes = suite.MODES if stage in WHOLE else ("backward",) if stage.startswith("gradients") else ("forward",)
-        for mode in [mode for mode in config.modes if mode in modes]:
-            for tokens in config.lengths(cpu=(256, 1024, 4096), gpu=(256, 1024, 4096, 16384, 65536)):
-                batch = max(1, 65536 // tokens) if config.on_gpu and not config.smoke else 1
-                shape = Shape(batch, tokens, config.dim, 1, config.torch_dtype)
-                contenders = {
-                    f"{name} H={heads}": contender(config, stage, name, mode, replace(shape, heads=heads))
-                    for heads in ((1,) if stage in WHOLE else per_head)
-                    for name in RIVALS[stage]
-                }
-                series: Row = {"stage": stage, "mode": mode, "dim": config.dim}
-                yield Comparison(series, {"batch": batch, "tokens": tokens}, contenders, input_bytes=2 * shape.unit)
+    sizes = config.lengths(cpu=(256, 1024, 4096), gpu=(256, 1024, 4096, 16384, 65536))
+    for stage, mode, tokens in product(config.stages, config.modes, sizes):
+        if stage in HEADLESS or mode == ("backward" if stage.startswith("gradients") else "forward"):
+            heads = (1,) if stage in HEADLESS else suite.heads_of(config.heads, config.dim)
+            who = [(name, h) for h in heads for name in ("dydila", *RIVALS[stage])]
+            yield suite.comparison(config, mode, tokens, config.dim, who, contender, inputs=2, stage=stage)
 
 
-def contender(config: Config, stage: str, name: str, mode: Mode, shape: Shape) -> Contender:
-    ours, kernels = name == "dydila", runs_kernels(config.device, shape.dtype)
-    missing = None
-    if ours and not kernels and stage.startswith("gradients"):
+def contender(case: Case) -> Contender:
+    labels = {"name": case.name} if case.stage in HEADLESS else {"name": case.name, "heads": case.shape.heads}
+    if case.name == "dydila":
+        return ours(case, labels)
+    missing = None if hasattr(F, case.name) or case.name != "grouped_mm" else "missing: not in this torch"
+    return Contender(partial(RIVALS[case.stage][case.name], case), labels, cost(case), missing=missing, graph=True)
+
+
+def ours(case: Case, labels: Row) -> Contender:
+    """A call of the layer, and the clock of the stage."""
+    stage, shape, missing = case.stage, case.shape, None
+    kernels, fused = runs_kernels(case), is_fused(case)
+    if not kernels and stage not in FUNCTIONS:
         missing = "missing: the kernels need a GPU, and for the torch backend this is no stage of its own"
-    if name == "grouped_mm" and not hasattr(F, "grouped_mm"):
-        missing = "missing: this version of torch has none"
-    small = replace(shape, batch=1, tokens=min(shape.tokens, core.CHECKED_TOKENS))
-    arguments = (name, mode, shape, config.device)
-    return Contender(
-        partial(WHOLE_STAGES[stage], *arguments) if stage in WHOLE else partial(prepare, stage, *arguments),
-        {"name": name} if stage in WHOLE else {"name": name, "heads": shape.heads},
-        cost(stage, name, mode, shape, kernels),
-        partial(error_ratio, stage, small, config.device) if ours else None,
-        missing,
-        graph=True,
-    )
+    elif not kernels and harness.is_gpu(case.device):
+        missing = "missing: the torch backend shows its stages on a CPU only"
+    elif fused and stage == "convolution":
+        missing = "missing: it is part of the readout"
+    elif not fused and stage in ("state", "readout") and shape.tokens < shape.dim // shape.heads:
+        missing = "missing: the products come in the order (Q K^T) V, which is cheaper here"
+    check = partial(layer.error_ratio, case.one_of(min(shape.tokens, core.CHECKED_TOKENS), "forward"))
+    return Contender(partial(layer.prepare, case), labels, cost(case), check, missing, clock=clock_of(case))
 
 
-def runs_kernels(device: str, dtype: torch.dtype) -> bool:
-    """Whether "dydila" is the kernels."""
-    return why_not_triton(torch.device(device), dtype) is None
-
-
-def cost(stage: str, name: str, mode: Mode, shape: Shape, kernels: bool) -> Cost:
-    """What a stage moves and computes."""
+def cost(case: Case) -> Cost:
+    """What a stage moves and computes: of ours as dydila_kernels/ops/README.md counts, of a rival what it is given."""
+    _, mode, shape, _, stage = case
     d, e = shape.dim, shape.dim // shape.heads
+    taps, routing = 2 * 9 * d, 2 * d * 4 * core.FACTORS
     if stage == "projection":
-        route = units(shape, 0, 0 if mode == "backward" else 2 * d * PROJECTORS)
-        return roofline.linear(shape.rows, d, d, mode, shape.dtype, weights=PROJECTORS) + route
+        route = passes(shape, 0, 0 if mode == "backward" else 2 * d * PROJECTORS)
+        return (roofline.linear(shape.rows, d, d, mode, shape.dtype, weights=PROJECTORS) + route) * 2
     if stage == "convolution":  # what is there is read, too, and the weight has a gradient of its own
-        return roofline.by_mode(mode, units(shape, 3, 18 * d), units(shape, 5, 38 * d))
-    routing, made = 4 * d * 2 * core.FACTORS, kernels and not fused(shape)
-    if name == "dydila eager":
-        return units(shape, 3, routing) if stage == "tokens" else units(shape, 5, 0)
-    if name == "bmm" or (made and stage in ("state", "readout")):
-        return units(shape, 2, 2 * d * e) + Cost(shape.batch * d * e * shape.dtype.itemsize, 0)
-    if made:
-        return units(shape, 3, routing) if stage == "tokens" else units(shape, 5, 0)
-    return {
-        "tokens": units(shape, 2, routing),
-        "state": units(shape, 3, 2 * d * e),
-        "readout": units(shape, 3, 2 * d * e + routing),
-        "gradients of queries": units(shape, 5, 4 * d * e),
-        "gradients of keys": units(shape, 6, 6 * d * e),
-    }[stage]
-
-
-def units(shape: Shape, count: int, flops: int) -> Cost:
-    """So many times B N d elements, and FLOPs for each of B N tokens."""
-    return Cost(count * shape.unit, flops * shape.rows)
-
-
-def fused(shape: Shape) -> bool:
-    from benchmarks.launchers import is_fused  # needs Triton
-
-    return is_fused(shape)
-
-
-# Tokens, state, readout, gradients ------------------------------------------------------------------------------------
-
-
-def prepare(stage: str, name: str, mode: Mode, shape: Shape, device: str) -> Call:
-    if name != "dydila":
-        return torch.inference_mode()(given(stage, shape, device)) if mode == "forward" else given(stage, shape, device)
-    if runs_kernels(device, shape.dtype):
-        return getattr(launchers(shape, device), stage.replace(" ", "_"))
-    return torch.inference_mode()(by_blocks(stage, shape, device))
-
-
-def launchers(shape: Shape, device: str) -> Any:
-    """The kernels on random inputs."""
-    from benchmarks.launchers import Launchers  # needs Triton
-
-    inputs = core.random_inputs(shape, device)
-    return Launchers(inputs, torch.randn_like(inputs["q"]), shape.heads)
-
-
-def given(stage: str, shape: Shape, device: str) -> Callable[[], object]:
-    """The stage in plain PyTorch: "bmm" is given Zh, the gradients are given that of Zh."""
-    inputs = core.random_inputs(shape, device)
-    side = "q" if stage in ("readout", "gradients of queries") else "k"
-    if stage in ("state", "readout"):
-        z, v = (rivals.split(inputs[key], shape.heads) for key in (side, "v"))
-        states = z.mT @ v / shape.tokens
-        return (lambda: z.mT @ v) if stage == "state" else (lambda: rivals.merge(z @ states))
-    leaves = [inputs[side], inputs[f"{side}_redundant"]]
-    tables = [inputs["gamma"], inputs["lam"]]
+        return roofline.by_mode(mode, passes(shape, 3, taps), passes(shape, 5, 2 * taps))
+    if case.name == "dydila" and is_fused(case):
+        return {
+            "tokens": passes(shape, 2, routing),
+            "state": passes(shape, 3, 2 * d * e),
+            "readout": passes(shape, 4, 2 * d * e + routing + taps),
+            "gradients of queries": passes(shape, 5, 4 * d * e),
+            "gradients of keys": passes(shape, 7, 6 * d * e + taps),
+        }[stage]
     if stage == "tokens":
-        return lambda: equations(side, leaves, tables, inputs)
-    for leaf in leaves + tables:
-        leaf.requires_grad_()
-    return suite.call_of(
-        "backward", lambda: equations(side, leaves, tables, inputs), leaves + tables, inputs["v"].detach()
-    )
+        return passes(shape, 3, routing) * len(sides_of(case))
+    if stage.startswith("gradients"):
+        return passes(shape, 5, 0)
+    return passes(shape, 2, 2 * d * e) + Cost(shape.batch * d * e * shape.dtype.itemsize, 0)
 
 
-def equations(side: str, pair: list[Tensor], tables: list[Tensor], inputs: dict[str, Tensor]) -> Tensor:
-    """Eqs. 5-8 up to Zh of one side, routing and all."""
-    number = "qk".index(side)
-    routers = inputs["kernel_routers"]
+def clock_of(case: Case) -> harness.Clock:
+    """Times what a call spends in the stage; it raises RuntimeError where the call has no such part."""
+    if not runs_kernels(case):
+        return partial(profiled_seconds, FUNCTIONS.get(case.stage, ()))
+    launches = KERNELS if is_fused(case) else KERNELS | WIDE
+    return partial(launched_seconds, launches[case.stage], harness.is_gpu(case.device))
+
+
+def profiled_seconds(functions: tuple[str, ...], call: Call) -> float:
+    """By Python's profiler: what these functions of the torch backend take, with what they call."""
+    found = []
+    for function in functions:
+        module, _, name = function.partition(".")
+        found.append(attrgetter(name)(import_module(f"dydila_kernels.torch_backend.{module}")).__code__)
+    profile = Profile()
+    profile.runcall(call)
+    seconds = [entry.totaltime for entry in profile.getstats() if entry.code in found]
+    if not seconds:
+        raise RuntimeError(f"the call went through none of {', '.join(functions)}")
+    return sum(seconds)
+
+
+def launched_seconds(stage: Launches, on_gpu: bool, call: Call) -> float:
+    """By marks around each launch, on the device behind work that lets the host run ahead of it."""
+    from dydila_kernels.ops import tiles
+
+    def mark() -> Any:
+        if not on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def timed(kernel: Any, *arguments: Any) -> None:
+        began = mark()
+        launch(kernel, *arguments)
+        marks.append((kernel.__name__, began, mark()))
+
+    marks: list[tuple[str, Any, Any]] = []
+    launch, tiles.launcher = tiles.launcher, timed
+    try:
+        if on_gpu:
+            torch.cuda._sleep(20_000_000)  # cycles, 10 ms or more: else a mark may be of the host that is late
+        call()
+    finally:
+        tiles.launcher = launch
+    parts = intervals(stage, marks, mark())
+    if on_gpu:
+        torch.cuda.synchronize()
+    return sum(start.elapsed_time(stop) / 1e3 if on_gpu else stop - start for start, stop in parts)
+
+
+def intervals(stage: Launches, marks: list[tuple[str, Any, Any]], end: Any) -> list[tuple[Any, Any]]:
+    """Beginning and end of each part of the stage, of the ``marks`` around all launches of a call and at its end."""
+    places = [i for i, (name, _, _) in enumerate(marks) if name in stage.kernels]
+    if len(places) <= (stage.number or 0):
+        raise RuntimeError(f"the call launched {len(places)} of {', '.join(stage.kernels)}")
+    if stage.number is not None:
+        places = [places[stage.number]]
+    if stage.then:
+        return [(marks[i][2], marks[i + 1][1] if i + 1 < len(marks) else end) for i in places]
+    return [marks[i][1:] for i in places]
+
+
+def products(case: Case) -> Call:
+    """Eq. 8 by bmm, which is given Zh."""
+    inputs = core.random_inputs(case.shape, case.device)
+    z, v = (rivals.split(inputs[key], case.shape.heads) for key in (sides_of(case), "v"))
+    states = z.mT @ v / case.shape.tokens
+    return torch.inference_mode()((lambda: z.mT @ v) if case.stage == "state" else (lambda: rivals.merge(z @ states)))
+
+
+def equations(case: Case) -> Call:
+    """Eqs. 5-8 up to Zh in plain PyTorch, routing and all; the gradients are given that of Zh."""
+    inputs = core.random_inputs(case.shape, case.device)
+    leaves = [inputs[key] for side in sides_of(case) for key in (side, f"{side}_redundant")]
+    leaves += [inputs["gamma"], inputs["lam"]]
+    for leaf in leaves:
+        leaf.requires_grad_(case.mode != "forward")
+    return suite.call_of(case.mode, lambda: [z_hat(side, inputs) for side in sides_of(case)], leaves, inputs["v"])
+
+
+def z_hat(side: str, inputs: dict[str, Tensor]) -> Tensor:
+    number, routers = "qk".index(side), inputs["kernel_routers"]
     z, redundant = (
-        reference.power(t, reference.choose(tables[0], reference.route(t, routers[2 * i + number])))
-        for i, t in enumerate(pair)
+        reference.power(t, reference.choose(inputs["gamma"], reference.route(t, routers[2 * i + number])))
+        for i, t in enumerate((inputs[side], inputs[f"{side}_redundant"]))
     )
     index = reference.route(torch.cat([z, redundant], -1), inputs["differential_routers"][number])
-    return reference.difference(z, redundant, reference.choose(tables[1], index))
-
-
-def by_blocks(stage: str, shape: Shape, device: str) -> Callable[[], object]:
-    """The stage as the torch backend runs it: a block of rows at a time, in its own accumulation dtype."""
-    inputs = core.random_inputs(shape, device)
-    like = inputs["q"]
-    options = torch_backend.Options(shape.heads, "length", "none", "token")
-    names = ("q", "k", "v", "q_redundant", "k_redundant")
-    tables = [inputs[key] for key in ("gamma", "lam", "kernel_routers", "differential_routers")]
-    call = torch_backend.Call(options, None, None, [inputs[key] for key in names], tables, like)
-
-    def load(key: str, at: torch_backend.At) -> Tensor:
-        return inputs[key][at].to(call.dtype, copy=True)  # it is overwritten
-
-    def made(side: str, at: torch_backend.At) -> torch_tokens.Tokens:
-        return torch_tokens.tokens_of(side, load(side, at), load(f"{side}_redundant", at), call.tables, options, {})
-
-    def walk(work: Callable[[torch_backend.At], object]) -> None:
-        for images, ranges in blocks.all_blocks(like):
-            for rows in ranges:
-                work((images, rows))
-
-    if stage == "tokens":
-        return lambda: walk(lambda at: made("k", at))
-    if stage == "state":
-        return lambda: walk(
-            lambda at: linear_attention.states_of(made("k", at), load("v", at), 1 / shape.tokens, options)
-        )
-    e = shape.dim // shape.heads
-    states = torch.randn(shape.batch, shape.heads, e, e, device=device, dtype=call.dtype)
-    return lambda: walk(lambda at: linear_attention.readout(made("q", at), [states[at[0]]], options))
-
-
-# Projection, convolution ----------------------------------------------------------------------------------------------
-
-
-def project(name: str, mode: Mode, shape: Shape, device: str) -> Call:
-    torch.manual_seed(0)
-    x = torch.randn(shape.batch, shape.tokens, shape.dim, device=device, dtype=shape.dtype)
-    weight, router = (
-        torch.randn(size, device=device, dtype=shape.dtype) * shape.dim**-0.5
-        for size in ((PROJECTORS, shape.dim, shape.dim), (shape.dim, PROJECTORS))
-    )
-    leaves = [x, weight]
-    for leaf in leaves:
-        leaf.requires_grad_(mode != "forward")
-    return suite.call_of(mode, lambda: PROJECTIONS[name](x, weight, router), leaves, torch.randn_like(x))
-
-
-def routed(x: Tensor, weight: Tensor, router: Tensor) -> Tensor:
-    """Ours."""
-    if runs_kernels(x.device.type, x.dtype):
-        from dydila_kernels.ops import library  # needs Triton
-
-        return library.routed_projection(x, weight, library.route(x, [router])[0])
-    index = torch_backend.projection_logits(x.detach(), router).argmax(-1)
-    return torch_backend.routed_projection(x, weight, index)
+    return reference.difference(z, redundant, reference.choose(inputs["lam"], index))
 
 
 def grouped(x: Tensor, weight: Tensor, router: Tensor) -> Tensor:
@@ -264,114 +279,49 @@ def dense(x: Tensor, weight: Tensor, router: Tensor) -> Tensor:
     return reference.project(x, weight, reference.route(x, router))
 
 
-PROJECTIONS = {"dydila": routed, "grouped_mm": grouped, "dense": dense}
+def projections(project: rivals.Attention, case: Case) -> Call:
+    """Q' and K' of the same tokens."""
+    d, (x, grad) = case.shape.dim, random_tokens(case, 2)
+    sizes = 2 * ((PROJECTORS, d, d), (d, PROJECTORS))
+    w_q, r_q, w_k, r_k = (torch.randn(size, device=x.device, dtype=x.dtype) * d**-0.5 for size in sizes)
+    for leaf in (x, w_q, w_k):
+        leaf.requires_grad_(case.mode != "forward")
+    return suite.call_of(case.mode, lambda: [project(x, w_q, r_q), project(x, w_k, r_k)], [x, w_q, w_k], grad, grad)
 
 
-def convolve(name: str, mode: Mode, shape: Shape, device: str) -> Call:
-    torch.manual_seed(0)
-    v, out, grad = (torch.randn(shape.batch, shape.tokens, shape.dim, device=device).to(shape.dtype) for _ in range(3))
-    weight, bias = torch.randn(shape.dim, 1, 3, 3, device=device) / 3, torch.randn(shape.dim, device=device)
-    grid = torch_backend.Grid(0, isqrt(shape.tokens), isqrt(shape.tokens))
-    if name == "dydila" and runs_kernels(device, shape.dtype):
-        return partial(convolve_by_kernels, mode, out, v, weight.flatten(1).t().contiguous().t(), bias, grad, grid)
-    if name != "dydila":
-        weight, bias = weight.to(shape.dtype), bias.to(shape.dtype)
-    leaves = [v, weight, bias]
-    for leaf in leaves:
-        leaf.requires_grad_(mode != "forward")
-    add = torch_backend.depthwise if name == "dydila" else add_conv2d
-    return suite.call_of(mode, lambda: add(out.detach(), v, weight, bias, [grid]), leaves, grad)
-
-
-def convolve_by_kernels(
-    mode: Mode, out: Tensor, v: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, grid: torch_backend.Grid
-) -> Any:
-    """Adds to ``out`` the convolution, its gradient with respect to v, or both; the gradients of weight and bias."""
-    from dydila_kernels.ops import depthwise  # needs Triton
-
-    geometry = depthwise.Geometry.of([grid], v.device)
-    if mode != "backward":
-        depthwise.depthwise(out, v, weight, bias, geometry)
-    if mode != "forward":
-        depthwise.depthwise_input_gradient(out, grad, weight, geometry)
-        return depthwise.depthwise_weight_gradient(v, grad, geometry)
-    return None
-
-
-def add_conv2d(out: Tensor, v: Tensor, weight: Tensor, bias: Tensor, grids: list[torch_backend.Grid]) -> Tensor:
+def convolve(case: Case) -> Call:
     """``out + DWC(V)``, written into ``out``; tokens are images in the channels-last layout as they lie."""
-    image = v.unflatten(1, (grids[0].rows, grids[0].columns)).permute(0, 3, 1, 2)
-    return out.add_(F.conv2d(image, weight, bias, padding=1, groups=len(weight)).permute(0, 2, 3, 1).flatten(1, 2))
+    v, out, grad = random_tokens(case, 3)
+    weight = torch.randn(case.shape.dim, 1, 3, 3, device=v.device, dtype=v.dtype) / 3
+    for leaf in (v, weight):
+        leaf.requires_grad_(case.mode != "forward")
+
+    def add_conv2d() -> Tensor:
+        image = v.unflatten(1, (isqrt(case.shape.tokens), -1)).permute(0, 3, 1, 2)
+        convolved = F.conv2d(image, weight, padding=1, groups=len(weight))
+        return out.detach().add_(convolved.permute(0, 2, 3, 1).flatten(1, 2))
+
+    return suite.call_of(case.mode, add_conv2d, [v, weight], grad)
 
 
-WHOLE_STAGES: dict[str, Callable[..., Call]] = {"projection": project, "convolution": convolve}
+def random_tokens(case: Case, count: int) -> tuple[Tensor, ...]:
+    """So many of (B, N, d)."""
+    shape = case.shape
+    size = (shape.batch, shape.tokens, shape.dim)
+    return tuple(torch.randn(size, device=case.device, dtype=shape.dtype) for _ in range(count))
 
 
-# Checks ---------------------------------------------------------------------------------------------------------------
-
-
-def error_ratio(stage: str, shape: Shape, device: str) -> float:
-    """Our error over that of the equations in plain PyTorch: of the stage, or of the core where it is not kernels."""
-    if stage in WHOLE:
-        return whole_error_ratio(stage, shape, device)
-    if runs_kernels(device, shape.dtype):
-        return kernel_error_ratios(shape, device)[stage]
-    return core.error_ratio(device, shape)
-
-
-@cache
-def kernel_error_ratios(shape: Shape, device: str) -> dict[str, float]:
-    return launchers(shape, device).error_ratios()
-
-
-@cache
-def whole_error_ratio(stage: str, shape: Shape, device: str) -> float:
-    torch.manual_seed(0)
-    d = shape.dim
-    inputs = {"x": torch.randn(shape.batch, shape.tokens, d)}
-    if stage == "projection":
-        inputs |= {"weight": torch.randn(PROJECTORS, d, d) * d**-0.5}
-        index = torch.randint(PROJECTORS, inputs["x"].shape[:2], dtype=torch.int8)
-    else:
-        inputs |= {"weight": torch.randn(d, 1, 3, 3) / 3, "bias": torch.randn(d)}
-    grid = torch_backend.Grid(0, isqrt(shape.tokens), isqrt(shape.tokens))
-
-    def plain(t: dict[str, Tensor]) -> Tensor:
-        if stage == "projection":
-            return reference.project(t["x"], t["weight"], index.to(t["x"].device))
-        return reference.depthwise(t["x"], t["weight"], t["bias"], grid[1:])
-
-    kernels = runs_kernels(device, shape.dtype)
-
-    def ours(t: dict[str, Tensor]) -> Tensor:
-        if stage == "projection" and kernels:
-            from dydila_kernels.ops import library  # needs Triton
-
-            return library.routed_projection(t["x"], t["weight"], index.to(device))
-        if stage == "projection":
-            return torch_backend.routed_projection(t["x"], t["weight"], index.long().to(device))
-        return torch_backend.depthwise(torch.zeros_like(t["x"]), t["x"], t["weight"], t["bias"], [grid])
-
-    working = {name: t.to(device, shape.dtype) for name, t in inputs.items()}
-    truth = output_and_gradients(plain, cast({name: t.cpu() for name, t in working.items()}, torch.float64))
-    usual = output_and_gradients(plain, working)
-    if stage == "convolution" and kernels:
-        found = kernel_convolution(working, grid)
-    else:
-        found = output_and_gradients(ours, working)
-    errors = [(relative_error(found[name], t), relative_error(usual[name], t)) for name, t in truth.items()]
-    return max(ours / theirs if theirs else ours for ours, theirs in errors)
-
-
-def kernel_convolution(t: dict[str, Tensor], grid: torch_backend.Grid) -> dict[str, Tensor]:
-    """What ``output_and_gradients`` gives for the convolution alone, by the kernels that are timed."""
-    out, dv = torch.zeros_like(t["x"]), torch.zeros_like(t["x"])
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out)
-    weight = t["weight"].float().flatten(1).t().contiguous().t()
-    convolve_by_kernels("forward", out, t["x"], weight, t["bias"].float(), grad, grid)
-    dweight, dbias = convolve_by_kernels("backward", dv, t["x"], weight, t["bias"].float(), grad, grid)
-    return {"output": out, "x": dv, "weight": dweight.view_as(t["weight"]), "bias": dbias}
+RIVALS: dict[str, dict[str, Callable[[Case], Call]]] = {
+    "projection": {"grouped_mm": partial(projections, grouped), "dense": partial(projections, dense)},
+    "tokens": {"dydila eager": equations},
+    "state": {"bmm": products},
+    "readout": {"bmm": products},
+    "gradients of queries": {"dydila eager": equations},
+    "gradients of keys": {"dydila eager": equations},
+    "convolution": {"conv2d": convolve},
+}
+"""Who else is measured, by stage and name."""
 
 
 if __name__ == "__main__":
-    raise SystemExit(suite.exit_code(main(tyro.cli(Config))))
+    suite.command(main, Config)

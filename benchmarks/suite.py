@@ -7,54 +7,46 @@ that says so under "skipped", and no time.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+import tyro
+from tabulate import tabulate
 from torch import Tensor
 from torch._functorch import config as functorch_config
 from tqdm import tqdm
 
 from benchmarks import harness, roofline
-from benchmarks.harness import Row
-from benchmarks.roofline import Cost
+from benchmarks.goals import goals, verdicts
+from benchmarks.harness import Call, Clock, Row
+from benchmarks.roofline import Cost, Shape
+from dydila_kernels.testing import relative_error
 
-Call = Callable[[], object]
 Mode = Literal["forward", "backward", "forward+backward"]
 WRONG = "wrong: the error is over twice that of plain PyTorch"
 MODES: tuple[Mode, ...] = ("forward", "backward", "forward+backward")
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(harness.Options):
     """What every suite can be told."""
 
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to run: cpu or cuda."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of inputs and parameters; "auto" is bfloat16 on a GPU and float32 on a CPU."""
     sizes: tuple[int, ...] = ()
     """Numbers of tokens N, each a square; by default those that suit the device."""
     modes: tuple[Mode, ...] = MODES
     """What to time; the backward pass is timed on its own as well."""
-    threads: int = 2
-    """CPU threads."""
     repeats: int = 0
     """Timed calls of each contender, after one to warm up; by default 7 on a CPU and 30 on a GPU."""
     budget_seconds: float = 20.0
     """Make no further calls of a contender once they have taken this long (s); one is always made."""
     skip_over_seconds: float = 600.0
     """Skip a contender where one call is expected to take longer than this (s), by its time at the size before."""
-    smoke: bool = False
-    """Try everything in seconds: two short sizes, two repeats, rows stored only where --out says."""
-    out: Path | None = None
-    """Folder for the rows; by default benchmarks/results/DEVICE."""
-
-    @property
-    def on_gpu(self) -> bool:
-        return torch.device(self.device).type == "cuda"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -71,12 +63,34 @@ class Options:
             return (64, 256)
         return self.sizes or tuple(gpu if self.on_gpu else cpu)
 
+    def batch(self, tokens: int, together: int = 65536) -> int:
+        """Images of so many tokens: on a GPU as many as have so many ``together``."""
+        return max(together // tokens, 1) if self.on_gpu and not self.smoke else 1
+
     def folder(self) -> Path | None:
         """Where rows go; None where they are not to be stored."""
         if self.out is not None or self.smoke:
             return self.out
-        kind, name = torch.device(self.device).type, harness.device_name(self.device)
-        return harness.REPOSITORY / "benchmarks" / "results" / harness.folder_name(kind, name)
+        return harness.folder_of(torch.device(self.device).type, harness.device_name(self.device))
+
+
+class Case(NamedTuple):
+    """A contender by its name, what it meets, and the stage that it is about, if it is about one."""
+
+    name: str
+    mode: Mode
+    shape: Shape
+    device: str
+    stage: str = ""
+
+    def one_of(self, tokens: int, mode: Mode) -> Case:
+        """The whole for one image of so many tokens."""
+        return self._replace(mode=mode, shape=replace(self.shape, batch=1, tokens=tokens), stage="")
+
+
+def heads_of(asked: tuple[int, ...], dim: int) -> tuple[int, ...]:
+    """The numbers of heads that were asked for; else one, as in the paper, and as many as have 64 channels."""
+    return asked or tuple(dict.fromkeys((1, max(1, dim // 64))))
 
 
 @dataclass(frozen=True)
@@ -90,9 +104,10 @@ class Contender:
         cost: what a call moves and computes, if declared.
         error_ratio: our error over that of plain PyTorch, measured in this run before any time; over 2 is wrong.
         missing: why it cannot run here, such as a package that is not installed.
-        warm_up: a small call of the same kind; where given, memory is measured: how far it rises during a call, on a
+        warm_up: as ``prepare``, for a small call; where given, memory is measured: how far it rises during a call, on a
             CPU in a fresh process in which the small call has loaded code and started threads.
         graph: whether to time it as a CUDA graph as well, which leaves the host out.
+        clock: times a part of the call, in place of all of it.
     """
 
     prepare: Callable[[], Call]
@@ -100,8 +115,9 @@ class Contender:
     cost: Cost | None = None
     error_ratio: Callable[[], float] | None = None
     missing: str | None = None
-    warm_up: Call | None = None
+    warm_up: Callable[[], Call] | None = None
     graph: bool = False
+    clock: Clock | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +134,24 @@ class Comparison:
     input_bytes: int
 
 
-def call_of(mode: Mode, function: Callable[[], Tensor], leaves: Sequence[Tensor], incoming: Tensor) -> Call:
+def comparison(
+    options: Options, mode: Mode, tokens: int, dim: int, who: Iterable[tuple[str, int]],
+    contender: Callable[[Case], Contender], *, inputs: int, stage: str = "",
+) -> Comparison:  # fmt: skip
+    """Of contenders by name and number of heads, on ``inputs`` tensors of so many tokens an image."""
+    shape = Shape(options.batch(tokens), tokens, dim, 1, options.torch_dtype)
+    contenders = {
+        f"{name} {heads}": contender(Case(name, mode, replace(shape, heads=heads), options.device, stage))
+        for name, heads in who
+    }
+    series: Row = {"stage": stage} if stage else {}
+    point = {"batch": shape.batch, "tokens": tokens}
+    return Comparison({**series, "mode": mode, "dim": dim}, point, contenders, inputs * shape.token_bytes)
+
+
+def call_of(
+    mode: Mode, function: Callable[[], Tensor | Sequence[Tensor]], leaves: Sequence[Tensor], *incoming: Tensor
+) -> Call:
     """What a mode times: the function without gradients, the gradients of ``leaves`` given that of its output, or both.
 
     For "backward" the forward pass runs here, once, and what it saves stays in memory.
@@ -131,18 +164,25 @@ def call_of(mode: Mode, function: Callable[[], Tensor], leaves: Sequence[Tensor]
     return lambda: torch.autograd.grad(output, leaves, incoming, retain_graph=True)
 
 
+def error_ratio(found: Tensor, plain: Tensor, exact: Tensor) -> float:
+    """The error of a result over that of plain PyTorch, or the error itself where that has none."""
+    ours, usual = relative_error(found, exact), relative_error(plain, exact)
+    return ours / usual if usual else ours
+
+
+def command(main: Callable[..., Sequence[Row]], config: type) -> None:
+    """The suite from the command line: exit code 1 where a result was wrong, a message where it cannot run."""
+    raise SystemExit(exit_code(harness.told(lambda: main(tyro.cli(config)))))
+
+
 def run(suite: str, options: Options, comparisons: Sequence[Comparison]) -> list[Row]:
-    """Measures the comparisons, each series in rising order of size, and stores the rows as they come."""
+    """Measures the comparisons, each series in rising order of size, and stores the rows as they come.
+
+    Prints tables, and how the rows stand to the goals of the project."""
     torch.set_num_threads(options.threads)
     folder = options.folder()
-    ceilings = roofline.measure(roofline.Config(options.device, options.threads, options.smoke))
-    facts = {
-        "suite": suite,
-        **harness.environment(options.device),
-        "device_type": torch.device(options.device).type,
-        "dtype": str(options.torch_dtype).removeprefix("torch."),
-        "ceilings": ceilings,
-    }
+    ceilings = roofline.measure(options)
+    facts = {**harness.facts_of(suite, options.device, options.torch_dtype), "ceilings": ceilings}
     rows: list[Row] = []
     for comparison in tqdm(comparisons, desc=suite, unit="cell"):
         # What is compiled would give its saved tensors away, and could not run its backward pass again.
@@ -153,7 +193,7 @@ def run(suite: str, options: Options, comparisons: Sequence[Comparison]) -> list
         torch.compiler.reset()  # what was compiled for these sizes has had its use, and the compiler gives up at eight
         if options.on_gpu:
             torch.cuda.empty_cache()
-    print(report(rows))
+    print(*filter(None, (report(rows), verdicts(goals(rows)))), sep="\n\n")
     if folder is not None:
         print(f"rows: {folder / f'{suite}.jsonl'}")
     return rows
@@ -169,24 +209,26 @@ def measure(options: Options, comparison: Comparison, earlier: Sequence[Row], ce
     for entrant in entrants:
         entrant.row["skipped"] = entrant.contender.missing or over_budget(options, entrant, earlier)
         entrant.try_to(entrant.check)
-        entrant.try_to(lambda entrant=entrant: entrant.prepare(sets))  # type: ignore[misc]
+        entrant.try_to(partial(entrant.prepare, sets))
 
-    def time_in_turn(calls: Mapping[int, Sequence[Call]], prefix: str) -> None:
-        attempts = {i: entrants[i].attempt(harness.in_turn(each)) for i, each in calls.items()}
-        budget = options.budget_seconds
-        seconds = harness.interleave(attempts, repeats=options.calls, budget_seconds=budget, device=options.device)
+    def time_in_turn(prefix: str) -> None:
+        among = {i: entrant for i, entrant in enumerate(entrants) if entrant.calls.get(prefix)}
+        attempts = {i: partial(entrant.try_to, harness.in_turn(entrant.calls[prefix])) for i, entrant in among.items()}
+        clocks = {i: entrant.clock for i, entrant in among.items() if entrant.contender.clock}
+        repeats, budget = options.calls, options.budget_seconds
+        seconds = harness.interleave(attempts, repeats, budget, device=options.device, clocks=clocks)
         for i, samples in seconds.items():
             if not entrants[i].row["skipped"]:
                 entrants[i].row |= {f"{prefix}{key}": value for key, value in harness.summarize(samples).items()}
 
-    time_in_turn({i: entrant.calls for i, entrant in enumerate(entrants) if entrant.calls}, "")
+    time_in_turn("")
     if options.on_gpu:
         for entrant in entrants:
             entrant.try_to(entrant.capture, "graph_skipped")
-        time_in_turn({i: entrant.graphs for i, entrant in enumerate(entrants) if entrant.graphs}, "graph_")
+        time_in_turn("graph_")
     for entrant in entrants:
-        entrant.try_to(lambda entrant=entrant: entrant.finish(options, ceilings))  # type: ignore[misc]
-        entrant.calls, entrant.graphs = [], []
+        entrant.try_to(partial(entrant.finish, options, ceilings))
+        entrant.calls.clear()
     return [entrant.row for entrant in entrants]
 
 
@@ -195,15 +237,10 @@ class Entrant:
 
     def __init__(self, contender: Contender, row: Row) -> None:
         self.contender, self.row = contender, row
-        self.calls: list[Call] = []
-        self.graphs: list[Call] = []
-
-    def attempt(self, call: Call) -> Call:
-        """The call, which does nothing from its first failure on."""
-        return lambda: self.try_to(call)
+        self.calls: dict[str, list[Call]] = {}
 
     def try_to(self, action: Call, where: str = "skipped") -> None:
-        """Notes what goes wrong ``where`` in the row."""
+        """Does nothing from the first failure on; notes ``where`` in the row what goes wrong."""
         if self.row["skipped"]:
             return
         try:
@@ -221,21 +258,28 @@ class Entrant:
                 self.row["skipped"] = WRONG
 
     def prepare(self, sets: int) -> None:
-        self.calls = [self.contender.prepare() for _ in range(sets)]
+        self.calls[""] = [self.contender.prepare() for _ in range(sets)]
+
+    def clock(self, call: Call) -> float:
+        """The contender's own, of which a failure is noted as well."""
+        seconds: list[float] = []
+        clock = self.contender.clock
+        self.try_to(lambda: seconds.append(clock(call)) if clock else None)
+        return sum(seconds)
 
     def capture(self) -> None:
         """Calls of their own: autograd runs a backward pass on the stream of its forward pass, so that must be here."""
         if self.contender.graph:
             stream = harness.side_stream()
             with torch.cuda.stream(stream):
-                calls = [self.contender.prepare() for _ in self.calls]
-            self.graphs = [harness.captured(call, stream) for call in calls]
+                calls = [self.contender.prepare() for _ in self.calls[""]]
+            self.calls["graph_"] = [harness.captured(call, stream) for call in calls]
 
     def finish(self, options: Options, ceilings: Row) -> None:
-        """Memory, and the share of the ceilings."""
+        """Memory, and the percentage of the ceilings."""
         contender, row = self.contender, self.row
         if contender.warm_up is not None:
-            row["peak_mib"] = peak_mib(options, contender.prepare, contender.warm_up, self.calls[0])
+            row["peak_mib"] = peak_mib(options, contender.prepare, contender.warm_up, self.calls[""][0])
         if contender.cost is not None:
             seconds = milliseconds(row) / 1e3
             row |= {"bytes": contender.cost.bytes, "flops": contender.cost.flops}
@@ -245,21 +289,22 @@ class Entrant:
 def over_budget(options: Options, entrant: Entrant, earlier: Sequence[Row]) -> str | None:
     """Why a contender is not called: by its time at the size before, a call would take too long."""
     cost, row = entrant.contender.cost, entrant.row
-    for before in reversed(earlier):
-        labels = ("stage", "name", "mode", "heads", "dim")
-        same = all(before.get(key) == value for key, value in row.items() if key in labels)
-        if cost is not None and same:
-            if before["skipped"]:
-                return before["skipped"] if before["skipped"].startswith("over budget") else None
-            growth = max(cost.bytes / before["bytes"], cost.flops / max(before["flops"], 1))
-            expected = before["median_ms"] / 1e3 * growth
-            if expected > options.skip_over_seconds:
-                return f"over budget: a call would take about {expected:.0f} s"
-            break
-    return None
+    same = {key: row[key] for key in ("stage", "name", "mode", "heads", "dim") if key in row}
+    before = next((r for r in reversed(earlier) if same.items() <= r.items()), None)
+    if cost is None or before is None:
+        return None
+    if before["skipped"]:
+        return before["skipped"] if before["skipped"].startswith("over budget") else None
+    growth = max(cost.bytes / before["bytes"], cost.flops / max(before["flops"], 1))
+    expected = before["median_ms"] / 1e3 * growth
+    if expected <= options.skip_over_seconds:
+        return None
+    return f"over budget: a call would take about {expected:.0f} s"
 
 
-def peak_mib(options: Options, prepare: Callable[[], Call], warm_up: Call, prepared: Call) -> float | None:
+def peak_mib(
+    options: Options, prepare: Callable[[], Call], warm_up: Callable[[], Call], prepared: Call
+) -> float | None:
     """How far memory rises during a call (MiB), weights and inputs left out; None where it cannot be told.
 
     Processes take seconds to start, so a smoke run makes do with this one.
@@ -271,44 +316,39 @@ def peak_mib(options: Options, prepare: Callable[[], Call], warm_up: Call, prepa
     return harness.in_fresh_process(_peak_mib, prepare, warm_up, options.threads)
 
 
-def _peak_mib(prepare: Callable[[], Call], warm_up: Call, threads: int) -> float | None:
+def _peak_mib(prepare: Callable[[], Call], warm_up: Callable[[], Call], threads: int) -> float | None:
     torch.set_num_threads(threads)
-    warm_up()
+    warm_up()()
     return harness.peak_growth_mib(prepare(), "cpu")
 
 
 def report(rows: Sequence[Row]) -> str:
-    """The rows as tables, one for each series: median times in ms, with the share of the nearer ceiling."""
-    tables: dict[str, list[Row]] = {}
+    """The rows as tables, one for each series: median times in ms, with the percentage of the nearer ceiling.
+
+    Where there is a CUDA graph, its time comes first, then that of the plain call."""
+    tables: dict[str, dict[str, Row]] = {}
     for row in rows:
         title = ", ".join(f"{key} {row[key]}" for key in ("stage", "mode", "dim") if key in row)
-        tables.setdefault(title, []).append(row)
-    return "\n\n".join(f"{title}\n{grid(group)}" for title, group in tables.items())
+        point = " ".join(f"{key}={row[key]}" for key in ("batch", "tokens", "image") if key in row)
+        tables.setdefault(title, {}).setdefault(point, {"": point})[label(row)] = cell(row)
+    return "\n\n".join(f"{title}\n{table(points.values())}" for title, points in tables.items())
 
 
-def grid(rows: Sequence[Row]) -> str:
-    """Contenders against sizes."""
-    names = list(dict.fromkeys(label(row) for row in rows))
-    points = list(dict.fromkeys(point(row) for row in rows))
-    cells = {(point(row), label(row)): cell(row) for row in rows}
-    lines = [["", *names], *([at, *(cells.get((at, name), "-") for name in names)] for at in points)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(text.rjust(w) for text, w in zip(line, widths, strict=True)) for line in lines)
+def table(rows: Iterable[Row]) -> str:
+    """Plain text, a line for each row and a column for each key."""
+    return tabulate(list(rows), headers="keys", tablefmt="plain", missingval="-", disable_numparse=True)
 
 
 def label(row: Row) -> str:
     return f"{row['name']} H={row['heads']}" if row.get("heads") else row["name"]
 
 
-def point(row: Row) -> str:
-    return " ".join(f"{key}={row[key]}" for key in ("batch", "tokens", "image") if key in row)
-
-
 def cell(row: Row) -> str:
     if row["skipped"]:
         return row["skipped"].split(":")[0]
+    called = f", called {row['median_ms']:.3g}" if "graph_median_ms" in row else ""
     percent = f" ({row['percent_of_ceiling']:.0f} %)" if "percent_of_ceiling" in row else ""
-    return f"{milliseconds(row):.3g}{percent}"
+    return f"{milliseconds(row):.3g}{called}{percent}"
 
 
 def milliseconds(row: Row) -> float:
@@ -318,4 +358,4 @@ def milliseconds(row: Row) -> float:
 
 def exit_code(rows: Sequence[Row]) -> int:
     """1 where a result was wrong, else 0."""
-    return int(any(row["skipped"] == WRONG for row in rows))
+    return int(any((row["skipped"] or "").startswith("wrong") for row in rows))

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import tyro
-from tqdm import tqdm
 
 from benchmarks import harness
 from benchmarks.harness import Row
@@ -25,15 +23,13 @@ from dydila_kernels.testing import layer_error_ratio
 
 CHECKED_TOKENS = 32**2
 SHAPES = ("16x4096x384x6", "16x4096x384x1", "16x4096x1152x16")
-"""BxNxdxH: the width of the README with heads of 64, with one head, and the odd heads of DiT-XL."""
+"""BxNxdxH: the width of the speed table with heads of 64, with one head, and the odd heads of DiT-XL."""
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(harness.Options):
     """Time launch configurations that differ from the table in one number, or in rows and warps alike."""
 
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to run: cuda, or cpu under TRITON_INTERPRET=1."""
     shapes: tuple[str, ...] = ()
     """BxNxdxH each, such as 16x4096x384x6."""
     stages: tuple[str, ...] = ()
@@ -42,34 +38,17 @@ class Config:
     """What is timed."""
     repeats: int = 20
     """Timed calls of each configuration."""
-    smoke: bool = False
-    """One alternative of one stage on a tiny shape."""
-    out: Path | None = None
-    """Folder for the rows, sweep.jsonl; by default they are printed only."""
 
 
 def main(config: Config) -> list[Row]:
     """Measures and stores; RuntimeError where the kernels cannot run."""
-    dtype = torch.float32 if config.device == "cpu" else torch.bfloat16
+    if config.smoke:
+        config = replace(config, shapes=config.shapes or ("1x16x32x2",), modes=config.modes[:1], repeats=1)
+    dtype = torch.bfloat16 if config.on_gpu else torch.float32
     choose_backend("triton", torch.device(config.device), dtype)
-    facts = {
-        "suite": "sweep",
-        **harness.environment(config.device),
-        "device_type": torch.device(config.device).type,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-    trials = (
-        row
-        for shape in config.shapes or (("1x16x32x2",) if config.smoke else SHAPES)
-        for mode in (config.modes[:1] if config.smoke else config.modes)
-        for row in measure(config, shape, mode, dtype)
-    )
-    rows: list[Row] = []
-    for row in tqdm(itertools.islice(trials, 1 if config.smoke else None), desc="sweep", unit="configuration"):
-        rows.append({**facts, **row})
-        if config.out is not None:
-            harness.write_rows(config.out / "sweep.jsonl", rows)
-    return rows
+    cells = itertools.product(config.shapes or SHAPES, config.modes)
+    trials = (row for shape, mode in cells for row in measure(config, shape, mode, dtype))
+    return harness.stored("sweep", itertools.islice(trials, 1 if config.smoke else None), config, dtype)
 
 
 def measure(config: Config, shape: str, mode: str, dtype: torch.dtype) -> Iterator[Row]:
@@ -79,36 +58,32 @@ def measure(config: Config, shape: str, mode: str, dtype: torch.dtype) -> Iterat
     before it (``best_ms``) by more than noise, and stays for those that follow.
     """
     batch, tokens, dim, heads = parsed(shape)
-    repeats = 1 if config.smoke else config.repeats
     facts: Row = {"mode": mode, "batch": batch, "tokens": tokens, "dim": dim, "heads": heads}
     device = torch.device(config.device)
     torch.manual_seed(0)
     attn = DyDiLAttention(dim, heads, device=device, dtype=dtype, backend="triton")
-    training = mode != "forward"
-    call = tuning.step_of(
-        attn, torch.randn(batch, tokens, dim, device=device, dtype=dtype).requires_grad_(training), training
-    )
-    table = 1e3 * tuning.duration(call, device, repeats)
-    for trial in tuning.trials(call, device, repeats, config.stages):
+    x = torch.randn(batch, tokens, dim, device=device, dtype=dtype, requires_grad=mode != "forward")
+    call = tuning.step_of(attn, x, x.requires_grad)
+    table = 1e3 * tuning.duration(call, device, config.repeats)
+    for trial in tuning.trials(call, device, config.repeats, config.stages):
         stage, precision, width = trial.key
         yield facts | {
             "stage": stage, "precision": precision, "width": width, "before": numbers(trial.before),
             "tried": numbers(trial.tried), "kept": trial.kept, "table_ms": table, "best_ms": 1e3 * trial.best,
-            "median_ms": None if trial.seconds is None else 1e3 * trial.seconds, "repeats": repeats,
+            "median_ms": None if trial.seconds is None else 1e3 * trial.seconds, "repeats": config.repeats,
         }  # fmt: skip
     ratio = layer_error_ratio(attn, length=min(tokens, CHECKED_TOKENS))
     harness.require_correct(ratio)
-    again = 1e3 * tuning.duration(call, device, repeats)
+    again = 1e3 * tuning.duration(call, device, config.repeats)
     yield facts | {"stage": "all", "table_ms": table, "median_ms": again, "error_ratio": ratio}
 
 
-def parsed(shape: str) -> tuple[int, int, int, int]:
+def parsed(shape: str) -> list[int]:
     """B, N, d, H; ValueError where it does not say them."""
-    try:
-        batch, tokens, dim, heads = map(int, shape.split("x"))
-    except ValueError:
-        raise ValueError(f"shapes must be BxNxdxH, such as {SHAPES[0]}; got {shape}") from None
-    return batch, tokens, dim, heads
+    numbers = [int(number) for number in shape.split("x") if number.isdecimal()]
+    if len(numbers) != 4 or shape.count("x") != 3:
+        raise ValueError(f"shapes must be BxNxdxH, such as {SHAPES[0]}; got {shape}")
+    return numbers
 
 
 def numbers(config: configs.Config) -> Row:
@@ -116,7 +91,4 @@ def numbers(config: configs.Config) -> Row:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config))
-    except (RuntimeError, ValueError) as error:
-        raise SystemExit(f"benchmarks.sweep: {error}") from None
+    harness.told(lambda: main(tyro.cli(Config)), RuntimeError)

@@ -9,37 +9,37 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from itertools import product
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
-from tqdm import tqdm
 
-from benchmarks import harness
+from benchmarks import harness, suite
 from benchmarks.harness import Row
-from benchmarks.model import require_example
+from benchmarks.model import DiffusionTransformer, configs
 from dydila_kernels import DyDiLAttention
+from examples.dydi_lit.data import digits
+from examples.dydi_lit.diffusion import GaussianDiffusion
 
 WARM_UP = 3
 """Steps left out of the time: they compile kernels and fill caches."""
 LAST = 0.25
-"""The share of the steps, from the end, whose mean loss is compared."""
+"""The fraction of the steps, from the end, whose mean loss is compared."""
 WRONG = "wrong: the loss differs from that on the torch backend by more than that of two seeds"
 RUNS = (("dydi-lit", "triton"), ("dydi-lit", "torch"), ("sana", None), ("dit", None))
 """Models of the example, and the backends of their layers."""
 
 
 @dataclass(frozen=True)
-class Config:
-    """Train DyDi-LiT with the Triton kernels and with the torch backend, Sana and DiT, from the same seeds."""
+class Config(harness.Options):
+    """Train DyDi-LiT with the Triton kernels and with the torch backend, Sana and DiT, from the same seeds.
 
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to run: cuda, or cpu, where the Triton kernels take no part (a step in the interpreter is a minute)."""
+    On a CPU the kernels take no part: a step in the interpreter is a minute."""
+
     models: tuple[Literal["tiny", "S", "B", "L"], ...] = ("tiny", "S")
     """Sizes of the models."""
     side: int = 32
@@ -52,41 +52,31 @@ class Config:
     """Seeds of weights, batches and noise, two at least."""
     learning_rate: float = 1e-3
     """AdamW's, from the first step on."""
-    threads: int = 2
-    """CPU threads."""
-    smoke: bool = False
-    """Try everything in seconds: a few steps of the tiny model."""
-    out: Path | None = None
-    """Folder for the rows, training.jsonl; by default they are printed only."""
 
 
 def main(config: Config) -> list[Row]:
-    """Trains, prints a table, stores a row for each run and returns them.  ImportError without the extra "examples"."""
-    require_example()
+    """Trains, prints a table, stores a row for each run and returns them."""
     if len(set(config.seeds)) < 2:
         raise ValueError(f"seeds must be two different ones at least; got {config.seeds}")
-    if config.smoke:
-        config = smoke(config)
     torch.set_num_threads(config.threads)
-    device = torch.device(config.device)
-    facts = {
-        "suite": "training",
-        **harness.environment(config.device),
-        "device_type": device.type,
-        "dtype": "bfloat16" if device.type == "cuda" else "float32",
-    }
-    runs = [(size, seed, name, backend) for size in config.models for seed in config.seeds for name, backend in RUNS]
-    rows: list[Row] = []
-    for size, seed, name, backend in tqdm(runs, desc="training", unit="run"):
-        row = {"name": name, "backend": backend, "size": size, "seed": seed, "batch": config.batch}
-        row |= {"mode": "training", "tokens": (config.side // 2) ** 2, "skipped": None}
-        reason = "the kernels need a GPU" if backend == "triton" and device.type != "cuda" else None
-        rows.append(facts | row | ({"skipped": reason} if reason else train(config, size, seed, name, backend)))
-        compare([r for r in rows if r["size"] == size])
-        if config.out is not None:
-            harness.write_rows(config.out / "training.jsonl", rows)
+    dtype = torch.bfloat16 if config.on_gpu else torch.float32
+    rows = harness.stored("training", runs(smoke(config) if config.smoke else config), config, dtype)
     print(table(rows))
     return rows
+
+
+def runs(config: Config) -> Iterator[Row]:
+    """A row for each size, seed, model and backend; those of a size are compared, and told, as they come."""
+    for size in config.models:
+        rows: list[Row] = []
+        for seed, (name, backend) in product(config.seeds, RUNS):
+            row = {"name": name, "backend": backend, "size": size, "seed": seed, "batch": config.batch}
+            row |= {"mode": "training", "tokens": (config.side // 2) ** 2, "skipped": None}
+            without = backend == "triton" and not config.on_gpu
+            found = {"skipped": "the kernels need a GPU"} if without else train(config, size, seed, name, backend)
+            rows.append(row | found)
+            compare(rows)
+            yield rows[-1]
 
 
 def smoke(config: Config) -> Config:
@@ -95,13 +85,9 @@ def smoke(config: Config) -> Config:
 
 def train(config: Config, size: Any, seed: int, name: Any, backend: str | None) -> Row:
     """A run: ``losses`` of all steps, ``median_ms`` of a step with its optimiser, and ``peak_mib`` of the whole run."""
-    from examples.dydi_lit.configs import config_of
-    from examples.dydi_lit.diffusion import GaussianDiffusion
-    from examples.dydi_lit.model import DiffusionTransformer
-
     device = torch.device(config.device)
     torch.manual_seed(seed)
-    model = DiffusionTransformer(config_of(name, size, num_classes=10)).to(device)
+    model = DiffusionTransformer(configs.config_of(name, size, num_classes=10)).to(device)
     for module in model.modules():
         if isinstance(module, DyDiLAttention) and backend is not None:
             module.backend = backend
@@ -134,7 +120,7 @@ def train(config: Config, size: Any, seed: int, name: Any, backend: str | None) 
             seconds.append(time.perf_counter() - started)
 
     peak = harness.peak_growth_mib(run, config.device)
-    if device.type != "cuda":  # where runs share a process, memory that one gave back hides what the next one takes
+    if not config.on_gpu:  # runs share a process, and memory that one gave back hides what the next one takes
         peak = None
     milliseconds = 1e3 * statistics.median(seconds[WARM_UP:])
     return {"steps": config.steps, "median_ms": milliseconds, "peak_mib": peak, "losses": losses}
@@ -142,8 +128,6 @@ def train(config: Config, size: Any, seed: int, name: Any, backend: str | None) 
 
 def latents(side: int) -> tuple[Tensor, Tensor]:
     """Images (n, 4, side, side) of about unit variance, and labels (n,)."""
-    from examples.dydi_lit.data import digits
-
     images, labels = digits("train").tensors
     images = F.interpolate((images - images.mean()) / images.std(), size=(side, side), mode="bilinear")
     return torch.cat([images, -images, images.mT, images.flip(-1)], 1), labels
@@ -175,22 +159,22 @@ def compare(rows: Sequence[Row]) -> None:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line for each run."""
-    lines = ["size  seed  model     backend   last loss  ms/step  MiB"]
+    """A line for each run, and how far backends and seeds are apart."""
+    lines = []
     for row in rows:
-        start = f"{row['size']:4}  {row['seed']:4}  {row['name']:8}  {row['backend'] or '-':8}"
+        line = {"size": row["size"], "seed": str(row["seed"]), "model": row["name"], "backend": row["backend"]}
+        line |= dict.fromkeys(("last loss", "ms/step", "MiB"))
         if "losses" in row:
-            memory = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
-            start += f"  {last_loss(row):9.4f}  {row['median_ms']:7.4g}  {memory}"
-        lines.append(start + (f"  {row['skipped']}" if row["skipped"] else ""))
+            line |= {"last loss": f"{last_loss(row):.4f}", "ms/step": f"{row['median_ms']:.4g}"}
+            line["MiB"] = row["peak_mib"] and f"{row['peak_mib']:.0f}"
+        lines.append(line | {"without": row["skipped"]})
     compared = {row["size"]: row for row in rows if "difference" in row}
-    for size, row in compared.items():
-        lines.append(f"{size}: backends differ by {row['difference']:.2g}, seeds by {row['spread']:.2g}")
-    return "\n".join(lines)
+    apart = [
+        f"{size}: backends differ by {row['difference']:.2g}, seeds by {row['spread']:.2g}"
+        for size, row in compared.items()
+    ]
+    return "\n".join([suite.table(lines), *apart])
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(int(any(row["skipped"] == WRONG for row in main(tyro.cli(Config)))))
-    except (ImportError, ValueError) as error:
-        raise SystemExit(f"benchmarks.training: {error}") from None
+    suite.command(main, Config)

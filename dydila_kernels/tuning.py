@@ -182,17 +182,20 @@ def duration(call: Callable[[], object], device: torch.device, repeats: int) -> 
     """The median time of a call in seconds, after two calls that compile and warm up."""
     for _ in range(2):
         call()
-    times = []
-    for _ in range(repeats):
-        if device.type == "cuda":
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            call()
-            stop.record()
-            stop.synchronize()
-            times.append(start.elapsed_time(stop) / 1e3)
-        else:
-            began = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    return statistics.median(seconds_of(call, device) for _ in range(repeats))
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Duration of one call: by the CPU's clock, or by events on the current CUDA stream, from an idle device until it
+    is idle again.  Where the host launches more slowly than the device computes, that is the time of the host."""
+    if device.type != "cuda":
+        began = time.perf_counter()
+        call()
+        return time.perf_counter() - began
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    start.record()
+    call()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3

@@ -116,13 +116,13 @@ def test_adapters_keep_the_layout_of_their_package(name: str, module: str, monke
     assert relative_error(found, core.FORMULAS[name](q, k, v, heads=2)) < 1e-4
 
 
-def test_a_new_size_forgets_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_size_or_mode_forgets_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch gives up on a function after a few sizes."""
     resets: list[None] = []
     monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(None))
-    core.compile_anew.cache_clear()
-    for cell in (("forward", 64), ("forward", 64), ("forward", 256), ("backward", 256)):
-        core.compile_anew(*cell)
-    assert len(resets) == 3
+    config = core.Config(smoke=True, device="cpu", threads=1, dim=32, heads=(2,), modes=("forward", "backward"))
+    core.main(config)
+    assert len(resets) == 4
 
 
 def test_a_compiled_contender_is_compiled_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,5 +138,5 @@ def test_a_compiled_contender_is_compiled_before_it_is_timed(monkeypatch: pytest
         return run
 
     monkeypatch.setattr(core, "compiled", stand_in)
-    core.prepare("sana compiled", "forward", Shape(1, 16, 32, 2, torch.float32), "cpu")
+    core.prepare(suite.Case("sana compiled", "forward", Shape(1, 16, 32, 2, torch.float32), "cpu"))
     assert calls == ["compile", "call"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def test_a_smoke_run_measures_a_step_with_and_without_guidance(
         assert (
             row["error_ratio"] <= 2 if row["fused"] else "error_ratio" not in row
         )  # a rival has nothing captured here
-    assert "dydi-lit   batch=2 image=256: " in capsys.readouterr().out
+    assert any(line.startswith("batch=2 tokens=256 image=256") for line in capsys.readouterr().out.splitlines())
 
 
 def test_a_step_of_the_fused_model_is_that_of_the_model() -> None:
@@ -55,8 +56,10 @@ def test_a_wrong_layer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_table_shows_both_times_and_why_there_is_none() -> None:
     row = {"name": "dit", "batch": 1, "image": 256, "skipped": None, "median_ms": 2.0}
-    text = latency.table([{**row, "graph_median_ms": 0.5}, row, {**row, "skipped": "out of memory"}])
-    assert [line.split(": ")[-1] for line in text.splitlines()[1:]] == ["2, 0.5", "2", "out of memory"]
+    other = {**row, "image": 512, "skipped": "out of memory"}
+    text = suite.report([{**row, "graph_median_ms": 0.5}, {**row, "image": 64}, other])
+    times = [re.split(r"  +", line)[1] for line in text.splitlines()[1:]]
+    assert times == ["dit", "0.5, called 2", "2", "out of memory"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -13,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import goals, harness, layer, suite
 from benchmarks.harness import Row
+from benchmarks.roofline import Shape
+from benchmarks.suite import Case
 
 
 def run(**options: Any) -> list[Row]:
@@ -66,7 +68,7 @@ def test_what_would_take_too_long_is_skipped_with_no_number() -> None:
 
 
 def test_declared_products_are_those_that_torch_counts() -> None:
-    case = layer.Case("softmax", 2, "forward", 3, 64, 128, "cpu", torch.float32)
+    case = Case("softmax", "forward", Shape(3, 64, 128, 2, torch.float32), "cpu")
     call = layer.prepare(case._replace(device="meta"))
     with FlopCounterMode(display=False) as counter:
         call()
@@ -75,7 +77,7 @@ def test_declared_products_are_those_that_torch_counts() -> None:
 
 def test_gradients_are_of_the_input_and_all_that_trains() -> None:
     for mode in ("backward", "forward+backward"):
-        call = layer.prepare(layer.Case("dydila", 1, mode, 2, 16, 32, "cpu", torch.float32))
+        call = layer.prepare(Case("dydila", mode, Shape(2, 16, 32, 1, torch.float32), "cpu"))
         first, second = call(), call()
         assert isinstance(first, tuple) and isinstance(second, tuple)
         assert first[0].shape == (2, 16, 32) and len(first) > 5
@@ -83,7 +85,7 @@ def test_gradients_are_of_the_input_and_all_that_trains() -> None:
 
 
 def test_our_equations_are_the_layer() -> None:
-    case = layer.Case("dydila", 2, "forward", 2, 16, 32, "cpu", torch.float32)
+    case = Case("dydila", "forward", Shape(2, 16, 32, 2, torch.float32), "cpu")
     found, expected = (layer.prepare(case._replace(name=name))() for name in ("dydila eager", "dydila"))
     torch.testing.assert_close(found, expected)
 
@@ -94,7 +96,7 @@ def test_our_equations_are_the_layer() -> None:
 def made_up(name: str, tokens: int, median_ms: float, *, heads: int = 6, **fields: Any) -> Row:
     """A row of the forward pass."""
     row = {"name": name, "heads": heads, "tokens": tokens, "median_ms": median_ms, "mode": "forward", "dim": 384}
-    return {**row, "batch": 1, "skipped": None, "device_type": "cpu", **fields}
+    return {**row, "suite": "layer", "batch": 1, "skipped": None, "device_type": "cpu", **fields}
 
 
 def of_goal(found: list[goals.Verdict], words: str) -> goals.Verdict:
@@ -106,7 +108,7 @@ def test_goals_are_met_missed_or_not_measured() -> None:
     ours = [made_up("dydila", 256, 2), made_up("dydila", 1024, 10), made_up("dydila", 4096, 40)]
     softmax = [made_up("softmax", 256, 1), made_up("softmax", 1024, 9), made_up("softmax", 4096, 120)]
     found = goals.goals([*ours, *softmax])
-    assert of_goal(found, "from N = 1024 up")[1:] == ("d=384 H=6", "0.90 at N = 1024", False)
+    assert of_goal(found, "softmax from N = 1024 up")[1:] == ("d=384 H=6", "0.90 at N = 1024", False)
     assert of_goal(found, "3 times")[2:] == ("3.00 at N = 4096", True)
     assert of_goal(found, "10 times")[2:] == ("not measured", None)
     text = goals.verdicts(found)
@@ -133,10 +135,10 @@ def test_our_failure_is_a_goal_missed_and_a_rival_s_is_no_evidence() -> None:
     failed = {"skipped": "out of memory"}
     rows = [made_up("dydila", 4096, 1), made_up("softmax", 4096, 2), made_up("dydila", 16384, 4)]
     found = goals.goals([*rows, made_up("softmax", 16384, 0, **failed)])
-    assert of_goal(found, "10 times").met is None and of_goal(found, "from N = 1024 up").met
+    assert of_goal(found, "10 times").met is None and of_goal(found, "softmax from N = 1024 up").met
     found = goals.goals([*rows[:2], made_up("dydila", 16384, 0, **failed), made_up("softmax", 16384, 99)])
     assert of_goal(found, "10 times")[2:] == ("out of memory at N = 16384", False)
-    assert of_goal(found, "from N = 1024 up").met is False
+    assert of_goal(found, "softmax from N = 1024 up").met is False
 
 
 # Against getting slower -----------------------------------------------------------------------------------------------
@@ -145,12 +147,8 @@ def test_our_failure_is_a_goal_missed_and_a_rival_s_is_no_evidence() -> None:
 @pytest.mark.slow
 def test_the_layer_is_faster_than_softmax_and_linear_by_a_wide_margin() -> None:
     """Ratios of neighbouring calls, which a busy machine slows down alike; the committed rows say 3.2 and about 4."""
-    fields = {"mode": "forward", "batch": 1, "dim": 384, "device": "cpu", "dtype": torch.float32}
-    cases = {
-        "quarter": layer.Case("dydila", 6, tokens=1024, **fields),
-        "ours": layer.Case("dydila", 6, tokens=4096, **fields),
-        "softmax": layer.Case("softmax", 6, tokens=4096, **fields),
-    }
+    ours = Case("dydila", "forward", Shape(1, 4096, 384, 6, torch.float32), "cpu")
+    cases = {"quarter": ours.one_of(1024, "forward"), "ours": ours, "softmax": ours._replace(name="softmax")}
     calls = {name: layer.prepare(case) for name, case in cases.items()}
     seconds = harness.interleave(calls, repeats=9, budget_seconds=600)
 

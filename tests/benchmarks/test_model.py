@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ def test_images_are_in_pixels_by_either_name_of_the_option() -> None:
 def test_images_that_do_not_divide_into_patches_are_refused() -> None:
     for images in ((256, 250), (0,)):
         with pytest.raises(ValueError, match=f"multiples of 16 pixels a side; got {images[-1]}"):
-            model.checked_images(images)
+            model.Config(device="cpu", sizes=images).images(on_cpu=3)
 
 
 def test_gradients_are_of_all_that_trains_and_not_zero() -> None:
@@ -78,5 +79,6 @@ def test_a_wrong_layer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_the_example_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "examples.dydi_lit.model", None)
+    monkeypatch.delitem(sys.modules, "benchmarks.model")
     with pytest.raises(ImportError, match=r"pip install -e '\.\[examples\]'"):
-        model.main(model.Config(device="cpu", smoke=True))
+        import_module("benchmarks.model")

@@ -43,7 +43,7 @@ def test_curves_differ_in_grey_too() -> None:
     names = ["dydila", "softmax", "softmax flash", "softmax cudnn", "sana", "sana compiled", "focused", "dydila eager"]
     rows = [row(name, 64, 1.0, heads) for name in names for heads in (1, 2)]
     styles = plot.styles_of(rows)
-    assert len({(s.marker, s.linestyle, s.fillstyle) for s in styles.values()}) == len(rows) == len(styles)
+    assert len({(s["marker"], s["linestyle"], s["fillstyle"]) for s in styles.values()}) == len(rows) == len(styles)
 
 
 def test_the_title_says_where_and_when() -> None:
@@ -61,7 +61,7 @@ def test_a_picture_for_each_suite_and_width(tmp_path: Path) -> None:
     stages = [row("dydila", n, 1.0, suite="stages", stage=s, mode=m) for n in (64, 256) for s in "ab" for m in MODES]
     other = [row("dydila", 64, 1.0, dim=256)]
     harness.write_rows(tmp_path / "rows.jsonl", [*ROWS, *stages, *other, {"suite": "sweep", "median_ms": 1.0}])
-    pictures = plot.main(plot.Config((tmp_path / "rows.jsonl",), tmp_path / "out"))
+    pictures = plot.main((tmp_path / "rows.jsonl",), tmp_path / "out")
     assert [path.name for path in pictures] == ["layer.png", "layer-d256.png", "stages.png"]
     assert all(path.stat().st_size > 1000 for path in pictures)
 

@@ -1,27 +1,24 @@
-"""The suite of single stages: on the torch backend, and with the kernels in Triton's interpreter."""
+"""The suite of stages: on the torch backend, and with the kernels in Triton's interpreter."""
 
 from __future__ import annotations
 
 import pickle
+import time
 from functools import partial
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import stages, suite
+from benchmarks import layer, stages, suite
 from benchmarks.roofline import Shape
+from dydila_kernels import DyDiLAttention
 from tests import interpreter
 
-SMALL = {"device": "cpu", "threads": 1, "dim": 32, "heads": (1, 2), "repeats": 1, "sizes": (16,)}
+SMALL = stages.Config(device="cpu", threads=1, dim=32, heads=(1, 2), repeats=1, sizes=(16,))
 
 
-@pytest.fixture
-def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "runs_kernels", lambda *_: False)
-
-
-def test_all_stages_run_on_the_torch_backend(without_kernels: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_stages_run_on_the_torch_backend(capsys: pytest.CaptureFixture[str]) -> None:
     rows = stages.main(stages.Config(smoke=True, device="cpu", threads=1, dim=32, heads=(2,)))
     assert suite.exit_code(rows) == 0
     ours = [row for row in rows if row["name"] == "dydila"]
@@ -30,7 +27,7 @@ def test_all_stages_run_on_the_torch_backend(without_kernels: None, capsys: pyte
     assert all(row["skipped"].startswith("missing: the kernels need a GPU") for row in ours if row["skipped"])
     failed = {(row["stage"], row["name"]): row["skipped"] for row in rows if row["skipped"] and row not in ours}
     assert not failed
-    assert {row["stage"] for row in rows} == set(stages.RIVALS)
+    assert {row["stage"] for row in rows} == set(stages.RIVALS) == set(stages.KERNELS)
     assert {row["mode"] for row in rows if row["stage"] == "projection"} == set(suite.MODES)
     assert all(row["error_ratio"] <= 2 for row in ours if not row["skipped"])
     assert "stage readout, mode forward, dim 32" in capsys.readouterr().out
@@ -39,44 +36,91 @@ def test_all_stages_run_on_the_torch_backend(without_kernels: None, capsys: pyte
 @pytest.mark.skipif(not interpreter.INTERPRETED, reason="the kernels need a GPU, or Triton's interpreter")
 @pytest.mark.parametrize("wide", [False, True], ids=["fused", "gemm"])
 def test_all_kernels_run_in_the_interpreter(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dydila_kernels.ops import configs, core
+
+    monkeypatch.setattr(stages, "runs_kernels", lambda *_: True)
+    monkeypatch.setattr(layer, "DyDiLAttention", partial(DyDiLAttention, backend="triton"))
     if wide:
-        from dydila_kernels.ops import core
-
         monkeypatch.setattr(core, "LARGEST_HEAD", 8)
-    stages.kernel_error_ratios.cache_clear()
-    config = stages.Config(**SMALL)  # type: ignore[arg-type]
-    for comparison in stages.comparisons(config):
+        monkeypatch.setattr(configs, "LARGEST_HEAD", 8)
+    layer.error_ratio.cache_clear()
+    left_out = set()
+    for comparison in stages.comparisons(SMALL):
         for contender in comparison.contenders.values():
-            contender.prepare()()
+            where = (comparison.series["stage"], contender.labels.get("heads"))
+            if contender.missing:
+                left_out.add(where)
+                continue
+            call = contender.prepare()
+            call()
+            if contender.clock is not None:
+                before = time.perf_counter()
+                assert 0 < contender.clock(call) < time.perf_counter() - before, where
             if contender.error_ratio is not None:
-                assert contender.error_ratio() <= 4, (comparison.series, contender.labels)  # of 16 tokens
+                assert contender.error_ratio() <= 4, where  # of 16 tokens
+    layer.error_ratio.cache_clear()
+    # Narrow heads are convolved in the readout; one wide head of 32 channels is more than 16 tokens.
+    assert left_out == ({("state", 1), ("readout", 1)} if wide else {("convolution", None)})
 
 
-@pytest.mark.parametrize("name", ["grouped_mm", "dense"])
-def test_projections_agree(name: str) -> None:
-    if name == "grouped_mm" and not hasattr(torch.nn.functional, "grouped_mm"):
+def test_what_is_timed_is_the_part_of_the_stage() -> None:
+    """Of all parts together it is the most of a call of the layer, and each is less than the call."""
+    case = suite.Case("dydila", "forward", Shape(1, 1024, 64, 2, torch.float32), "cpu")
+    call = layer.prepare(case)
+    call()
+    clocks = [stages.clock_of(case._replace(stage=stage)) for stage in stages.FUNCTIONS]
+    start = time.perf_counter()
+    call()
+    whole = time.perf_counter() - start
+    parts = [clock(call) for clock in clocks]
+    assert all(part > 0 for part in parts) and 0.2 * whole < sum(parts) < 5 * whole
+
+
+def test_launches_are_told_by_name_and_number() -> None:
+    marks = [("tokens", 0, 1), ("tokens", 3, 5), ("add", 9, 10)]
+
+    def seconds(*launches: object, **options: bool) -> float:
+        return sum(b - a for a, b in stages.intervals(stages.Launches(*launches, **options), marks, 12))  # type: ignore[arg-type]
+
+    assert seconds(("tokens", "other")) == 3 and seconds(("tokens",), 1) == 2
+    assert seconds(("tokens",), 0, then=True) == 2 and seconds(("tokens",), 1, then=True) == 4
+    assert seconds(("add",), 0, then=True) == 2  # until the call ends
+    for number in (None, 1):
+        with pytest.raises(RuntimeError, match="launched 0 of other"):
+            seconds(("other",), number)
+    with pytest.raises(RuntimeError, match="launched 2 of tokens"):
+        seconds(("tokens",), 2)
+
+
+def test_a_stage_that_a_call_does_not_have_is_no_time() -> None:
+    clock = stages.clock_of(suite.Case("dydila", "forward", Shape(1, 16, 32, 1, torch.float32), "cpu", "convolution"))
+    with pytest.raises(RuntimeError, match="went through none of depthwise"):
+        clock(lambda: None)
+
+
+@pytest.mark.parametrize("project", [stages.grouped, stages.dense])
+def test_projections_agree(project: stages.Callable[..., torch.Tensor]) -> None:
+    if project is stages.grouped and not hasattr(torch.nn.functional, "grouped_mm"):
         pytest.skip("this version of torch has none")
     x, weight, router = torch.randn(2, 40, 16), torch.randn(3, 16, 16), torch.randn(16, 3)
-    torch.testing.assert_close(
-        stages.PROJECTIONS[name](x, weight, router), stages.PROJECTIONS["dydila"](x, weight, router)
-    )
+    chosen = weight[(x @ router).argmax(-1)]
+    torch.testing.assert_close(project(x, weight, router), (x[..., None, :] @ chosen).squeeze(-2))
 
 
-@pytest.mark.parametrize("stage", ["state", "readout", "projection"])
-def test_declared_flops_are_those_counted(stage: str, without_kernels: None) -> None:
-    name = "dense" if stage == "projection" else "bmm"
-    shape = Shape(2, 64, 32, 1 if stage == "projection" else 2, torch.float32)
-    prepare = stages.project if stage == "projection" else partial(stages.prepare, stage)
-    call = prepare(name, "forward", shape, "cpu")
+@pytest.mark.parametrize("stage", ["state", "readout", "projection", "convolution"])
+def test_declared_flops_are_those_counted(stage: str) -> None:
+    name = {"projection": "dense", "convolution": "conv2d"}.get(stage, "bmm")
+    case = suite.Case(name, "forward", Shape(2, 64, 32, 2, torch.float32), "cpu", stage)
+    call = stages.RIVALS[stage][name](case)
     with FlopCounterMode(display=False) as counter:
         call()
-    declared = stages.cost(stage, name, "forward", shape, False).flops
-    product = 2 * shape.rows * shape.dim**2
+    declared = stages.cost(case).flops
+    product = 2 * 2 * case.shape.rows * case.shape.dim**2
     # All projectors on all tokens does more than what has to be done.
     assert counter.get_total_flops() == declared + (stages.PROJECTORS - 1) * product * (stage == "projection")
 
 
 def test_prepared_calls_pickle() -> None:
-    for comparison in stages.comparisons(stages.Config(**SMALL)):  # type: ignore[arg-type]
+    for comparison in stages.comparisons(SMALL):
         for contender in comparison.contenders.values():
             pickle.dumps(contender.prepare)

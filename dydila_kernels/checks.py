@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 import warnings
 from collections.abc import Mapping, Sequence
@@ -58,7 +59,7 @@ def boolean(name: str, value: object) -> None:
 
 
 def number(name: str, value: object, *, above: float = -math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number; got {type(value).__name__} {value!r}")
     if not math.isfinite(value) or value <= above:
         bound = "" if above == -math.inf else f" greater than {above:g}"
@@ -77,6 +78,8 @@ def floating(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
     if value.is_nested:
         raise TypeError(f"{name} must be a dense tensor; got a nested one: pack images in one row, with cu_seqlens")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor; got one of the layout {value.layout}")
     if value.dtype not in DTYPES:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"{name} must have one of the dtypes {expected}; got {str(value.dtype).removeprefix('torch.')}")
@@ -104,6 +107,8 @@ def mask(value: object, like: Tensor) -> None:
     """A bool tensor (B, N), True where there is a token."""
     if isinstance(value, Sequence) and len(value) == 2 and all(isinstance(n, int) for n in value):
         raise TypeError(f"mask must be a bool tensor (B, N); got {value!r}, which looks like HW: say HW={value!r}")
+    if isinstance(value, Tensor) and (value.is_nested or value.layout != torch.strided):
+        raise TypeError(f"mask must be a dense bool tensor (B, N); got one of the layout {value.layout}")
     if not isinstance(value, Tensor):
         raise TypeError(f"mask must be a bool tensor (B, N); got {type(value).__name__}")
     if value.dtype != torch.bool:
@@ -122,16 +127,15 @@ def mask(value: object, like: Tensor) -> None:
 
 def cu_seqlens(value: Tensor | Sequence[int], like: Tensor) -> list[int]:
     """The bounds 0 = c_0 <= c_1 <= ... <= c_S = N of the images packed in the one row of (1, N, d) tokens, as ints."""
-    if isinstance(value, Tensor):
-        if value.dim() != 1 or value.dtype not in (torch.int32, torch.int64):
-            raise TypeError(
-                "cu_seqlens must be a one-dimensional int32 or int64 tensor, or a list of ints; "
-                f"got {str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
-            )
-        value = value.tolist()
-    if isinstance(value, str) or not isinstance(value, Sequence):
+    if isinstance(value, Tensor) and (value.dim() != 1 or value.dtype not in (torch.int32, torch.int64)):
+        raise TypeError(
+            "cu_seqlens must be a one-dimensional int32 or int64 tensor, or a list of ints; "
+            f"got {str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
+        )
+    listed = as_list(value)
+    if listed is None:
         raise TypeError(f"cu_seqlens must be a one-dimensional integer tensor or a list of ints; got {value!r}")
-    bounds = [integer("cu_seqlens", bound, 0) for bound in value]
+    bounds = [integer("cu_seqlens", bound, 0) for bound in listed]
     batch, length = like.shape[:2]
     if batch != 1:
         raise ValueError(f"cu_seqlens packs images in one row, so the batch size must be 1; got {batch}")
@@ -162,12 +166,25 @@ def grid(value: object, length: int, num_prefix_tokens: int, where: str = "") ->
                 hint = f"; {side} x {side} and {extra} class or register tokens need num_prefix_tokens={extra}"
             raise ValueError(f"HW=(rows, columns) is needed where N is no square; got N = {count}{prefix}{where}{hint}")
         return side, side
-    if isinstance(value, str) or not hasattr(value, "__len__") or len(value) != 2:
-        raise TypeError(f"HW must be (rows, columns){where}; got {value!r}")
-    rows, columns = integer("HW[0]", value[0], 0), integer("HW[1]", value[1], 0)  # type: ignore[index]
+    rows, columns = pair("HW", value, where)
     if rows * columns != count:
         raise ValueError(f"HW must multiply to N = {count}{prefix}{where}; got {rows} x {columns} = {rows * columns}")
     return rows, columns
+
+
+def pair(name: str, value: Any, where: str = "") -> tuple[int, int]:
+    """(rows, columns) of a sequence of two integers: a tuple, a list, a torch.Size, an array or a tensor (2,)."""
+    listed = as_list(value)
+    if listed is None or len(listed) != 2:
+        raise TypeError(f"{name} must be (rows, columns){where}; got {value!r}")
+    return integer(f"{name}[0]", listed[0], 0), integer(f"{name}[1]", listed[1], 0)
+
+
+def as_list(value: Any) -> list[Any] | None:
+    """The items of a sequence, an array or a tensor; None where there is no such order."""
+    if hasattr(value, "tolist") and not isinstance(value, torch.Size):
+        value = value.tolist()
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray) else None
 
 
 def grids(HW: Any, length: int, bounds: Sequence[int] | None, num_prefix_tokens: int) -> list[Grid]:
@@ -175,11 +192,12 @@ def grids(HW: Any, length: int, bounds: Sequence[int] | None, num_prefix_tokens:
     if bounds is None:
         return [Grid(num_prefix_tokens, *grid(HW, length, num_prefix_tokens))]
     count = len(bounds) - 1
-    if HW is not None and (not hasattr(HW, "__len__") or len(HW) != count or any(isinstance(g, int) for g in HW)):
+    listed = None if HW is None else as_list(HW)
+    if HW is not None and (listed is None or len(listed) != count or any(isinstance(g, int) for g in listed)):
         raise ValueError(f"HW must be a list of {count} (rows, columns), one for each image of cu_seqlens; got {HW!r}")
     found = []
     for i, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        rows_columns = grid(None if HW is None else HW[i], stop - start, num_prefix_tokens, f" in image {i}")
+        rows_columns = grid(None if listed is None else listed[i], stop - start, num_prefix_tokens, f" in image {i}")
         found.append(Grid(start + num_prefix_tokens, *rows_columns))
     return found
 
@@ -232,9 +250,9 @@ EXPLAINED = {
 
 
 def unused(arguments: Mapping[str, object]) -> None:
-    """Arguments by name that are not the layer's: None, or False for ``need_weights``, asks for nothing."""
+    """Arguments by name that are not the layer's: None, or False for a matrix of weights, asks for nothing."""
     for name, value in arguments.items():
-        if value is not None and not (name == "need_weights" and value is False):
+        if value is not None and not (name in ("need_weights", "average_attn_weights") and value is False):
             reason = EXPLAINED.get(name, "DyDiLAttention has no such argument")
             raise TypeError(f"{name} must be None: {reason}; got {type(value).__name__}")
 
@@ -245,13 +263,27 @@ def is_replaced(module: nn.Module, kind: type[nn.Module]) -> bool:
     return "forward" in module.__dict__ or type(module).forward is not kind.forward
 
 
+CALL = nn.Module.__call__
+FORWARDS: dict[type[nn.Module], Any] = {nn.Linear: nn.Linear.forward}
+"""As torch has them; some tools put others in their place, for all modules."""
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling the module does what ``kind.forward`` does with its parameters, and nothing else.
 
     Not so for subclasses, hooks of any kind, replaced forwards, and parameters that are no plain tensors.
     """
-    if type(module) is not kind or "forward" in module.__dict__ or _has_any_global_hook():
+    if type(module) is not kind or kind.forward is not FORWARDS.get(kind, kind.forward):
+        return False
+    if nn.Module.__call__ is not CALL or module._compiled_call_impl is not None or _has_any_global_hook():
         return False
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
+    if "forward" in module.__dict__ or any(isinstance(value, Tensor) for value in module.__dict__.values()):
+        return False
     return all(p is None or type(p) in (nn.Parameter, Tensor) for p in module._parameters.values())
+
+
+def outliving(module: nn.Module, parameter: Tensor) -> Tensor:
+    """The parameter, for use after the module's call: a copy where hooks may take its memory away, as FSDP's do."""
+    return parameter if is_plain(module, type(module)) else parameter.clone()

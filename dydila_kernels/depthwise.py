@@ -101,7 +101,8 @@ class DepthwiseConv(nn.Module):
     def forward(self) -> tuple[Tensor, Tensor | None]:
         """As :meth:`fused_weight`: the layer calls the module for its tensors, so that hooks fire, and the backend
         convolves."""
-        return self.fused_weight()
+        weight, bias = self.fused_weight()
+        return checks.outliving(self, weight), None if bias is None else checks.outliving(self, bias)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         fused, branches = f"{prefix}weight", f"{prefix}branches."

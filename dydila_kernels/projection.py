@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from dydila_kernels import torch_backend
 from dydila_kernels.routers import init_router_, router_parameter
 from dydila_kernels.types import Backend
+
+
+class Decision(NamedTuple):
+    """What a projection did with its tokens: choices (B, N), logits (B, N, n_P) with their gradient, and n_P."""
+
+    choices: Tensor
+    logits: Tensor
+    num_projectors: int
+
+
+class Recording(threading.local):
+    """Of this thread: where projections note their decisions, if anyone asks."""
+
+    decisions: dict[nn.Module, Decision] | None = None
+
+
+recording = Recording()
+
+
+@contextmanager
+def recorded() -> Iterator[dict[nn.Module, Decision]]:
+    """Within, projections note what they decide, under whatever hooks, offloading or wrappers they are called."""
+    before, recording.decisions = recording.decisions, {}
+    try:
+        yield recording.decisions
+    finally:
+        recording.decisions = before
 
 
 class DynamicProjection(nn.Module):
@@ -53,6 +85,9 @@ class DynamicProjection(nn.Module):
         logits = self.logits(x) if self.trainable_routers else None
         if index is None:
             index = backend.route(x, [self.router])[0]
+        if not torch.compiler.is_compiling() and recording.decisions is not None:
+            noted = self.logits(x) if logits is None else logits
+            recording.decisions[self] = Decision(index, noted, self.num_projectors)
         dtype = torch_backend.autocast_dtype(x.device)
         if dtype is not None and x.dtype != torch.float64:
             x, weight = x.to(dtype), weight.to(dtype)

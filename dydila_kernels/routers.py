@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dydila_kernels import checks
+
 
 def router_parameter(
     rows: int, choices: int, trainable: bool, device: torch.device | str | None, dtype: torch.dtype | None
@@ -42,7 +44,7 @@ class RoutedFactors(nn.Module):
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """The table (n,) and the :meth:`routers`."""
-        return self.table(), self.routers()
+        return checks.outliving(self, self.table()), self.routers()
 
     def routers(self) -> Tensor:
         """The routers (routers, rows, n) in the order of ``router_names``."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dydila_kernels import reference
+from dydila_kernels.projection import Decision, recorded
 from dydila_kernels.torch_backend import accumulation_dtype, no_autocast
 from dydila_kernels.types import Backend
 
@@ -42,20 +44,27 @@ class Routing:
 
 def routing_of(attn: DyDiLAttention, x: Tensor, mask: Tensor | None, backend: Backend) -> Routing:
     """The decisions of ``attn`` for tokens x (B, N, d), and their usage."""
+    with recorded() as noted:
+        inputs = attn._core_inputs(x, backend)
     indices, choices = {}, {}
-    projections = {
-        name: projection for name in ("projection_q", "projection_k") if (projection := getattr(attn, name)) is not None
-    }
-    if projections:
-        decided = backend.route(x, [projection.router for projection in projections.values()])
-        for (name, projection), index in zip(projections.items(), decided, strict=True):
-            indices[name], choices[name] = index.long(), projection.num_projectors
-    for name, index in backend.decisions(attn._core_inputs(x, backend), attn.options, mask=mask).items():
+    for name, decision in decisions_of(attn, noted).items():
+        indices[name], choices[name] = decision.choices.long(), decision.num_projectors
+    for name, index in backend.decisions(inputs, attn.options, mask=mask).items():
         indices[name] = index.long()
         owner = attn.measure if name.startswith("measure") else attn.differential
         assert owner is not None
         choices[name] = owner.num_factors
     return Routing(indices, {name: usage_of(index, choices[name], mask) for name, index in indices.items()})
+
+
+def decisions_of(attn: DyDiLAttention, noted: Mapping[nn.Module, Decision]) -> dict[str, Decision]:
+    """Those of the layer's own projections, which tools may have wrapped, among all that were noted."""
+    return {
+        name: noted[module]
+        for name in ("projection_q", "projection_k")
+        for module in (() if getattr(attn, name) is None else getattr(attn, name).modules())
+        if module in noted
+    }
 
 
 def usage_of(index: Tensor, choices: int, mask: Tensor | None) -> Tensor:
@@ -73,12 +82,9 @@ def mean_over_tokens(t: Tensor, mask: Tensor | None) -> Tensor:
 
 def logits_of(attn: DyDiLAttention, x: Tensor, backend: Backend) -> dict[str, Tensor]:
     """The logits (B, N, n) of every router of the layer, differentiable, by the reference equations."""
-    inputs = attn._core_inputs(x, backend)
-    logits = {}
-    for name in ("projection_q", "projection_k"):
-        projection = getattr(attn, name)
-        if projection is not None:
-            logits[name] = projection.logits(x)
+    with recorded() as noted:
+        inputs = attn._core_inputs(x, backend)
+    logits = {name: decision.logits for name, decision in decisions_of(attn, noted).items()}
     dtype = accumulation_dtype(inputs.q.dtype)
     measured = {}
     names = ("q", "k", "q_redundant", "k_redundant")

@@ -23,12 +23,12 @@ MAY_IMPORT = {
     "torch_backend": SHARED,
     "ops": SHARED,
     "functional": {"checks", "types", "torch_backend", "ops"},
-    "routers": set(),
+    "routers": {"checks"},
     "measure": {"routers"},
     "differential": {"routers"},
     "projection": {"routers", "torch_backend", "types"},
     "depthwise": {"checks", "torch_backend"},
-    "routing": {"reference", "types", "torch_backend", "attention"},  # the layer for its type alone
+    "routing": {"projection", "reference", "types", "torch_backend", "attention"},  # the layer for its type alone
     "attention": {"checks", "functional", "routing", "stages", "types", "torch_backend", *MODULES},
     "distributed": {"attention", "checks", "types", "torch_backend"},
     "convert": {"attention", "checks"},

@@ -34,6 +34,7 @@ class Here:
         self.task = NO_BACKWARD  # the backward pass in which that call began
         self.outer: list[tuple[Tensor | RowsColumns | None, int]] = []  # the calls around it
         self.recomputed: Tensor | RowsColumns | None = None  # of the backward pass under way, for compiled blocks
+        self.passes: set[int] = set()  # the backward passes that came by in this thread
 
 
 class OfEachThread(threading.local):
@@ -80,9 +81,11 @@ class ImageGrid:
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.here.outer.append((self.here.grid, self.here.task))
         self.here.grid, self.here.task = None, backward_pass()
+        if self.here.task == NO_BACKWARD and not torch.compiler.is_compiling():
+            self.forget_failed()
         grid = None if self.of_arguments is None else self.of_arguments(*args, **kwargs)
         if grid is not None:
-            self.note(*grid)
+            self.note(*checks.pair("HW", grid, f", {self.source},"))
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.mark(module, args, output)
@@ -116,13 +119,20 @@ class ImageGrid:
         task = backward_pass()
         if task not in self.backward:
             self.backward[task] = set()
+            self.here.passes.add(task)
             torch.autograd.Variable._execution_engine.queue_callback(partial(self.forget, task))
         self.backward[task].add((rows, columns))
         self.here.recomputed = torch.empty(rows, columns, device="meta")
 
     def forget(self, task: int) -> None:
         self.backward.pop(task, None)
+        self.here.passes.discard(task)
         self.here.recomputed = None
+
+    def forget_failed(self) -> None:
+        """Backward passes of this thread that raised told nobody; none is under way."""
+        for task in tuple(self.here.passes):
+            self.forget(task)
 
     def of(self, tokens: int | None) -> RowsColumns:
         """The grid of a layer that is called with so many tokens beside those before the grid; None: with some of them.

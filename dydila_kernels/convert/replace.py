@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -139,6 +140,6 @@ def prefix_tokens(model: nn.Module, name: str) -> int:
     """``num_prefix_tokens`` of the nearest module around the layer that has it, 0 where none does."""
     for outer in ancestors(name):
         number = getattr(model.get_submodule(outer), "num_prefix_tokens", None)
-        if isinstance(number, int):
-            return number
+        if isinstance(number, Integral) and not isinstance(number, bool):
+            return int(number)
     return 0

@@ -74,11 +74,10 @@ class Sources:
 
 
 def fixed_grid(HW: Any) -> ImageGrid:
-    if isinstance(HW, str) or not isinstance(HW, Sequence) or len(HW) != 2:
+    listed = checks.as_list(HW)
+    if listed is None or len(listed) != 2:
         raise TypeError(f"HW must be None, (rows, columns) or a function that returns it; got {HW!r}")
-    rows, columns = HW
-    checks.integer("HW[0]", rows, 1)
-    checks.integer("HW[1]", columns, 1)
+    rows, columns = checks.integer("HW[0]", listed[0], 1), checks.integer("HW[1]", listed[1], 1)
     return ImageGrid(f"always {rows} x {columns}", fixed=(rows, columns))
 
 

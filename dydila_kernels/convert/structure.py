@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from numbers import Integral
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -151,10 +152,10 @@ def read(layer: nn.Module, owners: Counter[int]) -> tuple[Weights | None, list[s
     reasons += reasons_of_more(layer, kind)
     linears = [linear for linear in projections.values() if isinstance(linear, nn.Linear)]
     reasons += [f"{name} is not an nn.Linear" for name, p in projections.items() if not isinstance(p, nn.Linear)]
-    if not isinstance(num_heads, int):
+    if isinstance(num_heads, bool) or not isinstance(num_heads, Integral):
         reasons.append(f"it has no {'heads' if kind is DiffusersAttention else 'num_heads'}")
     elif len(linears) == len(projections):
-        weights = Weights(kind, linears[:-1], linears[-1], num_heads, proj_drop)
+        weights = Weights(kind, linears[:-1], linears[-1], int(num_heads), proj_drop)
         reasons += reasons_of_weights(weights, owners)
         if not reasons:
             return weights, []
@@ -276,13 +277,14 @@ def select(found: Sequence[Found], include: Selection | None, exclude: Selection
 def chosen_by(argument: str, selection: Selection, found: Sequence[Found], fit: Sequence[Found]) -> set[int]:
     """The layers, by id, that the names, globs and indices of the caller stand for; each must stand for one or more."""
     chosen: set[int] = set()
-    for item in [selection] if isinstance(selection, str | int) else selection:
-        if isinstance(item, bool) or not isinstance(item, str | int):
+    items: list[Any] = [selection] if isinstance(selection, str | Integral) else list(selection)  # type: ignore[arg-type]
+    for item in items:
+        if isinstance(item, bool) or not isinstance(item, str | Integral):
             raise TypeError(f"{argument} must hold names, globs and indices; got {type(item).__name__} {item!r}")
-        if isinstance(item, int):
-            if not -len(fit) <= item < len(fit):
+        if isinstance(item, Integral):
+            if not -len(fit) <= int(item) < len(fit):
                 raise ValueError(f"{argument} has the index {item}, but {len(fit)} layers can be swapped")
-            matched = [fit[item]]
+            matched = [fit[int(item)]]
         else:
             matched = [a for a in found if any(matches(name, item) for name in a.names)]
             if not matched:

@@ -180,6 +180,8 @@ def attend(
             out = Attention.apply(options, cu_seqlens, ranks, mask, *inputs)
     if convolution is None:
         return out
+    if type(out) is not Tensor:  # what torch wraps is a view, and not to be written into
+        out = out.clone()
     return depthwise(out, v if mask is None else v.masked_fill(~mask[..., None], 0), convolution)
 
 

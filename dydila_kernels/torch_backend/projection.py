@@ -170,7 +170,7 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, T
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
 
@@ -178,7 +178,16 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *grouped_projection_backward(grad, *ctx.saved_tensors), None
 
 
+def _differentiate_twice(ctx: Any, ddx: Tensor, ddweight: Tensor) -> tuple[Tensor | None, ...]:
+    """Of dx = dy W_u^T and dW_u = sum x^T dy, with respect to dy, x and W."""
+    grad, x, weight, index = ctx.saved_tensors
+    dgrad = grouped_projection(ddx, weight, index) + grouped_projection(x, ddweight, index)
+    dweight = grouped_projection_backward(grad, ddx, weight, index)[1]
+    return dgrad, grouped_projection(grad, ddweight.mT, index), dweight, None
+
+
 torch.library.register_autograd(grouped_projection, _differentiate, setup_context=_save)
+torch.library.register_autograd(grouped_projection_backward, _differentiate_twice, setup_context=_save)
 
 
 # Either ---------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Smallest cases of what surrounds a layer: offloading, sharding, wrappers, subclasses, patched classes, odd numbers."""
+"""Smallest cases of what surrounds a layer: offloading, sharding, wrappers, subclasses, patched classes, numbers."""
 
 from __future__ import annotations
 

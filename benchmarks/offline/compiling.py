@@ -138,17 +138,20 @@ def record(call: Callable[[], object], labels: Row, name: str, target: Target) -
     return jobs
 
 
-def figures(job: Job) -> Row:
-    """The row of the table: the labels of the job and what the compiler made of it, or why it made nothing."""
+def compiled(job: Job) -> Any:
+    """Triton's CompiledKernel, whose ``asm`` holds the code at each step of the compilation."""
     module, name = job.kernel
     source = ASTSource(
         getattr(importlib.import_module(module), name), job.signature, dict(job.constants), job.attributes
     )
+    return triton.compile(source, target=job.target.triton, options={"num_warps": job.warps, "num_stages": job.stages})
+
+
+def figures(job: Job) -> Row:
+    """The row of the table: the labels of the job and what the compiler made of it, or why it made nothing."""
     row = {**job.labels, "triton": triton.__version__}
     try:
-        kernel = triton.compile(
-            source, target=job.target.triton, options={"num_warps": job.warps, "num_stages": job.stages}
-        )
+        kernel = compiled(job)
     except Exception as error:  # whatever the compiler raises is a result, to be reported with all the others
         return {**row, "error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     measured = nvidia(kernel.asm["cubin"]) if job.target.backend == "cuda" else amd(kernel.asm["amdgcn"])

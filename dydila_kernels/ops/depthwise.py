@@ -137,6 +137,15 @@ def correlate_row(sums, grad, X, MASK, spots, channels, real, stride_n, down: tl
 
 
 @triton.jit
+def sum_over_tokens(x):
+    """(R, C) -> (C,).  Where a thread has eight neighbouring channels, neighbouring threads are eight banks of shared
+    memory apart, and collide there four at a time; with the channels of a thread put apart they do not."""
+    apart = tl.reshape(tl.permute(tl.reshape(x, (x.shape[0], x.shape[1] // 8, 8)), (0, 2, 1)), x.shape)
+    sums = tl.reshape(tl.sum(apart, axis=0), (8, x.shape[1] // 8))
+    return tl.reshape(tl.permute(sums, (1, 0)), (x.shape[1],))
+
+
+@triton.jit
 def weight_gradient(
     SUMS, X, GRAD, MASK, TILES, GRIDS, start, rows, columns, tiles, share,
     stride_b, stride_n, grad_stride_b, grad_stride_n, mask_stride_b,
@@ -170,10 +179,10 @@ def weight_gradient(
             lower = correlate_row(lower, grad, x, mask, spots, channels, real, stride_n, 1)
     sums = SUMS + part.to(tl.int64) * 10 * D + channels
     for t in tl.static_range(3):
-        tl.store(sums + t * D, tl.sum(upper[t], axis=0), mask=real)
-        tl.store(sums + (3 + t) * D, tl.sum(centred[t], axis=0), mask=real)
-        tl.store(sums + (6 + t) * D, tl.sum(lower[t], axis=0), mask=real)
-    tl.store(sums + 9 * D, tl.sum(bias, axis=0), mask=real)
+        tl.store(sums + t * D, sum_over_tokens(upper[t]), mask=real)
+        tl.store(sums + (3 + t) * D, sum_over_tokens(centred[t]), mask=real)
+        tl.store(sums + (6 + t) * D, sum_over_tokens(lower[t]), mask=real)
+    tl.store(sums + 9 * D, sum_over_tokens(bias), mask=real)
 
 
 TOKENS = 128

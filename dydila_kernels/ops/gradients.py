@@ -25,7 +25,7 @@ from torch import Tensor
 from dydila_kernels.ops import configs
 from dydila_kernels.ops.call import Call, Side
 from dydila_kernels.ops.linear_attention import write_readout
-from dydila_kernels.ops.tiles import TINY, launch, log2, numerics, padded, rows_of_program, within
+from dydila_kernels.ops.tiles import TINY, launch, log2, numerics, padded, row_dot, rows_of_program, within
 from dydila_kernels.ops.tokens import (
     difference_of,
     load_factor,
@@ -110,17 +110,17 @@ def map_sums(sums, rows, measured, g, at, mask, FAST: tl.constexpr):
     s, log, q = power_parts(rows, measured, at, mask, FAST)
     p = q * s
     return (
-        sums[0] + tl.sum(p * g, axis=1),
-        sums[1] + tl.sum(p * log * g, axis=1),
-        sums[2] + tl.sum(p * p * log, axis=1),
+        sums[0] + row_dot(p, g),
+        sums[1] + row_dot(p * log, g),
+        sums[2] + row_dot(p * p, log),
     )
 
 
 @triton.jit
-def gamma_gradient(sums, scale, POWER, r, live):
+def gamma_gradient(sums, scale, POWER, r, live, FAST: tl.constexpr):
     """dgamma (R,) from :func:`map_sums` and |p|^2, POWER (T,)."""
     power = tl.load(POWER + r, mask=live, other=0.0)
-    return scale * LN2 * (sums[1] - sums[0] * reciprocal(power) * sums[2])
+    return scale * LN2 * (sums[1] - sums[0] * reciprocal(power, FAST) * sums[2])
 
 
 @triton.jit
@@ -131,13 +131,13 @@ def store_gradient(DZ, total, rows, measured, c, POWER, g, dlogits, ROUTER, r, a
     s, log, q = power_parts(rows, measured, at, live[:, None] & real[None, :], FAST)
     power = tl.load(POWER + r, mask=live, other=0.0)
     ratio = scale * inverse
-    t = q * (g - (q * s) * (c * reciprocal(power))[:, None])
-    dz = (ratio * gamma)[:, None] * t + (c * reciprocal(power * ratio))[:, None] * s
+    t = q * (g - (q * s) * (c * reciprocal(power, FAST))[:, None])
+    dz = (ratio * gamma)[:, None] * t + (c * reciprocal(power * ratio, FAST))[:, None] * s
     if dlogits is not None:
         dz = add_routed(dz, dlogits, ROUTER, at, real, N_F, PRECISION)
     dz = tl.where(live[:, None], dz, 0.0).to(DZ.dtype.element_ty)
     tl.store(DZ + r[:, None] * D + at[None, :], dz, mask=inside[:, None] & real[None, :])
-    return total + tl.sum(s * log * t, axis=1)
+    return total + row_dot(s * log, t)
 
 
 @triton.jit
@@ -185,7 +185,7 @@ def mass_gradient_kernel(Z1, Z2, X, MATRIX, GIVEN, INDEX, CHOICE, STATS, GAMMA, 
     r, T = image * N + n, tl.cast(T, tl.int64)
     rows = row_pointers(Z1, Z2, image, n, batch1, row1, batch2, row2)
     measured = load_measured(rows, INDEX, STATS, GAMMA, r, inside, T)
-    maps, alive, _ = weighted(rows, measured, load_factor(CHOICE, LAM, r, inside), None, segment, 1.0, True)
+    maps, alive, _ = weighted(rows, measured, load_factor(CHOICE, LAM, r, inside), None, segment, 1.0, True, FAST)
     live = inside & alive
     matrix = None if MATRIX is None else MATRIX + segment * (D * E)
     for h in range(0, H):
@@ -197,7 +197,7 @@ def mass_gradient_kernel(Z1, Z2, X, MATRIX, GIVEN, INDEX, CHOICE, STATS, GAMMA, 
                 x, matrix, GIVEN, INVERSE_MASS, None, None, h, columns, r, live, rescale, E, H, COLUMNS, PRECISION
             )[0]
             powers = powers_of(maps, h * E + columns, within(live, columns, E, COLUMNS), FAST)
-            total += tl.sum(difference_of(powers, maps) * dy, axis=1)
+            total += row_dot(difference_of(powers, maps), dy)
         tl.store(OUT + r * H + h, -total * load_per_head(INVERSE_MASS, h, r, live, H), mask=inside)
 
 
@@ -226,7 +226,7 @@ def gradients_kernel(Z1, Z2, X, MATRIX, GIVEN, DZ1, DZ2, DX, MASK, ROUTER1, ROUT
     rows = row_pointers(Z1, Z2, image, n, batch1, row1, batch2, row2)
     measured = load_measured(rows, INDEX, STATS, GAMMA, r, inside, T)
     factor = load_factor(CHOICE, LAM, r, inside)
-    maps, alive, extra = weighted(rows, measured, factor, FACTORS, segment, unit, RELATIVE)
+    maps, alive, extra = weighted(rows, measured, factor, FACTORS, segment, unit, RELATIVE, FAST)
     live = inside & alive
     if MATRIX is not None:
         MATRIX += segment * (D * E)
@@ -243,13 +243,13 @@ def gradients_kernel(Z1, Z2, X, MATRIX, GIVEN, DZ1, DZ2, DX, MASK, ROUTER1, ROUT
             dy, u = incoming(x, MATRIX, GIVEN, INVERSE_MASS, MASS_WEIGHTS, MASS_VECTOR, h, c + chunk, r, live, rescale,
                              E, H, COLUMNS, PRECISION)  # fmt: skip
             powers = powers_of(maps, h * E + c + chunk, within(live, c + chunk, E, COLUMNS), FAST)
-            dot1 += tl.sum(powers[0] * dy, axis=1)
+            dot1 += row_dot(powers[0], dy)
             if PAIR:
-                dot2 += tl.sum(powers[1] * dy, axis=1)
+                dot2 += row_dot(powers[1], dy)
             if u is not None:
-                mass1 += tl.sum(powers[0] * u, axis=1)
+                mass1 += row_dot(powers[0], u)
                 if PAIR:
-                    mass2 += tl.sum(powers[1] * u, axis=1)
+                    mass2 += row_dot(powers[1], u)
     c1 = maps[0][4] * dot1 + maps[0][5] * mass1
     c2 = zero
     if PAIR:
@@ -284,11 +284,11 @@ def gradients_kernel(Z1, Z2, X, MATRIX, GIVEN, DZ1, DZ2, DX, MASK, ROUTER1, ROUT
                     g = gradient_of_phi(dy, u, maps[1], dlogits, second, at, real, N_D, PRECISION)
                     sums2 = map_sums(sums2, rows[1], measured[1], g, at, mask, FAST)
         c1 = sums1[0]
-        dgamma = gamma_gradient(sums1, measured[0][2], STATS + 2 * T, r, live)
+        dgamma = gamma_gradient(sums1, measured[0][2], STATS + 2 * T, r, live, FAST)
         routed1 = slopes_times(SLOPES, DLOGITS, dgamma, r, live, inside, N_F)
         if PAIR:
             c2 = sums2[0]
-            dgamma = gamma_gradient(sums2, measured[1][2], STATS + 5 * T, r, live)
+            dgamma = gamma_gradient(sums2, measured[1][2], STATS + 5 * T, r, live, FAST)
             routed2 = slopes_times(SLOPES + T * N_F, DLOGITS + T * N_F, dgamma, r, live, inside, N_F)
 
     # Last walk: dZ, and the sums of dgamma.

@@ -24,7 +24,7 @@ from torch import Tensor
 from dydila_kernels.ops import configs
 from dydila_kernels.ops.call import Call, Side
 from dydila_kernels.ops.depthwise import convolve_tile
-from dydila_kernels.ops.tiles import launch, numerics, padded, pin, rows_of_program, within
+from dydila_kernels.ops.tiles import launch, numerics, padded, pin, product, row_dot, rows_of_program, within
 from dydila_kernels.ops.tokens import (
     difference_of,
     load_factor,
@@ -79,7 +79,8 @@ def state_kernel(Z1, Z2, VALUES, INDEX, CHOICE, STATS, GAMMA, LAM, FACTORS, BOUN
         r = image * N + n
         rows = row_pointers(Z1, Z2, image, n, batch1, row1, batch2, row2)
         measured = load_measured(rows, INDEX, STATS, GAMMA, r, inside, T)
-        maps, alive, _ = weighted(rows, measured, load_factor(CHOICE, LAM, r, inside), FACTORS, segment, unit, RELATIVE)
+        maps, alive, _ = weighted(rows, measured, load_factor(CHOICE, LAM, r, inside), FACTORS, segment, unit, RELATIVE,
+                                  FAST)  # fmt: skip
         live = inside & alive
         x = VALUES + (image * values_batch + n * values_row + h * values_head)[:, None] + across[None, :]
         x = tl.load(x, mask=within(live, across, WIDTH, padded(WIDTH)), other=0.0)
@@ -94,7 +95,7 @@ def state_kernel(Z1, Z2, VALUES, INDEX, CHOICE, STATS, GAMMA, LAM, FACTORS, BOUN
             if SUMS is not None:
                 mass = mass_of(powers, maps)
                 if MASS_WEIGHTS is not None:
-                    mass *= load_per_head(MASS_WEIGHTS, h, r, inside, H)[:, None]
+                    mass = product(mass, load_per_head(MASS_WEIGHTS, h, r, inside, H)[:, None])
                 total += tl.sum(mass, axis=0)
             y = pin(y)
         acc = tl.dot(tl.trans(y.to(x.dtype)), x, acc, input_precision=PRECISION)
@@ -121,8 +122,8 @@ def head_product(maps, MATRIX, MEANS, INVERSE_MASS, h, r, inside, live, E: tl.co
         for c in tl.static_range(0, E, COLUMNS):
             powers = powers_of(maps, h * E + c + chunk, within(live, c + chunk, E, COLUMNS), FAST)
             means = tl.load(MEANS + h * E + c + chunk, mask=c + chunk < E, other=0.0)
-            mass += tl.sum(mass_of(powers, maps) * means[None, :], axis=1)
-        inverse = reciprocal(mass)
+            mass += row_dot(mass_of(powers, maps), tl.broadcast_to(means[None, :], powers[0].shape))
+        inverse = reciprocal(mass, FAST)
         tl.store(INVERSE_MASS + r * H + h, inverse, mask=inside)
     acc = tl.zeros((live.shape[0], padded(E)), tl.float32)
     for c in tl.static_range(0, E, COLUMNS):

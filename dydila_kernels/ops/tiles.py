@@ -99,15 +99,50 @@ def log2(x, FAST: tl.constexpr):
 
 
 @triton.jit
+def quotient(x, y, FAST: tl.constexpr):
+    """x / y: rounded correctly, or FAST within 2 ulp, which is far below the rounding of 16-bit tokens and takes a
+    few instructions instead of a subroutine with registers of its own."""
+    if FAST:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
+def root(x, FAST: tl.constexpr):
+    """The square root of x, as exact as :func:`quotient`."""
+    if FAST:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
 def pin(x):
     """x (R, C).  A layout barrier: keeps Triton from evaluating what is above it anew for each warp of a product."""
     return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1], 1)), axis=2)
 
 
 @triton.jit
-def fold_sum(x):
-    """(R, C) -> (R, C / 8), sums of eight neighbours, which one thread holds."""
-    return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 8, 8)), axis=2)
+def product(x, y):
+    """x y, rounded, whatever is done with it.
+
+    The compiler would fuse a product with the first addition of a sum.  Where that adds what another lane has, each
+    lane would leave its own product unrounded, and lanes that are to hold one sum would differ in its last bit.
+    """
+    return tl.fma(x, y, 0.0)
+
+
+@triton.jit
+def row_dot(x, y):
+    """The dot product (R,) of each row of x and y (R, C) float32, with the same bits wherever it is held."""
+    return tl.sum(product(x, y), axis=1)
+
+
+@triton.jit
+def fold_dot(x, y):
+    """(R, C / 8): the dot products of eight neighbours of x and y (R, C) float32, which mostly one thread holds."""
+    return tl.sum(tl.reshape(product(x, y), (x.shape[0], x.shape[1] // 8, 8)), axis=2)
 
 
 @triton.jit

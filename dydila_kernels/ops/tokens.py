@@ -29,13 +29,17 @@ from dydila_kernels.ops.call import Call, Side
 from dydila_kernels.ops.tiles import (
     TINY,
     first_largest,
+    fold_dot,
     fold_max,
-    fold_sum,
     launch,
     log2,
     numerics,
     padded,
+    product,
+    quotient,
+    root,
     router_dot,
+    row_dot,
     rows_of_program,
     within,
 )
@@ -97,20 +101,20 @@ def difference_of(powers, maps):
 @triton.jit
 def mass_of(powers, maps):
     """The absolute mass phi(Z) + |lambda| phi(Z') of a tile (R, C), without lambda where there is one map."""
-    y = powers[0] * (maps[0][3] * maps[0][5])[:, None]
+    y = product(powers[0], (maps[0][3] * maps[0][5])[:, None])
     if len(maps) == 2:
         y += powers[1] * (maps[1][3] * maps[1][5])[:, None]
     return y
 
 
 @triton.jit
-def reciprocal(mass):
-    """1/mass, and 0 where there is none to speak of: of less than the smallest normal number it would be infinite."""
-    return tl.where(mass >= TINY, 1.0 / tl.where(mass >= TINY, mass, 1.0), 0.0)
+def reciprocal(x, FAST: tl.constexpr):
+    """1/x, and 0 where x is nothing to speak of: of less than the smallest normal number it would be infinite."""
+    return tl.where(x >= TINY, quotient(1.0, tl.where(x >= TINY, x, 1.0), FAST), 0.0)
 
 
 @triton.jit
-def weighted(rows, measured, factor, FACTORS, segment, unit, RELATIVE: tl.constexpr):
+def weighted(rows, measured, factor, FACTORS, segment, unit, RELATIVE: tl.constexpr, FAST: tl.constexpr):
     """The maps, which rows (R,) are not all zero, and ``extra`` (R,); ``measured`` is (1/m, gamma, scale) of each map.
 
     A map's share in Zh is extra, that of the last one extra (-lambda).
@@ -123,12 +127,12 @@ def weighted(rows, measured, factor, FACTORS, segment, unit, RELATIVE: tl.conste
         extra *= tl.load(FACTORS + segment)
     if len(measured) == 1:
         if RELATIVE:
-            extra = reciprocal(scale)
+            extra = reciprocal(scale, FAST)
         return ((rows[0], inverse, gamma, scale, extra * factor, extra),), scale != 0, extra
     else:
         inverse2, gamma2, scale2 = measured[1]
         if RELATIVE:
-            extra = reciprocal(tl.maximum(scale, tl.abs(scale2 * factor)))
+            extra = reciprocal(tl.maximum(scale, tl.abs(scale2 * factor)), FAST)
         first = (rows[0], inverse, gamma, scale, extra, extra)
         second = (rows[1], inverse2, gamma2, scale2, extra * factor, extra * tl.abs(factor))
         return (first, second), (scale != 0) | (scale2 != 0), extra
@@ -194,14 +198,14 @@ def load_router(ROUTER, c, choices, D: tl.constexpr, CHOICES: tl.constexpr):
 
 
 @triton.jit
-def softmax_slopes(logits, TABLE, CHOICES: tl.constexpr):
+def softmax_slopes(logits, TABLE, CHOICES: tl.constexpr, FAST: tl.constexpr):
     """softmax_j (table_j - mean): the derivative of table[argmax] with respect to logits_j, straight through."""
     choices = tl.arange(0, logits.shape[1])
     table = tl.load(TABLE + choices, mask=choices < CHOICES, other=0.0).to(tl.float32)[None, :]
     logits = tl.where((choices < CHOICES)[None, :], logits, float("-inf"))
     shares = tl.exp(logits - tl.max(logits, axis=1)[:, None])
-    shares = shares / tl.sum(shares, axis=1)[:, None]
-    return shares * (table - tl.sum(shares * table, axis=1)[:, None])
+    shares *= quotient(1.0, tl.sum(shares, axis=1), FAST)[:, None]
+    return shares * (table - row_dot(shares, tl.broadcast_to(table, shares.shape))[:, None])
 
 
 @triton.jit
@@ -233,7 +237,7 @@ def measure_rows(rows, ROUTER_F, ROUTER_D, GAMMA, INDEX, STATS, SLOPES, r, insid
     gamma = tl.load(GAMMA + index).to(tl.float32)
     m = tl.max(largest, axis=1)
     alive = m >= TINY
-    inverse = tl.where(alive, 1.0 / tl.where(alive, m, 1.0), 0.0)
+    inverse = reciprocal(m, FAST)
 
     choices = tl.arange(0, padded(N_D))
     differential = tl.zeros((rows.shape[0], padded(N_D)), tl.float32)
@@ -242,21 +246,21 @@ def measure_rows(rows, ROUTER_F, ROUTER_D, GAMMA, INDEX, STATS, SLOPES, r, insid
     for c in range(0, D, COLUMNS):
         z = tl.load(rows + (c + columns)[None, :], mask=within(live, c + columns, D, COLUMNS), other=0.0)
         s, p = unit_and_power(z, inverse, gamma, FAST)
-        squares += fold_sum(s * s)
-        powers += fold_sum(p * p)
+        squares += fold_dot(s, s)
+        powers += fold_dot(p, p)
         if ROUTER_D is not None:
             router = load_router(ROUTER_D, c + columns, choices, D, N_D)
             differential = differential_dot(p, router, differential, z.dtype != tl.bfloat16, ROUTER)
     power = tl.sum(powers, axis=1)
     alive |= power != power  # a maximum passes over NaN; the row shall not
-    scale = tl.where(alive, m * tl.sqrt(tl.sum(squares, axis=1) / tl.where(alive, power, 1.0)), 0.0)
+    scale = tl.where(alive, m * root(quotient(tl.sum(squares, axis=1), tl.where(alive, power, 1.0), FAST), FAST), 0.0)
 
     tl.store(INDEX + r, index.to(tl.int8), mask=inside)
     tl.store(STATS + r, inverse, mask=inside)
     tl.store(STATS + T + r, scale, mask=inside)
     tl.store(STATS + 2 * T + r, tl.where(alive, power, 0.0), mask=inside)
     if SLOPES is not None:
-        store_choices(SLOPES, softmax_slopes(logits, GAMMA, N_F), r, inside, N_F)
+        store_choices(SLOPES, softmax_slopes(logits, GAMMA, N_F, FAST), r, inside, N_F)
     return (inverse, gamma, scale), differential * scale[:, None]
 
 
@@ -283,7 +287,7 @@ def decide_rows(rows, MASK, ROUTER1, ROUTER2, ROUTER_D, GAMMA, LAM, INDEX, CHOIC
             factor = -tl.load(LAM + choice).to(tl.float32)
             tl.store(CHOICE + r, choice.to(tl.int8), mask=inside)
             if SLOPES_D is not None:
-                store_choices(SLOPES_D, softmax_slopes(differential, LAM, N_D), r, inside, N_D)
+                store_choices(SLOPES_D, softmax_slopes(differential, LAM, N_D, FAST), r, inside, N_D)
         return (first, second), factor
 
 
@@ -299,7 +303,7 @@ def measured_rows(rows, MASK, ROUTER1, ROUTER2, ROUTER_D, GAMMA, LAM, INDEX, CHO
     else:
         measured = load_measured(rows, INDEX, STATS, GAMMA, r, inside, T)
         factor = load_factor(CHOICE, LAM, r, inside)
-    maps, alive, _ = weighted(rows, measured, factor, FACTORS, segment, unit, RELATIVE)
+    maps, alive, _ = weighted(rows, measured, factor, FACTORS, segment, unit, RELATIVE, FAST)
     return maps, inside & alive
 
 
@@ -322,8 +326,8 @@ def write_rows(OUT, SUMS, MASS_WEIGHTS, MEANS, INVERSE_MASS, maps, segment, r, i
                 at = h * E + c + columns
                 powers = powers_of(maps, at, within(live, c + columns, E, COLUMNS), FAST)
                 mean = tl.load(MEANS + segment * D + at, mask=c + columns < E, other=0.0)
-                mass += fold_sum(mass_of(powers, maps) * mean[None, :])
-            inverse = reciprocal(tl.sum(mass, axis=1))
+                mass += fold_dot(mass_of(powers, maps), tl.broadcast_to(mean[None, :], powers[0].shape))
+            inverse = reciprocal(tl.sum(mass, axis=1), FAST)
             tl.store(INVERSE_MASS + r * H + h, inverse, mask=inside)
         for c in range(0, E, COLUMNS):
             at = h * E + c + columns
@@ -334,7 +338,7 @@ def write_rows(OUT, SUMS, MASS_WEIGHTS, MEANS, INVERSE_MASS, maps, segment, r, i
             if SUMS is not None:
                 mass = mass_of(powers, maps)
                 if MASS_WEIGHTS is not None:
-                    mass *= load_per_head(MASS_WEIGHTS, h, r, inside, H)[:, None]
+                    mass = product(mass, load_per_head(MASS_WEIGHTS, h, r, inside, H)[:, None])
                 total = tl.sum(mass, axis=0)
                 tl.store(SUMS + tl.program_id(0).to(tl.int64) * D + at, total, mask=c + columns < E)
 

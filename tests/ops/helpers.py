@@ -44,6 +44,10 @@ def name_of(options: dict[str, Any]) -> str:
     return "-".join(map(str, options.values()))
 
 
+TALL = (64, 64)
+"""Rows and columns of the largest tiles that every kernel compiles with: few programs, where numbers matter little."""
+
+
 def use_tiles(patch: pytest.MonkeyPatch, rows: int = 16, columns: int = 16) -> None:
     """Tiles of the core's kernels so small that small images span several."""
     for stage, precision in list(configs.TABLE):

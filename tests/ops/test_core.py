@@ -17,6 +17,7 @@ from dydila_kernels.testing import TOKENS, Tensors, relative_error
 from tests.ops.helpers import (
     DEVICE,
     DTYPES,
+    TALL,
     assert_repeats,
     assert_same_bits,
     attend,
@@ -103,7 +104,7 @@ def test_backward_twice_is_equal_to_the_bit_in_poisoned_memory(
 
 @pytest.fixture
 def tall_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_tiles(monkeypatch, rows=256, columns=64)
+    use_tiles(monkeypatch, *TALL)
 
 
 forms = pytest.mark.parametrize("form", ["fused", "states", "scores"])
@@ -150,7 +151,7 @@ def test_allocates_nothing_of_the_size_of_the_tokens_but_the_results(view: bool,
     inputs = inputs_of(batch, length, dim, torch.bfloat16)
     if view:
         inputs.update(zip(TOKENS[:3], torch.cat([inputs[name] for name in TOKENS[:3]], -1).chunk(3, -1), strict=True))
-    tensors, options = validated(**inputs, normalization=normalization, num_heads=2 if form == "fused" else 1,
+    tensors, options = validated(**inputs, normalization=normalization, num_heads=4 if form == "fused" else 1,
                                  backend="triton")  # fmt: skip
     arguments = triton_arguments(*tensors, **options)
     incoming = torch.randn_like(inputs["q"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,7 +65,37 @@ def test_tuning_passes_over_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -
         return 1.0
 
     monkeypatch.setattr(tuning, "duration", duration)
-    assert tuning.tune([SHAPE], dtype=torch.float32, device=DEVICE, training=False) == {} == configs.TUNED
+    with pytest.warns(UserWarning, match="OutOfResources: out of resource: shared memory"):
+        assert tuning.tune([SHAPE], dtype=torch.float32, device=DEVICE, training=False) == {} == configs.TUNED
+
+
+def test_tuning_reports_what_does_not_compile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where a pass of Triton fails, all that it raises is a RuntimeError."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import compile
+
+    broken = tmp_path / "broken.ttir"
+    broken.write_text("module { this is no kernel }")
+
+    def duration(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+        if configs.TUNED:
+            compile(str(broken), target=GPUTarget("cuda", 90, 32))
+        return 1.0
+
+    monkeypatch.setattr(tuning, "duration", duration)
+    with pytest.warns(UserWarning, match=r"state: Config\(rows=.* was passed over: RuntimeError"):
+        assert tuning.tune([SHAPE], dtype=torch.float32, device=DEVICE, training=False) == {} == configs.TUNED
+
+
+def test_tuning_stops_at_any_other_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def duration(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+        if configs.TUNED:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return 1.0
+
+    monkeypatch.setattr(tuning, "duration", duration)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        tuning.tune([SHAPE], dtype=torch.float32, device=DEVICE, training=False)
 
 
 @pytest.mark.slow

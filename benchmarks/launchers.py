@@ -8,7 +8,8 @@ from torch import Tensor
 from benchmarks.roofline import Shape
 from dydila_kernels import reference
 from dydila_kernels.ops import core, gemm
-from dydila_kernels.ops.gradients import Incoming, gradients
+from dydila_kernels.ops.arguments import Denominator
+from dydila_kernels.ops.gradients import gradients, source_of
 from dydila_kernels.ops.linear_attention import readout, state
 from dydila_kernels.ops.tokens import tokens
 from dydila_kernels.testing import TOKENS, Tensors, relative_error
@@ -31,62 +32,64 @@ class Launchers:
             straight_through=False,
         )  # fmt: skip
         self.grad, self.fused = grad, core.is_fused(grad.shape[-1], heads)
-        self.call = core.call_of(self.inputs, settings)
-        self.kept = core.empty_kept(self.inputs, settings)
-        self.q, self.k = core.sides_of(self.call, self.inputs, settings, self.kept)
+        self.context = core.context_of(self.inputs, settings)
+        self.saved = core.empty_saved(self.inputs, settings)
+        self.q, self.k = core.operands_of(self.context, self.inputs, settings, self.saved)
         self.q_hat, self.k_hat, self.out, self.dv = (torch.empty_like(grad) for _ in range(4))
         self.dq, self.dk = ([torch.empty_like(grad) for _ in range(2)] for _ in range(2))
         e = grad.shape[-1] // heads
         self.states, self.dstates = (grad.new_empty(grad.shape[0], heads, e, e) for _ in range(2))
-        tokens(self.call, self.q, decide=True, out=self.q_hat)
-        tokens(self.call, self.k, decide=True, out=self.k_hat)
+        tokens(self.context, self.q, decide=True, out=self.q_hat)
+        tokens(self.context, self.k, decide=True, out=self.k_hat)
         for stage in (self.state, self.readout, self.prepare_gradients, self.gradients_of_queries):
             stage()
         self.gradients_of_keys()
 
     def tokens(self) -> None:
         """Routes and measures the keys; wide heads have Zh written, for others it is made where it is used."""
-        tokens(self.call, self.k, decide=True, out=None if self.fused else self.k_hat)
+        tokens(self.context, self.k, decide=True, out=None if self.fused else self.k_hat)
 
     def state(self) -> None:
         if self.fused:
-            self.states.copy_(state(self.call, self.k, self.inputs.v)[0])
+            self.states.copy_(state(self.context, self.k, self.inputs.v)[0])
         else:
-            gemm.state(self.call, self.k_hat, self.inputs.v, self.states)
+            gemm.state(self.context, self.k_hat, self.inputs.v, self.states)
 
     def readout(self) -> None:
         """Of the queries; fused, these are routed and measured on the way."""
         if self.fused:
-            readout(self.call, self.q, self.states, self.out, decide=True)
+            readout(self.context, self.q, self.states, self.out, decide=True)
         else:
-            gemm.readout(self.call, self.out, self.q_hat, self.states, scale=self.call.rescale)
+            gemm.readout(self.context, self.out, self.q_hat, self.states, scale=self.context.output_scale)
 
     def prepare_gradients(self) -> None:
         """The gradient of the states; for wide heads, those of Qh and Kh, and that of V."""
-        call, natural = self.call, self.call.rescale * self.call.unit
+        context, natural = self.context, self.context.output_scale * self.context.fp16_prescale
         if self.fused:
-            self.dstates.copy_(state(call, self.q, self.grad)[0])
+            self.dstates.copy_(state(context, self.q, self.grad)[0])
             return
-        gemm.state(call, self.q_hat, self.grad, self.dstates)
+        gemm.state(context, self.q_hat, self.grad, self.dstates)
         self.dq_hat, self.dk_hat = torch.empty_like(self.grad), torch.empty_like(self.grad)
-        gemm.readout(call, self.dq_hat, self.grad, self.states, transposed=True, scale=natural)
-        gemm.readout(call, self.dk_hat, self.inputs.v, self.dstates, transposed=True, scale=natural)
-        gemm.readout(call, self.dv, self.k_hat, self.dstates, scale=call.rescale)
+        gemm.readout(context, self.dq_hat, self.grad, self.states, transposed=True, scale=natural)
+        gemm.readout(context, self.dk_hat, self.inputs.v, self.dstates, transposed=True, scale=natural)
+        gemm.readout(context, self.dv, self.k_hat, self.dstates, scale=context.output_scale)
 
     def gradients_of_queries(self) -> None:
-        source = Incoming(self.grad, self.states) if self.fused else Incoming(given=self.dq_hat)
-        gradients(self.call, self.q, source, *self.dq)
+        wide = {} if self.fused else {"given": self.dq_hat}
+        source = source_of(self.context, **(wide or {"x": self.grad, "matrix": self.states}))
+        gradients(self.context, self.q, source, Denominator(), *self.dq)
 
     def gradients_of_keys(self) -> None:
         """Fused, that of V too."""
         if self.fused:
-            gradients(self.call, self.k, Incoming(self.inputs.v, self.dstates), *self.dk, dx=self.dv)
+            source = source_of(self.context, x=self.inputs.v, matrix=self.dstates)
+            gradients(self.context, self.k, source, Denominator(), *self.dk, dv=self.dv)
         else:
-            gradients(self.call, self.k, Incoming(given=self.dk_hat), *self.dk)
+            gradients(self.context, self.k, source_of(self.context, given=self.dk_hat), Denominator(), *self.dk)
 
     def results(self) -> dict[str, list[Tensor]]:
         """By stage, in the scale of the equations."""
-        unit = self.call.unit
+        unit = self.context.fp16_prescale
         return {
             "tokens": [self.k_hat / unit],
             "state": [self.states / unit],
@@ -121,7 +124,7 @@ class Launchers:
         shape = self.grad.shape[:2]
 
         def side(name: str, i: int) -> Tensor:
-            indices = self.kept.indices[i].cpu().long().unflatten(-1, shape)
+            indices = self.saved.indices[i].cpu().long().unflatten(-1, shape)
             z, redundant = (
                 reference.power(leaves[key], inputs["gamma"][index])
                 for key, index in zip((name, f"{name}_redundant"), indices, strict=False)
@@ -129,7 +132,7 @@ class Launchers:
             return reference.difference(z, redundant, inputs["lam"][indices[2]])
 
         q_hat, k_hat = side("q", 0), side("k", 1)
-        per_head = [t.unflatten(-1, (self.call.heads, -1)).transpose(1, 2) for t in (q_hat, k_hat, leaves["v"])]
+        per_head = [t.unflatten(-1, (self.context.heads, -1)).transpose(1, 2) for t in (q_hat, k_hat, leaves["v"])]
         states = per_head[1].mT @ per_head[2] / shape[1]
         out = (per_head[0] @ states).transpose(1, 2).flatten(2)
         wanted = ("q", "q_redundant", "k", "k_redundant", "v")

@@ -242,9 +242,9 @@ def project(name: str, mode: Mode, shape: Shape, device: str) -> Call:
 def routed(x: Tensor, weight: Tensor, router: Tensor) -> Tensor:
     """Ours."""
     if runs_kernels(x.device.type, x.dtype):
-        from dydila_kernels.ops import library  # needs Triton
+        from dydila_kernels.ops import backend  # needs Triton
 
-        return library.routed_projection(x, weight, library.route(x, [router])[0])
+        return backend.project(x, weight, backend.route(x, [router])[0])
     index = torch_backend.projection_logits(x.detach(), router).argmax(-1)
     return torch_backend.routed_projection(x, weight, index)
 
@@ -345,9 +345,9 @@ def whole_error_ratio(stage: str, shape: Shape, device: str) -> float:
 
     def ours(t: dict[str, Tensor]) -> Tensor:
         if stage == "projection" and kernels:
-            from dydila_kernels.ops import library  # needs Triton
+            from dydila_kernels.ops import backend  # needs Triton
 
-            return library.routed_projection(t["x"], t["weight"], index.to(device))
+            return backend.project(t["x"], t["weight"], index.to(device))
         if stage == "projection":
             return torch_backend.routed_projection(t["x"], t["weight"], index.long().to(device))
         return torch_backend.depthwise(torch.zeros_like(t["x"]), t["x"], t["weight"], t["bias"], [grid])

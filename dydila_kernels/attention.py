@@ -315,9 +315,9 @@ class DyDiLAttention(nn.Module):
         if self.projection_q is None or self.projection_k is None:
             return q, k, v, None, None
         if self._runs_triton(x):
-            from dydila_kernels.ops import library
+            from dydila_kernels.ops import backend
 
-            indices = library.route(x, [self.projection_q.router, self.projection_k.router])
+            indices = backend.route(x, [self.projection_q.router, self.projection_k.router])
             q_redundant, k_redundant = self.projection_q(x, indices[0]), self.projection_k(x, indices[1])
         else:
             q_redundant, k_redundant = self.projection_q(x), self.projection_k(x)

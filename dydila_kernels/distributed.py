@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dydila_kernels import checks, torch_backend
 from dydila_kernels.attention import DyDiLAttention
-from dydila_kernels.functional import runs_triton, triton_arguments, validated
+from dydila_kernels.functional import runs_triton, triton_attention, validated
 
 Module = TypeVar("Module", bound=nn.Module)
 Range = tuple[int, int]
@@ -90,7 +90,7 @@ class Group:
 
 @dataclass
 class SharedTokens:
-    """What a backend asks of a call's ranks, see :class:`dydila_kernels.ranks.Ranks`."""
+    """What a backend asks of a call's ranks, see :class:`dydila_kernels.types.Ranks`."""
 
     group: Group
     length: int
@@ -221,9 +221,7 @@ class SequenceParallelAttention(DyDiLAttention):
             x, mask = F.pad(x, (0, 0, 0, 1)), x.new_zeros((x.shape[0], 1), dtype=torch.bool)
         tensors, arguments = validated(*self._projected(x), mask=mask, **self._core_arguments())
         if runs_triton(self.backend, *tensors):
-            from dydila_kernels.ops import library
-
-            out = library.dydila_attention(*triton_arguments(*tensors, **arguments), ranks)
+            out = triton_attention(*tensors, **arguments, ranks=ranks)
         else:
             out = torch_backend.dydila_attention(*tensors, **arguments, ranks=ranks)
         v = tensors[2]

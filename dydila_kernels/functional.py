@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dydila_kernels import checks, torch_backend
+from dydila_kernels.types import DIFFERENTIAL_SIDES, Convolution, CoreInputs, Grid, Options, Ranks
 
 OLDEST_TRITON = (3, 6)
 MOST_CHOICES = 128
@@ -150,7 +151,7 @@ def dydila_attention(
 def attend(
     backend: str,
     *tensors: Tensor | None,
-    options: torch_backend.Options,
+    options: Options,
     mask: Tensor | None,
     cu_seqlens: Sequence[int] | None,
 ) -> Tensor:
@@ -170,41 +171,30 @@ def runs_triton(backend: str, *tensors: Tensor | None) -> bool:
     return not torch_backend.is_transformed()
 
 
-def triton_arguments(
+def triton_attention(
     *tensors: Tensor | None,
-    options: torch_backend.Options,
+    options: Options,
     mask: Tensor | None,
     cu_seqlens: Sequence[int] | None,
     convolution: tuple[Tensor, Tensor | None] | None = None,
-    grids: Sequence[torch_backend.Grid] = (),
-) -> tuple[Any, Any]:
-    """What the operators of :mod:`dydila_kernels.ops.library` take; ``convolution`` is weight (d, 1, 3, 3) and bias."""
-    from dydila_kernels.ops.core import Inputs, Settings
-
-    weight, bias = (None, None) if convolution is None else convolution
-    weight = None if weight is None else weight.float().flatten(1).t().contiguous()
-    inputs = Inputs(*tensors, weight, None if bias is None else bias.float())  # type: ignore[arg-type,call-arg]
-    flat = [] if weight is None else [n for grid in grids for n in grid]
-    straight_through = options.router_gradient == "straight_through"
-    return inputs, Settings(
-        mask, cu_seqlens, flat, options.num_heads, options.normalization, options.differential, straight_through
-    )
-
-
-def triton_attention(*tensors: Tensor | None, **arguments: Any) -> Tensor:
+    grids: Sequence[Grid] = (),
+    ranks: Ranks | None = None,
+) -> Tensor:
     """Eqs. 5-8 (or 10), and with ``convolution`` Eq. 9 except at masked tokens, which get zero."""
-    from dydila_kernels.ops import library
+    from dydila_kernels.ops import backend
 
-    return library.dydila_attention(*triton_arguments(*tensors, **arguments))
+    stencil = None if convolution is None else Convolution(*convolution, grids)
+    inputs = CoreInputs(*tensors)  # type: ignore[arg-type]
+    return backend.attend(inputs, options, mask=mask, cu_seqlens=cu_seqlens, convolution=stencil, ranks=ranks)
 
 
 def decisions_of(backend: str, *tensors: Tensor | None, **arguments: Any) -> dict[str, Tensor]:
     """The routing decisions that :func:`attend` takes for the same arguments, (B, N) integers each."""
     if not runs_triton(backend, *tensors):
         return torch_backend.routing_indices(*tensors, **arguments)
-    from dydila_kernels.ops import library
+    from dydila_kernels.ops import backend
 
-    return library.routing_indices(*triton_arguments(*tensors, **arguments))
+    return backend.decisions(CoreInputs(*tensors), **arguments)  # type: ignore[arg-type]
 
 
 def validated(
@@ -238,7 +228,7 @@ def validated(
     for name, value in {"k": k, "v": v, **({} if differential == "off" else redundant)}.items():
         checks.shaped(name, value, tuple(q.shape), "that of q")
 
-    sides = {"token": 2, "map": 1, "off": 0}[differential]
+    sides = DIFFERENTIAL_SIDES[differential]
     checks.vector("gamma", gamma, "n_F")
     checks.shaped("kernel_routers", kernel_routers, (4 if sides else 2, dim, len(gamma)), "(routers, d, n_F)")
     if sides:
@@ -273,7 +263,7 @@ def validated(
     assert tokens[0] is not None
     choose_backend(backend, q.device, tokens[0].dtype, max(len(gamma), 0 if lam is None else len(lam)))
     return (*tokens, gamma, lam, kernel_routers, differential_routers), {
-        "options": torch_backend.Options(num_heads, normalization, router_gradient, differential),
+        "options": Options(num_heads, normalization, router_gradient, differential),
         "mask": mask,
         "cu_seqlens": bounds,
     }

@@ -58,9 +58,9 @@ class DynamicProjection(nn.Module):
             trained = logits if self.trainable_routers else None
             return torch_backend.routed_projection(x, weight, logits.argmax(-1), trained)
 
-        from dydila_kernels.ops import library
+        from dydila_kernels.ops import backend
 
-        out = library.routed_projection(x, weight, index)
+        out = backend.project(x, weight, index)
         if logits is None:
             return out
         return out * reference.straight_through_one(logits, index.long()).to(out.dtype)

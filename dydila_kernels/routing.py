@@ -46,9 +46,9 @@ def routing_of(attn: DyDiLAttention, x: Tensor, mask: Tensor | None) -> Routing:
     projections = [name for name in ("projection_q", "projection_k") if getattr(attn, name) is not None]
     routers = [getattr(attn, name).router for name in projections]
     if triton and routers:
-        from dydila_kernels.ops import library
+        from dydila_kernels.ops import backend
 
-        decided = list(library.route(x, routers))
+        decided = list(backend.route(x, routers))
     else:
         decided = [getattr(attn, name).logits(x).argmax(-1) for name in projections]
     for name, index in zip(projections, decided, strict=True):

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from dydila_kernels import reference
-from dydila_kernels.ranks import Ranks
 from dydila_kernels.torch_backend.blocks import (
     ImageRanges,
     accumulation_dtype,
@@ -36,10 +35,10 @@ from dydila_kernels.torch_backend.tokens import (
     Options,
     Tables,
     Tokens,
-    index_names,
     needs_exact_zeros,
     tokens_of,
 )
+from dydila_kernels.types import Ranks, decision_names
 
 At = tuple[slice, slice]
 """Images and rows of a block."""
@@ -226,7 +225,7 @@ class Decisions:
         routers = (call.tables.kernel_routers, call.tables.differential_routers)
         most = max(router.shape[-1] for router in routers if router is not None)
         dtype = torch.uint8 if most <= 256 else torch.int32
-        names = index_names(call.options.differential)
+        names = decision_names(call.options.differential)
         return cls(names, [torch.zeros(call.like.shape[:2], dtype=dtype, device=call.like.device) for _ in names])
 
     def write(self, block: Block, indices: Indices) -> None:
@@ -267,7 +266,7 @@ class Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mask, *saved = ctx.saved_tensors
         tensors, rest = saved[:9], iter(saved[9:])
-        names = index_names(ctx.options.differential)
+        names = decision_names(ctx.options.differential)
         decisions = Decisions(names, [next(rest) for _ in names])
         needed = ctx.needs_input_grad[4:]
         if torch.is_grad_enabled():

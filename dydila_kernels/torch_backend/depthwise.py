@@ -25,18 +25,7 @@ from dydila_kernels.torch_backend.blocks import (
     scratch,
     takes_plain_path,
 )
-
-
-class Grid(NamedTuple):
-    """An image among the N tokens of a row: tokens ``start`` to ``start + rows * columns``."""
-
-    start: int
-    rows: int
-    columns: int
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.rows * self.columns
+from dydila_kernels.types import Grid
 
 
 class Strip(NamedTuple):

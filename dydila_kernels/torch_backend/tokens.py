@@ -13,18 +13,10 @@ from torch.autograd.function import once_differentiable
 
 from dydila_kernels import reference
 from dydila_kernels.torch_backend.blocks import router_choices, router_logits
+from dydila_kernels.types import Options
 
 Indices = dict[str, Tensor]
-"""Routing decisions by name, see :func:`index_names`."""
-
-
-class Options(NamedTuple):
-    """The choices of a call to the core, already validated."""
-
-    num_heads: int
-    normalization: str
-    router_gradient: str
-    differential: str
+"""Routing decisions by name, see :func:`dydila_kernels.types.decision_names`."""
 
 
 class Tables(NamedTuple):
@@ -57,16 +49,6 @@ class Tokens(NamedTuple):
             for (hat, mass), scale in zip(self.maps, scales, strict=True)
         ]
         return Tokens(maps, self.lam)
-
-
-def index_names(differential: str) -> tuple[str, ...]:
-    """The routing decisions that the core takes, as :class:`dydila_kernels.Routing` names them."""
-    names: tuple[str, ...] = ("measure_q", "measure_k")
-    if differential != "off":
-        names += ("measure_q_redundant", "measure_k_redundant", "differential_q")
-    if differential == "token":
-        names += ("differential_k",)
-    return names
 
 
 class Power(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 
 from dydila_kernels import DyDiLAttention, dydila_attention, reference
-from dydila_kernels.ops import configs, core
+from dydila_kernels.functional import validated
+from dydila_kernels.ops import backend, configs, core
+from dydila_kernels.ops.core import Inputs, Settings
 from dydila_kernels.testing import (
     Tensors,
     call_layer,
@@ -22,6 +25,7 @@ from dydila_kernels.testing import (
     output_and_gradients,
     with_distinct_factors,
 )
+from dydila_kernels.types import Convolution, CoreInputs, Grid
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -63,6 +67,20 @@ def use_gemm(patch: pytest.MonkeyPatch) -> None:
 
 def inputs_of(batch: int, length: int, dim: int, dtype: torch.dtype = torch.float32, **options: Any) -> Tensors:
     return core_inputs(batch, length, dim, dtype=dtype, device=DEVICE, **options)
+
+
+def operator_arguments(
+    inputs: Tensors,
+    *,
+    convolution: tuple[Tensor, Tensor | None] | None = None,
+    grids: Sequence[Grid] = (),
+    **options: Any,
+) -> tuple[Inputs, Settings]:
+    """Those of the operator ``attention``; ``convolution``: weight (d, 1, 3, 3) and bias (d,)."""
+    tensors, checked = validated(**inputs, **options, backend="triton")
+    core_inputs = CoreInputs(*tensors)  # type: ignore[arg-type]
+    stencil = None if convolution is None else Convolution(*convolution, grids)
+    return backend.operator_arguments(core_inputs, checked["options"], checked["mask"], checked["cu_seqlens"], stencil)
 
 
 def attend(inputs: Tensors, **options: Any) -> Tensor:

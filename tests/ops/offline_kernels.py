@@ -145,7 +145,7 @@ def lanes_of_sums() -> list[int]:
     ((_, code),) = [
         item
         for item in compile_code(partial(cases.convolve, torch.bfloat16, 384), "ttgir").items()
-        if "weight_gradient" in item[0] and "MASK" not in item[1].split("attributes")[0]
+        if "depthwise_weight" in item[0]
     ][:1]
     found = []
     for layout in re.findall(r'"tt\.reduce".*?\}\) : \(tensor<\S+, (#\w+)>\)', code, re.DOTALL):

@@ -11,7 +11,7 @@ from torch import Tensor
 from dydila_kernels import reference
 from dydila_kernels.ops import depthwise as ops
 from dydila_kernels.testing import Tensors, assert_within_twice_plain, relative_error
-from dydila_kernels.torch_backend import Grid
+from dydila_kernels.types import Grid
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

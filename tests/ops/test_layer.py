@@ -105,14 +105,14 @@ def test_routing_names_the_decisions_taken(differential: str, form: str, monkeyp
     if form == "gemm":
         use_gemm(monkeypatch)
     used: list[Tensor] = []
-    attend = core.attend
+    forward = core.forward
 
     def spy(*arguments: Any) -> Any:
-        out, kept = attend(*arguments)
-        used.append(kept.indices)
-        return out, kept
+        out, saved = forward(*arguments)
+        used.append(saved.indices)
+        return out, saved
 
-    monkeypatch.setattr(core, "attend", spy)
+    monkeypatch.setattr(core, "forward", spy)
     attn, x = layer_of(24, differential=differential, dtype=torch.bfloat16), tokens(2, 16, 24, dtype=torch.bfloat16)
     attn(x)
     indices = attn.routing(x).indices

@@ -149,17 +149,17 @@ def test_check_against_a_table(tmp_path: Path) -> None:
     def offline(*arguments: str) -> subprocess.CompletedProcess[str]:
         return compiling("-m", "benchmarks.offline", "--subset", "--table", str(table), *arguments)
 
-    for kernel in ("depthwise/add", "projection/count"):  # the second adds to what the first wrote
+    for kernel in ("depthwise/depthwise_kernel", "projection/count"):  # the second adds to what the first wrote
         written = offline("--only", kernel)
         assert written.returncode == 0, written.stdout + written.stderr
     rows = read_table(table)
-    assert {row["kernel"] for row in rows} == {"add_convolution", "count_kernel"}
-    checked = offline("--only", "depthwise/add", "--check")
+    assert {row["kernel"] for row in rows} == {"depthwise_kernel", "count_kernel"}
+    checked = offline("--only", "depthwise/depthwise_kernel", "--check")
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
-    row = next(row for row in rows if row["kernel"] == "add_convolution")
+    row = next(row for row in rows if row["kernel"] == "depthwise_kernel")
     before, row["instructions"] = row["instructions"], row["instructions"] // 2
     write_table(table, rows)
-    checked = offline("--only", "depthwise/add", "--check")
+    checked = offline("--only", "depthwise/depthwise_kernel", "--check")
     assert checked.returncode == 1
     assert f"{row['target']}: instructions {row['instructions']} -> {before} ({row['options']}" in checked.stdout

@@ -1,0 +1,74 @@
+"""What the layer asks of the kernels: the same functions, under the same names, as the torch backend has.
+
+All take validated arguments.  None of them has second derivatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from dydila_kernels.ops import operators
+from dydila_kernels.ops.core import Inputs, Settings
+from dydila_kernels.types import Convolution, CoreInputs, Options, Ranks
+
+
+def route(x: Tensor, routers: Sequence[Tensor]) -> Tensor:
+    """Eq. 1: x (B, N, d), one or two routers (d, n_P) of any dtype -> (routers, B, N) int8, in one pass over x."""
+    return operators.route(x, routers)
+
+
+def project(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    """Eq. 2: x (B, N, d), weight (n_P, d, e), index (B, N) int8 -> (B, N, e), differentiable in x and weight."""
+    return operators.project(x, weight, index)
+
+
+def attend(
+    inputs: CoreInputs,
+    options: Options,
+    *,
+    mask: Tensor | None,
+    cu_seqlens: Sequence[int] | None,
+    convolution: Convolution | None = None,
+    ranks: Ranks | None = None,
+) -> Tensor:
+    """Eqs. 5-8 (or 10), and with ``convolution`` Eq. 9 except at masked tokens, which get zero: (B, N, d), contiguous.
+
+    Args:
+        inputs, options: as in :func:`dydila_kernels.dydila_attention`.
+        mask: (B, N) bool, True for a token that counts, or None.
+        cu_seqlens: bounds (S + 1,) of the images packed in the one row of B = 1, or None.
+        convolution: in any dtype; differentiable in weight and bias.
+        ranks: the processes that hold the other tokens of the images, or None.
+    """
+    return operators.attention(*operator_arguments(inputs, options, mask, cu_seqlens, convolution), ranks)
+
+
+def decisions(
+    inputs: CoreInputs, options: Options, *, mask: Tensor | None, cu_seqlens: Sequence[int] | None
+) -> dict[str, Tensor]:
+    """The routing decisions that :func:`attend` takes, (B, N) int8 each, named by ``types.decision_names``."""
+    return operators.decisions(*operator_arguments(inputs, options, mask, cu_seqlens))
+
+
+def operator_arguments(
+    inputs: CoreInputs,
+    options: Options,
+    mask: Tensor | None = None,
+    cu_seqlens: Sequence[int] | None = None,
+    convolution: Convolution | None = None,
+) -> tuple[Inputs, Settings]:
+    """The arguments of the operator ``attention``, which has the weights of Eq. 9 as (9, d) float32."""
+    weight, bias, grids = (None, None, ()) if convolution is None else convolution
+    weight = None if weight is None else weight.float().flatten(1).t().contiguous()
+    settings = Settings(
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        grids=[number for grid in grids for number in grid],
+        num_heads=options.num_heads,
+        normalization=options.normalization,
+        differential=options.differential,
+        straight_through=options.router_gradient == "straight_through",
+    )
+    return Inputs(*inputs, weight, None if bias is None else bias.float()), settings

@@ -234,7 +234,7 @@ def denominator_gradient_kernel(tokens, segments, tables, stats, scaling, source
         x = load_operand(source, h, tile, active_rows, E)
         total = tl.zeros(tile.token_ids.shape, tl.float32)
         for c in range(0, E, k.BLOCK_D):
-            dy, _ = incoming(x, source, denominator, h, c + chunk, tile, active_rows, k)
+            dy = incoming(x, source, denominator, h, c + chunk, tile, active_rows, k)[0]
             mask = tile_mask(active_rows, c + chunk, E, k.BLOCK_D)
             powers = powers_of(branches, h * E + c + chunk, mask, k.FAST)
             total += row_dot(difference_of(powers, branches), dy)

@@ -93,7 +93,7 @@ def softmax_slopes(logits, table, NUM_OPTIONS: tl.constexpr, FAST: tl.constexpr)
     table = tl.load(table + option_ids, mask=option_ids < NUM_OPTIONS, other=0.0).to(tl.float32)[None, :]
     logits = tl.where((option_ids < NUM_OPTIONS)[None, :], logits, float("-inf"))
     probs = tl.exp(logits - tl.max(logits, axis=1)[:, None])
-    probs *= quotient(1.0, tl.sum(probs, axis=1), FAST)[:, None]
+    probs = quotient(probs, tl.sum(probs, axis=1)[:, None], FAST)
     return probs * (table - row_dot(probs, tl.broadcast_to(table, probs.shape))[:, None])
 
 

@@ -192,9 +192,9 @@ def decisions_of(backend: str, *tensors: Tensor | None, **arguments: Any) -> dic
     """The routing decisions that :func:`attend` takes for the same arguments, (B, N) integers each."""
     if not runs_triton(backend, *tensors):
         return torch_backend.routing_indices(*tensors, **arguments)
-    from dydila_kernels.ops import backend
+    from dydila_kernels.ops import backend as kernels
 
-    return backend.decisions(CoreInputs(*tensors), **arguments)  # type: ignore[arg-type]
+    return kernels.decisions(CoreInputs(*tensors), **arguments)  # type: ignore[arg-type]
 
 
 def validated(

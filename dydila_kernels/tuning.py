@@ -157,25 +157,26 @@ def asked_by(call: Callable[[], object]) -> list[tuple[str, str, int]]:
 
 
 def alternatives(config: Config) -> Iterator[Config]:
-    """Configurations that differ from this one in one number, by a factor of two (stages: by one), or in rows and warps
-    alike, which leaves a thread what it has.
+    """Configurations that differ from this one in one number, by a factor of two (stages: by one).
+
+    Or in tokens and warps alike, which leaves a thread what it has.
 
     A tile has an element for each thread at least: kernels that write where they read rely on it.
     """
     for other in neighbours(config):
-        if other.rows * other.columns >= 64 * other.warps:
+        if other.block_n * other.block_d >= 64 * other.warps:
             yield other
 
 
 def neighbours(config: Config) -> Iterator[Config]:
-    for name in ("rows", "columns", "depth"):
+    for name in ("block_n", "block_d", "block_k"):
         value = getattr(config, name)
         if value >= 16:  # smaller ones are no dimension of a tile
             yield from (replace(config, **{name: v}, reason="tuned") for v in (value // 2, 2 * value) if v >= 16)
     yield from (replace(config, warps=w, reason="tuned") for w in (config.warps // 2, 2 * config.warps) if 1 <= w <= 16)
-    for rows, warps in ((config.rows // 2, config.warps // 2), (2 * config.rows, 2 * config.warps)):
-        if rows >= 16 and 1 <= warps <= 16:
-            yield replace(config, rows=rows, warps=warps, reason="tuned")
+    for block_n, warps in ((config.block_n // 2, config.warps // 2), (2 * config.block_n, 2 * config.warps)):
+        if block_n >= 16 and 1 <= warps <= 16:
+            yield replace(config, block_n=block_n, warps=warps, reason="tuned")
     yield from (replace(config, stages=s, reason="tuned") for s in (config.stages - 1, config.stages + 1) if s >= 1)
 
 

@@ -204,8 +204,8 @@ class LaunchContext:
             H=heads or self.heads,
             N_F=len(self.gamma),
             N_D=1 if self.lam is None else len(self.lam),
-            BLOCK_N=config.rows,
-            BLOCK_D=config.columns,
+            BLOCK_N=config.block_n,
+            BLOCK_D=config.block_d,
             HAS_DENOMINATOR=has_denominator,
             **numerics(self.dtype),
         )

@@ -103,7 +103,7 @@ def describe(dim: int, num_heads: int, dtype: torch.dtype) -> str:
     if not is_fused(dim, num_heads):
         how = f"heads of {e} > {LARGEST_HEAD}: tokens written once, then GEMMs, in the order (Q K^T) V below N = {e}"
     else:
-        columns = pick("readout", dtype, e).columns
+        columns = pick("readout", dtype, e).block_d
         made = -(-e // columns) * columns
         how = f"heads of {e}: fused kernels, {columns} channels at a time"
         if made > e:

@@ -288,7 +288,7 @@ def mask_argument(mask: Tensor | None) -> Mask:
 
 def blocks(d: int, config: Config) -> Blocks:
     """For d channels."""
-    return Blocks(d, TILE, config.rows, config.columns)
+    return Blocks(d, TILE, config.block_n, config.block_d)
 
 
 def depthwise(
@@ -315,7 +315,7 @@ def add(
     x, d = contiguous_channels(x), x.shape[-1]
     config = pick("depthwise", x.dtype, d)
     tiles.launch(
-        depthwise_kernel, (geometry.count(len(x)) * triton.cdiv(d, config.columns),), config,
+        depthwise_kernel, (geometry.count(len(x)) * triton.cdiv(d, config.block_d),), config,
         out=strided(out), x=strided(x), mask=mask_argument(mask), taps=Taps(weight, bias, *weight.stride()),
         grids=geometry.grids(), k=blocks(d, config), MIRRORED=mirrored,
     )  # fmt: skip
@@ -332,7 +332,7 @@ def depthwise_weight_gradient(
     parts = triton.cdiv(count, tiles_per_part) if count else 0
     partials = v.new_empty((parts, 10, d), dtype=torch.float32)
     tiles.launch(
-        depthwise_weight_kernel, (parts * triton.cdiv(d, config.columns),), config,
+        depthwise_weight_kernel, (parts * triton.cdiv(d, config.block_d),), config,
         partials=partials, x=strided(v), grad=strided(grad), mask=mask_argument(mask), grids=geometry.grids(),
         tiles=count, tiles_per_part=tiles_per_part, k=blocks(d, config),
     )  # fmt: skip

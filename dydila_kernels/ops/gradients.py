@@ -300,8 +300,8 @@ def denominator_gradient(context: LaunchContext, side: QKOperand, source: Source
     config = configs.pick(stage_of(source, side), context.dtype, context.head_dim)
     out = torch.empty(context.num_tokens, context.heads, device=context.device, dtype=torch.float32)
     launch(
-        denominator_gradient_kernel, (context.programs(config.rows),), config, tokens=context.tokens(side),
-        segments=context.tiles(config.rows), **context.measured(side),
+        denominator_gradient_kernel, (context.programs(config.block_n),), config, tokens=context.tokens(side),
+        segments=context.tiles(config.block_n), **context.measured(side),
         scaling=Scaling(1.0, None), source=source, denominator=Denominator(inverse=denominator.inverse),
         out=out, k=context.constants(config, has_denominator=True),
     )  # fmt: skip
@@ -327,10 +327,10 @@ def gradients(
     ``grad`` (B, N, d) by ``weight`` (9, d), where given.
     """
     config = configs.pick(stage_of(source, side), context.dtype, context.head_dim)
-    programs, k = context.programs(config.rows), context.constants(config, side.has_denominator)
+    programs, k = context.programs(config.block_n), context.constants(config, side.has_denominator)
     grads = table_partials(context, side, programs, dz, dz_redundant)
     launch(
-        gradients_kernel, (programs,), config, tokens=context.tokens(side), segments=context.tiles(config.rows),
+        gradients_kernel, (programs,), config, tokens=context.tokens(side), segments=context.tiles(config.block_n),
         **context.measured(side), scaling=context.scaling(side), source=source, denominator=denominator, grads=grads,
         dv=dv, stencil=context.stencil(grad, weight), k=k, ADD=add,
     )  # fmt: skip
@@ -341,7 +341,9 @@ def table_partials(
     context: LaunchContext, side: QKOperand, programs: int, dz: Tensor, dz_redundant: Tensor | None
 ) -> Gradients:
     """Where the kernel puts its gradients, with a row of each table for each program."""
-    like = {"device": context.device, "dtype": torch.float32}
-    dgamma = torch.empty(programs, len(context.gamma), **like)
-    dlam = None if side.lam_index is None or context.lam is None else torch.empty(programs, len(context.lam), **like)
-    return Gradients(dz, dz_redundant, dgamma, dlam)
+
+    def empty(length: int) -> Tensor:
+        return torch.empty(programs, length, device=context.device, dtype=torch.float32)
+
+    dlam = None if side.lam_index is None or context.lam is None else empty(len(context.lam))
+    return Gradients(dz, dz_redundant, empty(len(context.gamma)), dlam)

@@ -211,7 +211,7 @@ def state(
     values (B, N, d); ``inverse`` and ``weights`` (T, H) float32 as in :func:`state_kernel`.
     """
     e = context.head_dim
-    splits = context.splits(configs.pick("state", context.dtype, e).rows)
+    splits = context.splits(configs.pick("state", context.dtype, e).block_n)
     partials = values.new_empty((context.segments, splits, context.dim), dtype=torch.float32) if sums else None
     found = partial_states(
         context, side, Values(*strided(values), e), splits, width=e, head_dim=e, raw=False,
@@ -227,7 +227,7 @@ def correlation(context: LaunchContext, side: QKOperand, values: Tensor, raw: bo
     ``side`` is one branch without lambda.  The heads here are only parts of the d channels.
     """
     width, e = values.shape[1], largest_divisor(context.dim, configs.LARGEST_HEAD)
-    splits = context.splits(configs.pick("state", torch.float32, e).rows)
+    splits = context.splits(configs.pick("state", torch.float32, e).block_n)
     values = values.view(context.batch, context.length, width)
     found = partial_states(
         context, side, Values(*strided(values), 0), splits, width=width, head_dim=e, raw=raw, has_denominator=False,
@@ -245,7 +245,7 @@ def partial_states(
     config = configs.pick("state", values.x.dtype, head_dim)
     partials = values.x.new_empty((context.segments, splits, heads, head_dim, width), dtype=torch.float32)
     launch(
-        state_kernel, (context.segments * splits * heads * triton.cdiv(head_dim, config.columns),), config,
+        state_kernel, (context.segments * splits * heads * triton.cdiv(head_dim, config.block_d),), config,
         tokens=context.tokens(side), values=values, segments=context.whole_segments(), **context.measured(side),
         **arguments, partials=partials, SPLITS=splits, k=context.constants(config, has_denominator, heads),
         WIDTH=width, RAW=raw,
@@ -274,8 +274,8 @@ def readout(
     """
     config = configs.pick("readout", context.dtype, context.head_dim)
     launch(
-        readout_kernel, (context.programs(config.rows),), config, tokens=context.tokens(side, masked=decide),
-        segments=context.tiles(config.rows), **context.measured(side), **context.deciding(side, decide),
+        readout_kernel, (context.programs(config.block_n),), config, tokens=context.tokens(side, masked=decide),
+        segments=context.tiles(config.block_n), **context.measured(side), **context.deciding(side, decide),
         scaling=context.scaling(side), denominator=Denominator(means, inverse), state=state,
         output_scale=context.output_scale, out=out, stencil=context.stencil(values, weight, bias),
         k=context.constants(config, side.has_denominator), ADD=add,

@@ -70,7 +70,7 @@ def rows_argument(x: Tensor) -> Rows:
 
 def blocks(config: Config, d: int, e: int, num_options: int, precision: str) -> Blocks:
     """The constants of a launch."""
-    return Blocks(d, e, num_options, config.rows, config.columns, config.depth, precision)
+    return Blocks(d, e, num_options, config.block_n, config.block_d, config.block_k, precision)
 
 
 @triton.jit
@@ -108,7 +108,7 @@ def route(x: Tensor, routers: Sequence[Tensor]) -> Tensor:
     index = x.new_empty((len(routers), *x.shape[:2]), dtype=torch.int8)
     config = pick("route", x.dtype, num_options)
     launch(
-        route_kernel, (triton.cdiv(len(rows), config.rows),), config,
+        route_kernel, (triton.cdiv(len(rows), config.block_n),), config,
         tokens=rows_argument(rows), router1=first, router2=second, index=index, length=len(rows),
         k=blocks(config, d, 0, num_options, numerics(x.dtype)["ROUTER_PRECISION"]),
     )  # fmt: skip
@@ -166,9 +166,9 @@ def plan(index: Tensor, num_options: int) -> Plan:
         return Plan(order, index.new_zeros(num_options, dtype=torch.int32))
     ends = index.new_empty(num_options, dtype=torch.int32)
     config = pick("plan", index.dtype)
-    blocks = triton.cdiv(length, config.rows)
+    blocks = triton.cdiv(length, config.block_n)
     counts = index.new_empty(num_options * blocks, dtype=torch.int32)
-    sizes = {"length": length, "NUM_OPTIONS": num_options, "BLOCK_N": config.rows}
+    sizes = {"length": length, "NUM_OPTIONS": num_options, "BLOCK_N": config.block_n}
     launch(count_kernel, (blocks,), config, index=index, counts=counts, **sizes)
     upto = counts.cumsum(0, dtype=torch.int32)
     launch(rank_kernel, (blocks,), config, index=index, upto=upto, order=order, ends=ends, **sizes)
@@ -259,11 +259,11 @@ def grouped_product(x: Tensor, weight: Tensor, plan: Plan) -> Tensor:
     rows, (num_options, d, e) = token_rows(x), weight.shape
     y = x.new_empty((*x.shape[:2], e))
     config = pick("projection", x.dtype, e)
-    bound = min(len(rows), len(rows) // config.rows + num_options)
+    bound = min(len(rows), len(rows) // config.block_n + num_options)
     launch(
-        project_kernel, (bound * triton.cdiv(e, config.columns),), config,
+        project_kernel, (bound * triton.cdiv(e, config.block_d),), config,
         tokens=rows_argument(rows), weight=Weight(weight, *map(constant, weight.stride())), y=y, order=plan.order,
-        ends=plan.ends, steps=triton.cdiv(d, config.depth),
+        ends=plan.ends, steps=triton.cdiv(d, config.block_k),
         k=blocks(config, d, e, num_options, numerics(x.dtype)["PRECISION"]),
     )  # fmt: skip
     return y
@@ -341,7 +341,7 @@ def project_weight_gradient(x: Tensor, grad: Tensor, plan: Plan, dtype: torch.dt
     if not length:
         return dweight.zero_()
     config = pick("projection_weight", x.dtype, max(d, e))
-    columns = triton.cdiv(d, config.columns) * triton.cdiv(e, config.columns)
+    columns = triton.cdiv(d, config.block_d) * triton.cdiv(e, config.block_d)
     tile_size = max(SHORTEST, triton.cdiv(length, max(1, PROGRAMS // columns)))
     bound = min(length, length // tile_size + num_options)
     partials = x.new_empty((bound, d, e), dtype=torch.float32)
@@ -352,8 +352,8 @@ def project_weight_gradient(x: Tensor, grad: Tensor, plan: Plan, dtype: torch.dt
     )  # fmt: skip
     config = pick("projection_sum", partials.dtype)
     launch(
-        sum_partials_kernel, (triton.cdiv(d * e, config.columns), num_options), config,
+        sum_partials_kernel, (triton.cdiv(d * e, config.block_d), num_options), config,
         partials=partials, dweight=dweight, ends=plan.ends, tile_size=tile_size, SIZE=d * e, NUM_OPTIONS=num_options,
-        BLOCK=config.columns,
+        BLOCK=config.block_d,
     )  # fmt: skip
     return dweight

@@ -147,14 +147,14 @@ def straight_through_gradients(
     """
     assert side.slopes is not None
     config = configs.pick(stage_of(source, side), context.dtype, context.head_dim)
-    programs, k = context.programs(config.rows), context.constants(config, side.has_denominator)
+    programs, k = context.programs(config.block_n), context.constants(config, side.has_denominator)
     grads = table_partials(context, side, programs, dz, dz_redundant)
     logits = torch.empty_like(side.slopes)
     if side.differential_slopes is not None:
         differential_logits = torch.empty_like(side.differential_slopes)
     launch(
         straight_through_kernel, (programs,), config, tokens=context.tokens(side),
-        segments=context.tiles(config.rows), **context.measured(side),
+        segments=context.tiles(config.block_n), **context.measured(side),
         routers=Routers(*side.routers, side.differential_router), slopes=Slopes(side.slopes, side.differential_slopes),
         scaling=context.scaling(side), source=source, denominator=denominator, grads=grads,
         dlogits=Slopes(logits, differential_logits), dv=dv, stencil=context.stencil(grad, weight), k=k, ADD=add,

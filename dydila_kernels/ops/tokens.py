@@ -247,11 +247,11 @@ def tokens(
     returns the mean denominator term (segments, d) float32, each token's times ``weights`` (T, H) where given.
     """
     config = configs.pick("tokens", context.dtype, context.dim)
-    programs = context.programs(config.rows)
+    programs = context.programs(config.block_n)
     partials = torch.empty(programs, context.dim, device=context.device, dtype=torch.float32) if sums else None
     launch(
         tokens_kernel, (programs,), config, tokens=context.tokens(side, masked=decide),
-        segments=context.tiles(config.rows), **context.measured(side), **context.deciding(side, decide),
+        segments=context.tiles(config.block_n), **context.measured(side), **context.deciding(side, decide),
         scaling=context.scaling(side), denominator=Denominator(means, inverse, weights, partials), out=out,
         k=context.constants(config, side.has_denominator),
     )  # fmt: skip
@@ -261,5 +261,5 @@ def tokens(
         per_image = partials.view(context.batch, programs // max(1, context.batch), context.dim)
         return per_image.sum(1) * context.state_scale
     bounds = context.bounds
-    counts = [-(-(stop - start) // config.rows) for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+    counts = [-(-(stop - start) // config.block_n) for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
     return torch.stack([part.sum(0) for part in partials.split(counts)]) * context.state_scale

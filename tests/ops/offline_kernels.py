@@ -45,7 +45,7 @@ def product_kernel(X, Y, steps, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
 
 def centre(block: int = 256, stride: int = 1, n: int = 2**40) -> None:
     x = torch.empty(block, dtype=torch.float16, device="meta")
-    config = Config(rows=1, columns=block, warps=1)
+    config = Config(block_n=1, block_d=block, warps=1)
     launch(
         centre_kernel, (1,), config,
         X=x, BIAS=None, Y=x, n=n, stride=stride, scale=0.5, shift=True, START=0, BLOCK=block,
@@ -54,7 +54,7 @@ def centre(block: int = 256, stride: int = 1, n: int = 2**40) -> None:
 
 def product(block: int = 32, dtype: torch.dtype = torch.bfloat16, precision: str = "ieee", stages: int = 3) -> None:
     x, y = torch.empty(block**2, dtype=dtype, device="meta"), torch.empty(block**2, device="meta")
-    config = Config(rows=block, columns=block, warps=4, stages=stages)
+    config = Config(block_n=block, block_d=block, warps=4, stages=stages)
     launch(product_kernel, (1,), config, X=x, Y=y, steps=48, BLOCK=block, PRECISION=precision)
 
 

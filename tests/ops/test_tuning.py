@@ -29,7 +29,7 @@ def test_every_configuration_has_a_reason_and_tiles_that_triton_takes() -> None:
         assert [e.width for e in entries] == sorted(e.width for e in entries) and entries[-1].width == configs.ANY
         for config in (e.config for e in entries):
             assert config.reason
-            for n in (config.rows, config.columns, config.warps):
+            for n in (config.block_n, config.block_d, config.warps):
                 assert n & (n - 1) == 0
 
 
@@ -39,21 +39,21 @@ def test_tuning_keeps_what_is_faster_and_nothing_else(monkeypatch: pytest.Monkey
 
     def duration(call: Callable[[], object], device: torch.device, repeats: int) -> float:
         call()
-        return 0.5 if configs.lookup(key).rows == 16 else 0.995 if configs.TUNED else 1.0
+        return 0.5 if configs.lookup(key).block_n == 16 else 0.995 if configs.TUNED else 1.0
 
     monkeypatch.setattr(tuning, "duration", duration)
     found = tuning.tune([SHAPE], dtype=torch.float32, device=DEVICE, training=False, repeats=1)
-    assert list(found) == [key] and found[key].rows == 16 and found == configs.TUNED
+    assert list(found) == [key] and found[key].block_n == 16 and found == configs.TUNED
     assert configs.asked is None
 
 
 def test_alternatives_differ_in_one_number_or_in_rows_and_warps_alike() -> None:
     config = configs.Config(64, 32, 4, 2, reason="here")
-    others = [(c.rows, c.columns, c.warps, c.stages) for c in tuning.alternatives(config)]
+    others = [(c.block_n, c.block_d, c.warps, c.stages) for c in tuning.alternatives(config)]
     alike = [(32, 32, 2, 2), (128, 32, 8, 2)]
     single = [(32, 32, 4, 2), (128, 32, 4, 2), (64, 16, 4, 2), (64, 64, 4, 2), (64, 32, 2, 2), (64, 32, 8, 2)]
     assert sorted(others) == sorted([*single, *alike, (64, 32, 4, 1), (64, 32, 4, 3)])
-    assert all(c.rows * c.columns >= 64 * c.warps for c in tuning.alternatives(configs.Config(16, 16, 4)))
+    assert all(c.block_n * c.block_d >= 64 * c.warps for c in tuning.alternatives(configs.Config(16, 16, 4)))
 
 
 def test_tuning_passes_over_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +83,7 @@ def test_tuning_reports_what_does_not_compile(monkeypatch: pytest.MonkeyPatch, t
         return 1.0
 
     monkeypatch.setattr(tuning, "duration", duration)
-    with pytest.warns(UserWarning, match=r"state: Config\(rows=.* was passed over: RuntimeError"):
+    with pytest.warns(UserWarning, match=r"state: Config\(block_n=.* was passed over: RuntimeError"):
         assert tuning.tune([SHAPE], dtype=torch.float32, device=DEVICE, training=False) == {} == configs.TUNED
 
 

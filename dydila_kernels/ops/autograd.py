@@ -92,14 +92,14 @@ def differentiate_attention(
     """A gradient, or None, for each argument of :func:`attention_forward`; grad (B, N, d) or None."""
     refuse_second_derivative()
     saved = ctx.saved_tensors
-    inputs, mask, kept = saved[:INPUTS], saved[INPUTS], saved[INPUTS + 1 :]
+    inputs, mask, outputs = saved[:INPUTS], saved[INPUTS], saved[INPUTS + 1 :]
     nothing = (None,) * (1 + len(ctx.settings))
     if grad is None:
         return (None,) * INPUTS + nothing
     function: Callable[..., tuple[Tensor | None, ...]] = torch.ops.dydila_kernels.attention_backward
     if ranks is not None or can_bypass_dispatcher(grad):
         function = partial(attention_backward, ranks=ranks)
-    found = function(grad, *inputs, mask, *ctx.settings, *kept)
+    found = function(grad, *inputs, mask, *ctx.settings, *outputs)
     routers = (Inputs._fields.index("kernel_routers"), Inputs._fields.index("differential_routers"))
     trained = ctx.settings[-1]
     found = tuple(

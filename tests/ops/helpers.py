@@ -106,8 +106,8 @@ def assert_core_within_twice_plain(runs: list[Tensors], **options: Any) -> None:
     for inputs in runs:
         at = decisions(inputs, backend="triton", **options)
         found.append(results(inputs, **options))
-        for dtype, kept in ((inputs["q"].dtype, plain), (torch.float64, truth)):
-            kept.append(
+        for dtype, runs_of in ((inputs["q"].dtype, plain), (torch.float64, truth)):
+            runs_of.append(
                 output_and_gradients(
                     lambda t, at=at: reference.dydila_attention(**t, indices=at, **options), cast(inputs, dtype)
                 )
@@ -172,8 +172,8 @@ def compare_layer(attn: DyDiLAttention, length: int, *, batch: int = 1, seeds: i
         inputs = {name: t.clone() for name, t in layer_inputs(attn, x).items()}
         at = attn.routing(x, arguments.get("mask")).indices
         found.append(output_and_gradients(lambda t: call_layer(attn, t, **arguments), inputs))
-        for dtype, kept in ((x.dtype, plain), (torch.float64, truth)):
-            kept.append(
+        for dtype, runs_of in ((x.dtype, plain), (torch.float64, truth)):
+            runs_of.append(
                 output_and_gradients(lambda t, at=at: equations(attn, t, indices=at, **arguments), cast(inputs, dtype))
             )
     assert_right(found, plain, truth)

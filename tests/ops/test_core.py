@@ -1,4 +1,4 @@
-"""The core as a whole: the form for wide heads, what is kept and allocated, far addresses, and what is refused."""
+"""The core as a whole: the form for wide heads, what is saved and allocated, far addresses, and what is refused."""
 
 from __future__ import annotations
 
@@ -125,10 +125,10 @@ def test_keeps_the_inputs_decisions_and_a_few_numbers_per_row(trained: bool, nor
     heads = 2 if form == "fused" else 1
     inputs = inputs_of(batch, length, dim, torch.bfloat16, num_kernel_factors=5, num_differential_factors=4)
     leaves = {name: t.requires_grad_() for name, t in inputs.items()}
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
-        kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+        saved[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
         return t
 
     router_gradient = "straight_through" if trained else "none"
@@ -140,7 +140,7 @@ def test_keeps_the_inputs_decisions_and_a_few_numbers_per_row(trained: bool, nor
     expected += 2 * 2 if form != "fused" else 0  # see core.spare
     expected += 4 * batch * dim + 4 * rows * heads if normalization == "denominator" else 0
     expected += 4 * rows * (2 * 2 * 5 + 2 * 4) if trained else 0
-    assert sum(kept.values()) == expected
+    assert sum(saved.values()) == expected
 
 
 @forms

@@ -85,10 +85,10 @@ def test_attention_backward_is_registered_right(name: str, by_gemm: bool, monkey
     if by_gemm:
         use_gemm(monkeypatch)
     arguments = [t.detach() if isinstance(t, Tensor) else t for t in arguments_of(**CALLS[name])]
-    out, *kept = autograd.attention_forward(*arguments)
+    out, *saved = autograd.attention_forward(*arguments)
     torch.library.opcheck(
         torch.ops.dydila_kernels.attention_backward.default,
-        (torch.randn_like(out), *arguments, *kept),
+        (torch.randn_like(out), *arguments, *saved),
         test_utils=("test_schema", "test_faketensor"),
     )
 

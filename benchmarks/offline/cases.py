@@ -90,6 +90,8 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"differential": "map", "normalization": "denominator"},
     {"differential": "off"},
     {"straight_through": True},
+    {"straight_through": True, "differential": "map", "normalization": "denominator"},
+    {"straight_through": True, "differential": "off"},
     {"mask": empty(IMAGES, TOKENS, dtype=torch.bool)},
     {"cu_seqlens": (0, TOKENS, IMAGES * TOKENS), "grids": (0, ROWS, COLUMNS, TOKENS, (IMAGES - 1) * ROWS, COLUMNS)},
 )

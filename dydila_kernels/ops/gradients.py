@@ -191,10 +191,11 @@ def store_gradient(out, total, branch, c, squares, g, dlogits, router, tile, col
 
 
 @triton.jit
-def last_walk(grads, stats, c1, c2, branches, source, denominator, routers, dlogits, tile, active_rows, k):
+def last_walk(grads, stats, c1, c2, branches, source, denominator, routers, dlogits1, dlogits2, dlogits_d, tile,
+              active_rows, k):  # fmt: skip
     """Writes dZ and dZ', and dgamma; c1 and c2 (R,) are c of the branches.
 
-    dlogits: None, or of the two kernel routers and of the differential router, (R, n padded) each, or None.
+    dlogits1, dlogits2, dlogits_d (R, n padded): of the two kernel routers and of the differential router, or None.
     """
     E: tl.constexpr = k.D // k.H
     chunk = tl.arange(0, k.BLOCK_D)
@@ -205,14 +206,14 @@ def last_walk(grads, stats, c1, c2, branches, source, denominator, routers, dlog
         for c in range(0, E, k.BLOCK_D):
             dy, u = incoming(x, source, denominator, h, c + chunk, tile, active_rows, k)
             columns, col_mask = h * E + c + chunk, c + chunk < E
-            g = gradient_of_phi(dy, u, branches[0], dlogits[2], routers.differential, columns, col_mask, k)
-            total1 = store_gradient(grads.dz, total1, branches[0], c1, stats.norms + 2 * tile.T, g, dlogits[0],
+            g = gradient_of_phi(dy, u, branches[0], dlogits_d, routers.differential, columns, col_mask, k)
+            total1 = store_gradient(grads.dz, total1, branches[0], c1, stats.norms + 2 * tile.T, g, dlogits1,
                                     routers.kernel, tile, columns, col_mask, active_rows, k)  # fmt: skip
             if len(branches) == 2:
                 second = None if routers.differential is None else routers.differential + k.D * k.N_D
-                g = gradient_of_phi(dy, u, branches[1], dlogits[2], second, columns, col_mask, k)
+                g = gradient_of_phi(dy, u, branches[1], dlogits_d, second, columns, col_mask, k)
                 total2 = store_gradient(grads.dz_redundant, total2, branches[1], c2, stats.norms + 5 * tile.T, g,
-                                        dlogits[1], routers.kernel_redundant, tile, columns, col_mask, active_rows,
+                                        dlogits2, routers.kernel_redundant, tile, columns, col_mask, active_rows,
                                         k)  # fmt: skip
     dgamma = chosen_sum(branches[0].stats.renorm * LN2 * total1, stats.index, tile, active_rows, k.N_F)
     if len(branches) == 2:
@@ -259,7 +260,7 @@ def gradients_kernel(tokens, segments, tables, stats, scaling, source, denominat
     if grads.dlam is not None:
         dlambda = lambda_gradient(sums, branches, neg_lam, row_scale)
         store_table(grads.dlam, chosen_sum(dlambda, stats.lam_index, tile, active_rows, k.N_D), k.N_D)
-    last_walk(grads, stats, c1, c2, branches, source, denominator, Routers(None, None, None), (None, None, None), tile,
+    last_walk(grads, stats, c1, c2, branches, source, denominator, Routers(None, None, None), None, None, None, tile,
               active_rows, k)  # fmt: skip
     if dv is not None:
         matrix = source.matrix + tile.segment * (k.D * (k.D // k.H))

@@ -119,7 +119,7 @@ def straight_through_kernel(tokens, segments, tables, routers, stats, slopes, sc
         second = logit_gradients(slopes.kernel + tile.T * k.N_F, dlogits.kernel + tile.T * k.N_F, dgamma, tile,
                                  active_rows, k.N_F)  # fmt: skip
 
-    last_walk(grads, stats, sums1[0], sums2[0], branches, source, denominator, routers, (first, second, differential),
+    last_walk(grads, stats, sums1[0], sums2[0], branches, source, denominator, routers, first, second, differential,
               tile, active_rows, k)  # fmt: skip
     if dv is not None:
         matrix = source.matrix + tile.segment * (k.D * (k.D // k.H))

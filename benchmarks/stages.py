@@ -53,16 +53,17 @@ class Launches(NamedTuple):
 
 
 KERNELS = {
-    "projection": Launches(
-        ("route_kernel", "count_kernel", "rank_kernel", "project_kernel", "weight_gradient_kernel", "sum_parts_kernel")
-    ),
+    "projection": Launches((
+        "route_kernel", "count_kernel", "rank_kernel", "project_kernel", "weight_gradient_kernel",
+        "sum_partials_kernel",
+    )),
     "tokens": Launches(("tokens_kernel",)),
     "state": Launches(("state_kernel",)),
     "readout": Launches(("readout_kernel",)),
     "gradients of queries": Launches(("gradients_kernel",), 0),
     "gradients of keys": Launches(("gradients_kernel",), 1),
-    "convolution": Launches(("add_convolution", "weight_gradient")),
-}
+    "convolution": Launches(("depthwise_kernel", "depthwise_weight_kernel")),
+}  # fmt: skip
 """What a stage launches."""
 WIDE = {"state": Launches(("tokens_kernel",), 0, then=True), "readout": Launches(("tokens_kernel",), 1, then=True)}
 """The same for heads too wide for those kernels: keys, torch's K^T V, queries, torch's Q S."""

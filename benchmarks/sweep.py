@@ -54,8 +54,8 @@ def main(config: Config) -> list[Row]:
 def measure(config: Config, shape: str, mode: str, dtype: torch.dtype) -> Iterator[Row]:
     """A row for each configuration that is tried, and a last one, of stage "all", for those that were kept.
 
-    ``median_ms`` is None where a configuration does not fit the device; ``kept`` says whether it was faster than all
-    before it (``best_ms``) by more than noise, and stays for those that follow.
+    ``median_ms`` is None where a configuration does not compile or fit, and ``failure`` says why; ``kept`` says whether
+    it was faster than all before it (``best_ms``) by more than noise, and stays for those that follow.
     """
     batch, tokens, dim, heads = parsed(shape)
     facts: Row = {"mode": mode, "batch": batch, "tokens": tokens, "dim": dim, "heads": heads}
@@ -69,7 +69,8 @@ def measure(config: Config, shape: str, mode: str, dtype: torch.dtype) -> Iterat
         stage, precision, width = trial.key
         yield facts | {
             "stage": stage, "precision": precision, "width": width, "before": numbers(trial.before),
-            "tried": numbers(trial.tried), "kept": trial.kept, "table_ms": table, "best_ms": 1e3 * trial.best,
+            "tried": numbers(trial.tried), "kept": trial.accepted, "failure": trial.failure, "table_ms": table,
+            "best_ms": 1e3 * trial.best,
             "median_ms": None if trial.seconds is None else 1e3 * trial.seconds, "repeats": config.repeats,
         }  # fmt: skip
     ratio = layer_error_ratio(attn, length=min(tokens, CHECKED_TOKENS))

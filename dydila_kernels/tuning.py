@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import statistics
 import time
+import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -71,16 +73,18 @@ def tune(
         attn = DyDiLAttention(dim, num_heads, device=device, dtype=dtype, backend="triton", **options)
         x = torch.randn(batch, length, dim, device=device, dtype=dtype, requires_grad=training)
         for trial in trials(step_of(attn, x, training), device, repeats):
-            if trial.kept:
+            if trial.accepted:
                 found[trial.key] = trial.tried
+            if trial.failure is not None:
+                warnings.warn(f"{trial.key[0]}: {trial.tried} was passed over: {trial.failure}", stacklevel=2)
     return found
 
 
 class Trial(NamedTuple):
     """One configuration ``tried`` for ``key`` in place of ``before``; times of a call in seconds.
 
-    ``seconds`` is None where the device has too little for it, ``best`` the least time before; ``kept`` tells whether
-    it was faster by more than noise and stays.
+    ``seconds`` is None where there is no such kernel, and ``failure`` says why; ``best`` is the least time before;
+    ``accepted`` tells whether it was faster by more than noise and stays.
     """
 
     key: Key
@@ -88,7 +92,8 @@ class Trial(NamedTuple):
     tried: Config
     seconds: float | None
     best: float
-    kept: bool
+    accepted: bool
+    failure: str | None = None
 
 
 def trials(
@@ -107,14 +112,20 @@ def trials(
         for candidate in alternatives(configs.lookup(key)):
             tuned, before = configs.TUNED.get(key), configs.lookup(key)
             configs.TUNED[key] = candidate
-            seconds = duration_or_none(call, device, repeats)
-            kept = seconds is not None and seconds < GAIN * best
-            if not kept:
+            seconds, failure = None, None
+            try:
+                seconds = duration(call, device, repeats)
+            except Exception as error:
+                if not is_of_compilation(error):
+                    raise
+                failure = f"{type(error).__name__}: {error}".splitlines()[0]
+            accepted = seconds is not None and seconds < GAIN * best
+            if not accepted:
                 del configs.TUNED[key]
                 if tuned is not None:
                     configs.TUNED[key] = tuned
-            yield Trial(key, before, candidate, seconds, best, kept)
-            if kept and seconds is not None:
+            yield Trial(key, before, candidate, seconds, best, accepted, failure)
+            if accepted and seconds is not None:
                 best = seconds
 
 
@@ -146,36 +157,42 @@ def asked_by(call: Callable[[], object]) -> list[tuple[str, str, int]]:
 
 
 def alternatives(config: Config) -> Iterator[Config]:
-    """Configurations that differ from this one in one number, by a factor of two (stages: by one), or in rows and warps
-    alike, which leaves a thread what it has.
+    """Configurations that differ from this one in one number, by a factor of two (stages: by one).
+
+    Or in tokens and warps alike, which leaves a thread what it has.
 
     A tile has an element for each thread at least: kernels that write where they read rely on it.
     """
     for other in neighbours(config):
-        if other.rows * other.columns >= 64 * other.warps:
+        if other.block_n * other.block_d >= 64 * other.warps:
             yield other
 
 
 def neighbours(config: Config) -> Iterator[Config]:
-    for name in ("rows", "columns", "depth"):
+    for name in ("block_n", "block_d", "block_k"):
         value = getattr(config, name)
         if value >= 16:  # smaller ones are no dimension of a tile
             yield from (replace(config, **{name: v}, reason="tuned") for v in (value // 2, 2 * value) if v >= 16)
     yield from (replace(config, warps=w, reason="tuned") for w in (config.warps // 2, 2 * config.warps) if 1 <= w <= 16)
-    for rows, warps in ((config.rows // 2, config.warps // 2), (2 * config.rows, 2 * config.warps)):
-        if rows >= 16 and 1 <= warps <= 16:
-            yield replace(config, rows=rows, warps=warps, reason="tuned")
+    for block_n, warps in ((config.block_n // 2, config.warps // 2), (2 * config.block_n, 2 * config.warps)):
+        if block_n >= 16 and 1 <= warps <= 16:
+            yield replace(config, block_n=block_n, warps=warps, reason="tuned")
     yield from (replace(config, stages=s, reason="tuned") for s in (config.stages - 1, config.stages + 1) if s >= 1)
 
 
-def duration_or_none(call: Callable[[], object], device: torch.device, repeats: int) -> float | None:
-    """None where a configuration asks for more than the device has."""
-    from triton.runtime.errors import OutOfResources, PTXASError
+def is_of_compilation(error: Exception) -> bool:
+    """Whether there is no such kernel for the device: it needs more than there is, or a pass of the compiler fails.
 
-    try:
-        return duration(call, device, repeats)
-    except (OutOfResources, PTXASError):
-        return None
+    The latter is a bare RuntimeError, as is much that must not be passed over; hence the look at where it came from.
+    """
+    from triton.runtime.errors import OutOfResources
+
+    frames = traceback.walk_tb(error.__traceback__)
+    compiling = any(
+        frame.f_code.co_name == "compile" and frame.f_globals["__name__"] == "triton.compiler.compiler"
+        for frame, _ in frames
+    )
+    return compiling or isinstance(error, OutOfResources)
 
 
 def duration(call: Callable[[], object], device: torch.device, repeats: int) -> float:

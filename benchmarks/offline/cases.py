@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dydila_kernels.ops import core, depthwise, projection
+from dydila_kernels.ops import backward, core, depthwise, projection
 
 IMAGES, ROWS, COLUMNS = 4, 64, 64
 TOKENS = ROWS * COLUMNS
@@ -90,6 +90,8 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"differential": "map", "normalization": "denominator"},
     {"differential": "off"},
     {"straight_through": True},
+    {"straight_through": True, "differential": "map", "normalization": "denominator"},
+    {"straight_through": True, "differential": "off"},
     {"mask": empty(IMAGES, TOKENS, dtype=torch.bool)},
     {"cu_seqlens": (0, TOKENS, IMAGES * TOKENS), "grids": (0, ROWS, COLUMNS, TOKENS, (IMAGES - 1) * ROWS, COLUMNS)},
 )
@@ -124,5 +126,5 @@ def attend(dtype: torch.dtype, d: int, head: int, **variant: Any) -> None:
         differential="token",
         straight_through=False,
     )._replace(**variant)
-    out, kept = core.attend(inputs, settings)
-    core.pull_back(out, inputs, settings, kept)
+    out, saved = core.forward(inputs, settings)
+    backward.backward(out, inputs, settings, saved)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+import triton.language
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
@@ -80,7 +81,7 @@ class Job:
 
     labels: Row = field(repr=False)
     kernel: tuple[str, str]
-    signature: dict[str, str]
+    signature: dict[str, Any]
     constants: dict[tuple[int, ...], Any]
     attributes: dict[tuple[int, ...], Any]
     warps: int
@@ -105,7 +106,10 @@ def record(call: Callable[[], object], labels: Row, name: str, target: Target) -
         arguments = {**arguments, "num_warps": config.warps, "num_stages": config.stages}
         bound, specialization, _ = create_function_from_signature(kernel.signature, kernel.params, backend)(**arguments)
         _, signature, constants, attributes = kernel._pack_args(backend, arguments, bound, specialization, None)
-        fixed = {kernel.arg_names[path[0]]: value for path, value in constants.items()}
+        fixed: dict[str, Any] = {}
+        for path, value in constants.items():
+            found = unwrapped(value)
+            fixed |= found._asdict() if hasattr(found, "_asdict") else {name_of(kernel, arguments, path): found}
         fixed.pop("D", None)  # a column of its own
         options = [f"{key}={value}" for key, value in fixed.items() if value is not None]
         options += [f"-{key}" for key, value in fixed.items() if value is None]
@@ -138,17 +142,35 @@ def record(call: Callable[[], object], labels: Row, name: str, target: Target) -
     return jobs
 
 
-def figures(job: Job) -> Row:
-    """The row of the table: the labels of the job and what the compiler made of it, or why it made nothing."""
+def name_of(kernel: Any, arguments: dict[str, Any], path: tuple[int, ...]) -> str:
+    """Of an argument, or of a field of a named tuple: constants by their own name, others behind that of the tuple."""
+    names = [kernel.arg_names[path[0]]]
+    value = arguments[names[0]]
+    for position in path[1:]:
+        names.append(value._fields[position])
+        value = value[position]
+    return names[-1] if names[-1].isupper() else ".".join(names)
+
+
+def unwrapped(value: Any) -> Any:
+    """What a constant of Triton holds."""
+    return value.value if isinstance(value, triton.language.constexpr) else value
+
+
+def compiled(job: Job) -> Any:
+    """Triton's CompiledKernel, whose ``asm`` holds the code at each step of the compilation."""
     module, name = job.kernel
     source = ASTSource(
         getattr(importlib.import_module(module), name), job.signature, dict(job.constants), job.attributes
     )
+    return triton.compile(source, target=job.target.triton, options={"num_warps": job.warps, "num_stages": job.stages})
+
+
+def figures(job: Job) -> Row:
+    """The row of the table: the labels of the job and what the compiler made of it, or why it made nothing."""
     row = {**job.labels, "triton": triton.__version__}
     try:
-        kernel = triton.compile(
-            source, target=job.target.triton, options={"num_warps": job.warps, "num_stages": job.stages}
-        )
+        kernel = compiled(job)
     except Exception as error:  # whatever the compiler raises is a result, to be reported with all the others
         return {**row, "error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     measured = nvidia(kernel.asm["cubin"]) if job.target.backend == "cuda" else amd(kernel.asm["amdgcn"])

@@ -1,4 +1,7 @@
-"""The Triton backend, a :class:`dydila_kernels.types.Backend`."""
+"""What the layer asks of the kernels: a :class:`dydila_kernels.types.Backend`, as the torch backend is.
+
+All functions take validated arguments.  None of them has second derivatives.
+"""
 
 from __future__ import annotations
 
@@ -8,42 +11,24 @@ import torch
 from torch import Tensor
 
 from dydila_kernels import reference
-from dydila_kernels.ops import library
+from dydila_kernels.ops import operators
 from dydila_kernels.ops.core import Inputs, Settings
-from dydila_kernels.ops.library import route
 from dydila_kernels.stages import layer_in_stages
 from dydila_kernels.types import Convolution, CoreInputs, LayerWeights, Options, Ranks
 
-__all__ = ["attend", "decisions", "layer", "project", "route"]
+
+def route(x: Tensor, routers: Sequence[Tensor]) -> Tensor:
+    """Eq. 1: x (B, N, d), one or two routers (d, n_P) of any dtype -> (routers, B, N) int8, in one pass over x."""
+    return operators.route(x, routers)
 
 
 def project(x: Tensor, weight: Tensor, index: Tensor, logits: Tensor | None = None) -> Tensor:
-    """Eq. 2, see :meth:`dydila_kernels.types.Backend.project`."""
-    out = library.routed_projection(x, weight, index)
+    """Eq. 2: x (B, N, d), weight (n_P, d, e), index (B, N) int8 -> (B, N, e), differentiable in x and weight.
+
+    With the ``logits`` (B, N, n_P) of the router their gradient is the straight-through one, and the value the same.
+    """
+    out = operators.project(x, weight, index)
     return out if logits is None else out * reference.straight_through_one(logits, index.long()).to(out.dtype)
-
-
-def arguments(
-    inputs: CoreInputs,
-    options: Options,
-    mask: Tensor | None,
-    cu_seqlens: Sequence[int] | None,
-    convolution: Convolution | None,
-) -> tuple[Inputs, Settings]:
-    """What the operators take."""
-    weight, bias, grids = (None, None, ()) if convolution is None else convolution
-    weight = None if weight is None else weight.float().flatten(1).t().contiguous()
-    flat = [n for grid in grids for n in grid]
-    settings = Settings(
-        mask,
-        cu_seqlens,
-        flat,
-        options.num_heads,
-        options.normalization,
-        options.differential,
-        options.router_gradient == "straight_through",
-    )
-    return Inputs(*inputs, weight, None if bias is None else bias.float()), settings
 
 
 def attend(
@@ -55,15 +40,23 @@ def attend(
     convolution: Convolution | None = None,
     ranks: Ranks | None = None,
 ) -> Tensor:
-    """Eqs. 5-9, see :meth:`dydila_kernels.types.Backend.attend`."""
-    return library.dydila_attention(*arguments(inputs, options, mask, cu_seqlens, convolution), ranks)
+    """Eqs. 5-8 (or 10), and with ``convolution`` Eq. 9 except at masked tokens, which get zero: (B, N, d), contiguous.
+
+    Args:
+        inputs, options: as in :func:`dydila_kernels.dydila_attention`.
+        mask: (B, N) bool, True for a token that counts, or None.
+        cu_seqlens: bounds (S + 1,) of the images packed in the one row of B = 1, or None.
+        convolution: in any dtype; differentiable in weight and bias.
+        ranks: the processes that hold the other tokens of the images, or None.
+    """
+    return operators.attention(*operator_arguments(inputs, options, mask, cu_seqlens, convolution), ranks)
 
 
 def decisions(
     inputs: CoreInputs, options: Options, *, mask: Tensor | None = None, cu_seqlens: Sequence[int] | None = None
 ) -> dict[str, Tensor]:
-    """What the routers choose, see :meth:`dydila_kernels.types.Backend.decisions`."""
-    return library.routing_indices(*arguments(inputs, options, mask, cu_seqlens, None))
+    """The routing decisions that :func:`attend` takes, (B, N) int8 each, named by ``types.decision_names``."""
+    return operators.decisions(*operator_arguments(inputs, options, mask, cu_seqlens))
 
 
 @torch.no_grad()
@@ -75,5 +68,27 @@ def layer(
     mask: Tensor | None = None,
     cu_seqlens: Sequence[int] | None = None,
 ) -> Tensor:
-    """The layer without gradients, see :meth:`dydila_kernels.types.Backend.layer`."""
+    """Eqs. 1-9 and the output projection without gradients: x (B, N, d) -> (B, N, d), but at masked tokens."""
     return layer_in_stages(route, project, attend, x, weights, options, mask, cu_seqlens)
+
+
+def operator_arguments(
+    inputs: CoreInputs,
+    options: Options,
+    mask: Tensor | None = None,
+    cu_seqlens: Sequence[int] | None = None,
+    convolution: Convolution | None = None,
+) -> tuple[Inputs, Settings]:
+    """The arguments of the operator ``attention``, which has the weights of Eq. 9 as (9, d) float32."""
+    weight, bias, grids = (None, None, ()) if convolution is None else convolution
+    weight = None if weight is None else weight.float().flatten(1).t().contiguous()
+    settings = Settings(
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        grids=[number for grid in grids for number in grid],
+        num_heads=options.num_heads,
+        normalization=options.normalization,
+        differential=options.differential,
+        straight_through=options.router_gradient == "straight_through",
+    )
+    return Inputs(*inputs, weight, None if bias is None else bias.float()), settings

@@ -16,18 +16,18 @@ class Config:
     """One launch configuration.
 
     Attributes:
-        rows: tokens of a tile.
-        columns: channels that a program works on at a time.
+        block_n: tokens of a tile.
+        block_d: channels that a program works on at a time.
         warps, stages: ``num_warps`` and ``num_stages`` of the launch.
-        depth: length of a step along the summed dimension of a matrix product, where that is neither of the above.
+        block_k: length of a step along the summed dimension of a matrix product, where that is neither of the above.
         reason: why these values.
     """
 
-    rows: int
-    columns: int
+    block_n: int
+    block_d: int
     warps: int
     stages: int = 1
-    depth: int = 0
+    block_k: int = 0
     reason: str = ""
 
 
@@ -81,36 +81,44 @@ TABLE |= {
 # projection.py; the width is n_P for "route", the channels of the result for "projection"
 TABLE |= {
     ("route", "half"): (
-        Entry(16, Config(rows=64, columns=64, warps=4, stages=2, reason="rows of 128 bytes; 48 registers on sm_90")),
-        Entry(ANY, Config(rows=32, columns=16, warps=4, stages=2, reason="two tiles of 128 logits fit in registers")),
+        Entry(16, Config(block_n=64, block_d=64, warps=4, stages=2, reason="rows of 128 bytes; 48 registers on sm_90")),
+        Entry(
+            ANY, Config(block_n=32, block_d=16, warps=4, stages=2, reason="two tiles of 128 logits fit in registers")
+        ),
     ),
     ("route", "single"): (
-        Entry(16, Config(rows=64, columns=32, warps=4, stages=2, reason="rows of 128 bytes; tf32x3 triples operands")),
-        Entry(ANY, Config(rows=32, columns=16, warps=4, stages=2, reason="two tiles of 128 logits fit in registers")),
+        Entry(
+            16, Config(block_n=64, block_d=32, warps=4, stages=2, reason="rows of 128 bytes; tf32x3 triples operands")
+        ),
+        Entry(
+            ANY, Config(block_n=32, block_d=16, warps=4, stages=2, reason="two tiles of 128 logits fit in registers")
+        ),
     ),
-    ("plan", "half"): (Entry(ANY, Config(rows=1024, columns=1, warps=4, reason="few blocks, so a short running sum")),),
+    ("plan", "half"): (
+        Entry(ANY, Config(block_n=1024, block_d=1, warps=4, reason="few blocks, so a short running sum")),
+    ),
     ("projection", "half"): (
         Entry(
             ANY,
             Config(
-                rows=128,
-                columns=128,
+                block_n=128,
+                block_d=128,
                 warps=8,
                 stages=2,
-                depth=64,
+                block_k=64,
                 reason="64 KiB and 119 registers on sm_90: two programs on a multiprocessor; divides 384, 768, 1152",
             ),
         ),
     ),
     ("projection", "single"): (
-        Entry(ANY, Config(rows=64, columns=64, warps=4, stages=3, depth=32, reason="FMA bound: registers decide")),
+        Entry(ANY, Config(block_n=64, block_d=64, warps=4, stages=3, block_k=32, reason="FMA bound: registers decide")),
     ),
     ("projection_weight", "half"): (
         Entry(
             ANY,
             Config(
-                rows=32,
-                columns=128,
+                block_n=32,
+                block_d=128,
                 warps=8,
                 stages=5,
                 reason="stages for list, then tokens: with 5 two steps of tokens are in flight; 102 registers on sm_90",
@@ -118,9 +126,9 @@ TABLE |= {
         ),
     ),
     ("projection_weight", "single"): (
-        Entry(ANY, Config(rows=32, columns=64, warps=4, stages=5, reason="FMA bound; stages as for half")),
+        Entry(ANY, Config(block_n=32, block_d=64, warps=4, stages=5, reason="FMA bound; stages as for half")),
     ),
-    ("projection_sum", "single"): (Entry(ANY, Config(rows=1, columns=1024, warps=4, reason="8 elements a thread")),),
+    ("projection_sum", "single"): (Entry(ANY, Config(block_n=1, block_d=1024, warps=4, reason="8 elements a thread")),),
 }
 
 # Depth-wise convolution (depthwise.py) --------------------------------------------------------------------------------

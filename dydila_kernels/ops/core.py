@@ -1,4 +1,4 @@
-"""Eqs. 5-9 on a GPU: which kernels run in which order, forward and backward.
+"""Eqs. 5-9 on a GPU: which kernels run in which order; :mod:`backward` has the backward pass.
 
 Two forms, by the width e = d/H of a head (:data:`LARGEST_HEAD`).  "fused": Zh lives in registers only.
 
@@ -10,9 +10,9 @@ Two forms, by the width e = d/H of a head (:data:`LARGEST_HEAD`).  "fused": Zh l
     forward     tokens(K)  [gemm]  tokens(Q)  [gemm]
     backward    tokens(Q)  tokens(K)  [gemms]  gradients(Q)  gradients(K)
 
-Kept for the backward pass are the inputs and :class:`Kept`.  Everything runs on the current device without waiting for
-it, in a fixed order, and without float atomics.  Where ranks share the tokens, they sum what is summed over tokens:
-the states and their gradients, each before it is read.
+Saved for the backward pass are the inputs and :class:`SavedForBackward`.  Everything runs on the current device without
+waiting for it, in a fixed order, and without float atomics.  Where ranks share the tokens, they sum what is summed over
+tokens: the states and their gradients, each before it is read.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ import torch
 from torch import Tensor
 
 from dydila_kernels.ops import depthwise, gemm
-from dydila_kernels.ops.call import Call, Side
+from dydila_kernels.ops.arguments import contiguous_channels
 from dydila_kernels.ops.configs import LARGEST_HEAD, pick
-from dydila_kernels.ops.gradients import Incoming, TableGradients, gradients, mass_gradient
-from dydila_kernels.ops.linear_attention import correlation, readout, state
+from dydila_kernels.ops.context import LaunchContext, QKOperand
+from dydila_kernels.ops.linear_attention import readout, state
 from dydila_kernels.ops.tiles import power_of_two
 from dydila_kernels.ops.tokens import tokens
-from dydila_kernels.types import Ranks
+from dydila_kernels.types import DIFFERENTIAL_SIDES, Ranks
 
 
 class Inputs(NamedTuple):
-    """The tensors of a call, see :func:`dydila_kernels.dydila_attention`, and weight (9, d), bias (d,) of Eq. 9."""
+    """The tensors of a call: :class:`CoreInputs`, and weight (9, d), bias (d,) float32 of Eq. 9, or None."""
 
     q: Tensor
     k: Tensor
@@ -60,14 +60,23 @@ class Settings(NamedTuple):
     differential: str
     straight_through: bool
 
+    @property
+    def products(self) -> int:
+        """Of queries with keys and values: two for Eq. 10, else one."""
+        return 2 if self.differential == "map" else 1
 
-class Kept(NamedTuple):
-    """What the forward pass keeps, for both sides (first index) and maps; empty where there is no such thing.
+    @property
+    def has_denominator(self) -> bool:
+        return self.normalization == "denominator"
 
-    indices (2, maps + 1, T) int8, without the last where nothing is subtracted; statistics (2, maps, 3, T); slopes
-    (2, maps, T, n_F), differential_slopes (2, T, n_D); states, see :func:`states_of`, in the working dtype;
-    means (products, segments, d) and inverse_mass (products, T, H) under "denominator".  All float32 but where said.
-    Products: two for Eq. 10, else one.
+
+class SavedForBackward(NamedTuple):
+    """What the forward pass saves, for both sides (first index) and branches; empty where there is no such thing.
+
+    indices (2, branches + 1, T) int8, without the last where nothing is subtracted; statistics (2, branches, 3, T);
+    slopes (2, branches, T, n_F), differential_slopes (2, T, n_D); states, see :func:`states_of`, in the working dtype;
+    means (products, segments, d) and inverse (products, T, H) under "denominator", see :class:`Denominator`.  All
+    float32 but where said.
     """
 
     indices: Tensor
@@ -76,10 +85,15 @@ class Kept(NamedTuple):
     differential_slopes: Tensor
     states: Tensor
     means: Tensor
-    inverse_mass: Tensor
+    inverse: Tensor
+
+    def denominator(self, product: int, settings: Settings) -> tuple[Tensor | None, Tensor | None]:
+        """Of a product the mean terms of the keys (segments, d) and the inverse denominators (T, H), or None."""
+        return (self.means[product], self.inverse[product]) if settings.has_denominator else (None, None)
 
 
 def is_fused(dim: int, num_heads: int) -> bool:
+    """Whether heads are narrow enough for a state in registers."""
     return dim // num_heads <= LARGEST_HEAD
 
 
@@ -89,7 +103,7 @@ def describe(dim: int, num_heads: int, dtype: torch.dtype) -> str:
     if not is_fused(dim, num_heads):
         how = f"heads of {e} > {LARGEST_HEAD}: tokens written once, then GEMMs, in the order (Q K^T) V below N = {e}"
     else:
-        columns = pick("readout", dtype, e).columns
+        columns = pick("readout", dtype, e).block_d
         made = -(-e // columns) * columns
         how = f"heads of {e}: fused kernels, {columns} channels at a time"
         if made > e:
@@ -99,46 +113,45 @@ def describe(dim: int, num_heads: int, dtype: torch.dtype) -> str:
     return how
 
 
-def call_of(inputs: Inputs, settings: Settings, ranks: Ranks | None = None) -> Call:
-    return Call(
+def context_of(inputs: Inputs, settings: Settings, ranks: Ranks | None = None) -> LaunchContext:
+    """What the launches of this call have in common."""
+    return LaunchContext(
         inputs.q, inputs.gamma.contiguous(), inputs.lam if inputs.lam is None else inputs.lam.contiguous(),
         settings.mask, settings.cu_seqlens, settings.grids, settings.num_heads, settings.normalization, ranks,
     )  # fmt: skip
 
 
-def empty_kept(inputs: Inputs, settings: Settings, ranks: Ranks | None = None) -> Kept:
-    """Memory for what is kept.  Sizes may be symbols: no decision is taken on them."""
+def empty_saved(inputs: Inputs, settings: Settings, ranks: Ranks | None = None) -> SavedForBackward:
+    """Memory for what is saved.  Sizes may be symbols: no decision is taken on them."""
     batch, length, dim = inputs.q.shape
-    bounds, heads = settings.cu_seqlens, settings.num_heads
-    rows, e = batch * length, dim // heads
+    bounds, heads, products = settings.cu_seqlens, settings.num_heads, settings.products
+    count, e = batch * length, dim // heads
     segments, longest = batch, length
     if bounds is not None:
         segments = len(bounds) - 1
         longest = max([stop - start for start, stop in zip(bounds[:-1], bounds[1:], strict=True)])
     # A state for each segment, or none where scores pay.
     states = segments if is_fused(dim, heads) or ranks is not None else segments * torch.sym_min(1, longest // e)
-    maps = 1 if inputs.q_redundant is None else 2
-    products = 2 if settings.differential == "map" else 1
-    relative, trained = settings.normalization == "denominator", settings.straight_through
-    n_d = 0 if inputs.lam is None else len(inputs.lam)
+    branches = 1 if inputs.q_redundant is None else 2
+    trained, n_d = settings.straight_through, 0 if inputs.lam is None else len(inputs.lam)
 
     def new(*shape: int, dtype: torch.dtype = torch.float32, wanted: bool = True) -> Tensor:
         return inputs.q.new_empty(shape if wanted else (0,), dtype=dtype)
 
-    return Kept(
-        new(2, maps + (settings.differential != "off"), rows, dtype=torch.int8),
-        new(2, maps, 3, rows),
-        new(2, maps, rows, len(inputs.gamma), wanted=trained),
-        new(2, rows, n_d, wanted=trained and n_d > 0),
+    return SavedForBackward(
+        new(2, branches + (settings.differential != "off"), count, dtype=torch.int8),
+        new(2, branches, 3, count),
+        new(2, branches, count, len(inputs.gamma), wanted=trained),
+        new(2, count, n_d, wanted=trained and n_d > 0),
         new(products * states * heads * e * e + spare(dim, heads), dtype=working_dtype(inputs, settings)),
-        new(products, segments, dim, wanted=relative),
-        new(products, rows, heads, wanted=relative),
+        new(products, segments, dim, wanted=settings.has_denominator),
+        new(products, count, heads, wanted=settings.has_denominator),
     )
 
 
 def working_dtype(inputs: Inputs, settings: Settings) -> torch.dtype:
-    """That of the tokens; but float16 has not the range of 1/mass, by which "denominator" divides."""
-    wide = inputs.q.dtype == torch.float16 and settings.normalization == "denominator"
+    """That of the tokens; but float16 has not the range of the inverse denominator."""
+    wide = inputs.q.dtype == torch.float16 and settings.has_denominator
     return torch.float32 if wide else inputs.q.dtype
 
 
@@ -154,263 +167,124 @@ def spare(dim: int, num_heads: int) -> int:
     return 0 if is_fused(dim, num_heads) else 2
 
 
-def states_of(call: Call, kept: Kept, settings: Settings) -> Tensor:
+def states_of(context: LaunchContext, saved: SavedForBackward, settings: Settings) -> Tensor:
     """(products, segments, H, e, e), a view; without segments where scores pay."""
-    products = 2 if settings.differential == "map" else 1
-    states = kept.states[: len(kept.states) - spare(call.dim, call.heads)]
-    return states.view(products, -1, call.heads, call.head_dim, call.head_dim)
+    states = saved.states[: len(saved.states) - spare(context.dim, context.heads)]
+    return states.view(settings.products, -1, context.heads, context.head_dim, context.head_dim)
 
 
-def sides_of(call: Call, inputs: Inputs, settings: Settings, kept: Kept) -> tuple[Side, Side]:
+def operands_of(
+    context: LaunchContext, inputs: Inputs, settings: Settings, saved: SavedForBackward
+) -> tuple[QKOperand, QKOperand]:
     """Queries and keys."""
-    maps = 1 if inputs.q_redundant is None else 2
-    routed = {"token": 2, "map": 1, "off": 0}[settings.differential]
+    branches = 1 if inputs.q_redundant is None else 2
     trained = settings.straight_through
-    sides = []
+    operands = []
     for i, (z, redundant) in enumerate(((inputs.q, inputs.q_redundant), (inputs.k, inputs.k_redundant))):
-        router = inputs.differential_routers[i].contiguous() if i < routed else None  # type: ignore[index]
-        sides.append(
-            Side(
-                beside(z),
-                None if redundant is None else beside(redundant),
+        router = None
+        if inputs.differential_routers is not None and i < DIFFERENTIAL_SIDES[settings.differential]:
+            router = inputs.differential_routers[i].contiguous()
+        operands.append(
+            QKOperand(
+                contiguous_channels(z),
+                None if redundant is None else contiguous_channels(redundant),
                 (
                     inputs.kernel_routers[i].contiguous(),
-                    inputs.kernel_routers[2 + i].contiguous() if maps == 2 else None,
+                    inputs.kernel_routers[2 + i].contiguous() if branches == 2 else None,
                 ),
                 router,
-                kept.indices[i, :maps],
-                None if router is None else kept.indices[i, maps],
-                kept.statistics[i],
-                kept.slopes[i] if trained else None,
-                kept.differential_slopes[i] if trained and router is not None else None,
-                relative=i == 0 and settings.normalization == "denominator",
-                factors=call.factors if i == 0 else None,
+                saved.indices[i, :branches],
+                None if router is None else saved.indices[i, branches],
+                saved.statistics[i],
+                saved.slopes[i] if trained else None,
+                saved.differential_slopes[i] if trained and router is not None else None,
+                has_denominator=i == 0 and settings.has_denominator,
+                length_scale=context.length_scale if i == 0 else None,
             )
         )
-    return sides[0], sides[1]
+    return operands[0], operands[1]
 
 
-def beside(tokens: Tensor) -> Tensor:
-    """With channels beside each other, at the price of a copy where they are not."""
-    return tokens if tokens.stride(-1) == 1 or tokens.shape[-1] == 1 else tokens.contiguous()
+# Forward --------------------------------------------------------------------------------------------------------------
 
 
-def attend(inputs: Inputs, settings: Settings, ranks: Ranks | None = None) -> tuple[Tensor, Kept]:
-    """The output (B, N, d), contiguous, and what the backward pass needs."""
+def forward(inputs: Inputs, settings: Settings, ranks: Ranks | None = None) -> tuple[Tensor, SavedForBackward]:
+    """The output (B, N, d), contiguous, in the dtype of q, and what the backward pass needs."""
     if working_dtype(inputs, settings) != inputs.q.dtype:
-        out, kept = attend(widened(inputs, settings), settings, ranks)
-        return out.to(inputs.q.dtype), kept
-    call = call_of(inputs, settings, ranks)
-    kept = empty_kept(inputs, settings, ranks)
-    out = torch.empty(inputs.q.shape, dtype=call.dtype, device=call.device)
-    q, k = sides_of(call, inputs, settings, kept)
-    shaped = kept._replace(states=states_of(call, kept, settings))
-    if spare(call.dim, call.heads):
-        kept.states[-spare(call.dim, call.heads) :].zero_()
-    v, weight = beside(inputs.v), inputs.weight
+        out, saved = forward(widened(inputs, settings), settings, ranks)
+        return out.to(inputs.q.dtype), saved
+    context = context_of(inputs, settings, ranks)
+    saved = empty_saved(inputs, settings, ranks)
+    out = torch.empty(inputs.q.shape, dtype=context.dtype, device=context.device)
+    q, k = operands_of(context, inputs, settings, saved)
+    if spare(context.dim, context.heads):
+        saved.states[-spare(context.dim, context.heads) :].zero_()
+    shaped = saved._replace(states=states_of(context, saved, settings))
+    product = fused_product if is_fused(context.dim, context.heads) else gemm_product
+    v = contiguous_channels(inputs.v)
+    convolution = (inputs.weight, inputs.bias)
     if settings.differential == "map":
-        # The keys choose no lambda.
-        kept.indices[1, -1].zero_()
-        kept.differential_slopes[1:].zero_()
-        tokens(call, q, decide=True)
-        tokens(call, k, decide=True)
-        pairs, decide = list(zip(q.maps(), k.maps(), strict=True)), False
+        # Eq. 10: the products of the two branches, the second added to the first.  The keys choose no lambda.
+        saved.indices[1, -1].zero_()
+        saved.differential_slopes[1:].zero_()
+        tokens(context, q, decide=True)
+        tokens(context, k, decide=True)
+        (q1, q2), (k1, k2) = q.branches(), k.branches()
+        product(context, settings, shaped, 0, q1, k1, v, out, decide=False, add=False, convolution=(None, None))
+        product(context, settings, shaped, 1, q2, k2, v, out, decide=False, add=True, convolution=convolution)
     else:
-        pairs, decide = [(q, k)], True
-    forward = attend_fused if is_fused(call.dim, call.heads) else attend_by_gemm
-    for i, (queries, keys) in enumerate(pairs):
-        last = i == len(pairs) - 1
-        forward(call, queries, keys, v, out, shaped, i, decide, weight if last else None, inputs.bias)
-    return out, kept
+        product(context, settings, shaped, 0, q, k, v, out, decide=True, add=False, convolution=convolution)
+    return out, saved
 
 
-def attend_fused(
-    call: Call, q: Side, k: Side, v: Tensor, out: Tensor, kept: Kept, i: int, decide: bool, weight: Tensor | None,
-    bias: Tensor | None,
+Weights = tuple[Tensor | None, Tensor | None]
+"""weight (9, d) and bias (d,) of the convolution, or None."""
+
+
+def fused_product(
+    context: LaunchContext, settings: Settings, saved: SavedForBackward, i: int, q: QKOperand, k: QKOperand, v: Tensor,
+    out: Tensor, *, decide: bool, add: bool, convolution: Weights,
 ) -> None:  # fmt: skip
-    relative = call.normalization == "denominator"
+    """Product i: writes O (B, N, d) to ``out`` or adds it, and with ``convolution`` DWC(V)."""
     if decide:
-        tokens(call, k, decide=True)
-    total, means = state(call, k, v, sums=relative)
-    call.sum_over_ranks(total, means)
-    kept.states[i] = total
+        tokens(context, k, decide=True)
+    total, means = state(context, k, v, sums=settings.has_denominator)
+    context.sum_over_ranks(total, means)
+    saved.states[i] = total
     if means is not None:
-        kept.means[i] = means
-    means, inverse_mass = masses_of(kept, i, relative)
+        saved.means[i] = means
+    means, inverse = saved.denominator(i, settings)
     readout(
-        call, q, kept.states[i], out, decide=decide, add=i > 0, means=means, inverse_mass=inverse_mass, values=v,
-        weight=weight, bias=bias,
+        context, q, saved.states[i], out, decide=decide, add=add, means=means, inverse=inverse, values=v,
+        weight=convolution[0], bias=convolution[1],
     )  # fmt: skip
 
 
-def attend_by_gemm(
-    call: Call, q: Side, k: Side, v: Tensor, out: Tensor, kept: Kept, i: int, decide: bool, weight: Tensor | None,
-    bias: Tensor | None,
+def gemm_product(
+    context: LaunchContext, settings: Settings, saved: SavedForBackward, i: int, q: QKOperand, k: QKOperand, v: Tensor,
+    out: Tensor, *, decide: bool, add: bool, convolution: Weights,
 ) -> None:  # fmt: skip
-    relative, values = call.normalization == "denominator", zero_where_masked(call, v)
+    """As :func:`fused_product`."""
+    values = zero_where_masked(context, v)
     # Until it is known, the output has room for the keys.
-    q_hat, k_hat = torch.empty_like(out), out if i == 0 else torch.empty_like(out)
-    means = tokens(call, k, decide=decide, out=k_hat, sums=relative)
-    if not gemm.pays_scores(call):
-        gemm.state(call, k_hat, values, kept.states[i])
-        call.sum_over_ranks(kept.states[i], means)
+    q_hat, k_hat = torch.empty_like(out), torch.empty_like(out) if add else out
+    means = tokens(context, k, decide=decide, out=k_hat, sums=settings.has_denominator)
+    if not context.by_scores:
+        gemm.state(context, k_hat, values, saved.states[i])
+        context.sum_over_ranks(saved.states[i], means)
     if means is not None:
-        kept.means[i] = means
-    means, inverse_mass = masses_of(kept, i, relative)
-    tokens(call, q, decide=decide, out=q_hat, means=means, inverse_mass=inverse_mass)
-    if gemm.pays_scores(call):
-        gemm.scores(call, q_hat, k_hat, values, out, add=i > 0)
+        saved.means[i] = means
+    means, inverse = saved.denominator(i, settings)
+    tokens(context, q, decide=decide, out=q_hat, means=means, inverse=inverse)
+    if context.by_scores:
+        gemm.scores(context, q_hat, k_hat, values, out, add=add)
     else:
-        gemm.readout(call, out, q_hat, kept.states[i], scale=call.rescale, add=i > 0)
+        gemm.readout(context, out, q_hat, saved.states[i], scale=context.output_scale, add=add)
+    weight, bias = convolution
     if weight is not None:
-        depthwise.depthwise(out, v, weight.t(), bias, call.geometry, call.mask)
+        depthwise.depthwise(out, v, weight.t(), bias, context.geometry, context.mask)
 
 
-def masses_of(kept: Kept, i: int, relative: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Under "denominator" the mean mass of the keys of product i, and the inverse mass of its queries."""
-    return (kept.means[i], kept.inverse_mass[i]) if relative else (None, None)
-
-
-class Gradients(NamedTuple):
-    """Of each of :class:`Inputs`, in its dtype; None where there is no such input."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    q_redundant: Tensor | None
-    k_redundant: Tensor | None
-    gamma: Tensor
-    lam: Tensor | None
-    kernel_routers: Tensor | None
-    differential_routers: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-
-
-def pull_back(grad: Tensor, inputs: Inputs, settings: Settings, kept: Kept, ranks: Ranks | None = None) -> Gradients:
-    """The gradients, from that of the output."""
-    if working_dtype(inputs, settings) != inputs.q.dtype:
-        wide = widened(inputs, settings)
-        found = pull_back(grad.to(wide.q.dtype), wide, settings, kept, ranks)
-        narrow = [None if t is None else t.to(inputs.q.dtype) for t in found[:5]]
-        return Gradients(*narrow, *found[5:])  # type: ignore[arg-type,call-arg]
-    call = call_of(inputs, settings, ranks)
-    q, k = sides_of(call, inputs, settings, kept)
-    grad, v = beside(grad), beside(inputs.v)
-    dq, dk, dv, dq_redundant, dk_redundant = (
-        None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs[:5]
-    )
-    assert dq is not None and dk is not None and dv is not None
-    backward = pull_back_fused if is_fused(call.dim, call.heads) else pull_back_by_gemm
-    shaped = kept._replace(states=states_of(call, kept, settings))
-    whole, weight = (call, v, grad, shaped), inputs.weight
-    if settings.differential == "map":
-        assert dq_redundant is not None and dk_redundant is not None
-        (q1, q2), (k1, k2) = q.maps(), k.maps()
-        # The second map first: it is the one to find the gradient of lambda, and of the logits of its router.
-        second = backward(*whole, 1, q2, k2, (dq_redundant, None), (dk_redundant, None), dv, False, None, None)
-        routed = second[0].differential_logits
-        first = backward(*whole, 0, q1, k1, (dq, None), (dk, None), dv, True, weight, routed)
-        tables = [first, second]
-    else:
-        tables = [backward(*whole, 0, q, k, (dq, dq_redundant), (dk, dk_redundant), dv, False, weight, None)]
-
-    dgamma = torch.stack([side.gamma for pair in tables for side in pair]).sum(0)
-    dlams = [side.lam for pair in tables for side in pair if side.lam is not None]
-    dlam = None if inputs.lam is None else torch.stack(dlams).sum(0).to(inputs.lam.dtype)
-    routers = router_gradients(call, (q, k), tables, inputs) if settings.straight_through else (None, None)
-    dweight = dbias = None
-    if weight is not None:
-        dweight, dbias = depthwise.depthwise_weight_gradient(v, grad, call.geometry, call.mask)
-        dweight, dbias = dweight.t().contiguous(), dbias.clone()  # neither a view, as an operator must return them
-    return Gradients(
-        dq, dk, dv, dq_redundant, dk_redundant, dgamma.to(inputs.gamma.dtype), dlam, routers[0], routers[1], dweight,
-        None if inputs.bias is None else dbias,
-    )  # fmt: skip
-
-
-Pair = tuple[Tensor, Tensor | None]
-"""Gradients of tokens and redundancy."""
-Tables = tuple[TableGradients, TableGradients]
-"""Of queries and keys."""
-
-
-def pull_back_fused(
-    call: Call, v: Tensor, grad: Tensor, kept: Kept, i: int, q: Side, k: Side, dq: Pair, dk: Pair, dv: Tensor,
-    add: bool, weight: Tensor | None, routed: Tensor | None,
-) -> Tables:  # fmt: skip
-    """Both sides of product i: writes dq and dk, writes or ``add``s to dv.
-
-    ``routed`` are the gradients of the logits of Eq. 7's router where they are known.
-    """
-    relative = call.normalization == "denominator"
-    means, inverse_mass = masses_of(kept, i, relative)
-    source = Incoming(grad, kept.states[i], inverse_mass=inverse_mass, mass_vector=means)
-    if relative:
-        source = source._replace(mass_weights=mass_gradient(call, q, source))
-    total, mass = state(
-        call, q, grad, inverse_mass=source.inverse_mass, sums=relative, mass_weights=source.mass_weights
-    )
-    call.sum_over_ranks(total, mass)
-    queries = gradients(call, q, source, *dq, differential_logits=routed)
-    source = Incoming(v, total.to(call.dtype), mass_vector=mass)
-    return queries, gradients(call, k, source, *dk, dx=dv, add=add, grad=grad, weight=weight)
-
-
-def pull_back_by_gemm(
-    call: Call, v: Tensor, grad: Tensor, kept: Kept, i: int, q: Side, k: Side, dq: Pair, dk: Pair, dv: Tensor,
-    add: bool, weight: Tensor | None, routed: Tensor | None,
-) -> Tables:  # fmt: skip
-    """As :func:`pull_back_fused`.  Until they are known, dq and dk have room for Qh and Kh and for their gradients."""
-    relative, natural = call.normalization == "denominator", call.rescale * call.unit
-    means, inverse_mass = masses_of(kept, i, relative)
-    tokens(call, q, decide=False, out=dq[0], means=means, inverse_mass=inverse_mass)
-    tokens(call, k, decide=False, out=dk[0])
-    values, incoming = zero_where_masked(call, v), zero_where_masked(call, grad)
-    if gemm.pays_scores(call):
-        dq_hat, dk_hat = (torch.empty_like(z) if other is None else other for z, other in (dq, dk))
-        gemm.scores_gradient(call, dq[0], dk[0], values, incoming, dq_hat, dk_hat, dv, natural, add)
-    else:
-        dq_hat, dk_hat = dq[0], dk[0]
-        dstate = torch.empty_like(kept.states[i])
-        gemm.state(call, dq_hat, incoming, dstate)
-        call.sum_over_ranks(dstate)
-        gemm.readout(call, dq_hat, incoming, kept.states[i], transposed=True, scale=natural)
-        gemm.readout(call, dv, dk_hat, dstate, scale=call.rescale, add=add)
-        gemm.readout(call, dk_hat, values, dstate, transposed=True, scale=natural)
-    if weight is not None:
-        depthwise.depthwise_input_gradient(dv, grad, weight.t(), call.geometry, call.mask)
-    source, mass = Incoming(given=dq_hat, inverse_mass=inverse_mass, mass_vector=means), None
-    if relative:
-        source = source._replace(mass_weights=mass_gradient(call, q, source))
-        mass = tokens(call, q, decide=False, sums=True, mass_weights=source.mass_weights)
-        call.sum_over_ranks(mass)
-    queries = gradients(call, q, source, *dq, differential_logits=routed)
-    return queries, gradients(call, k, Incoming(given=dk_hat, mass_vector=mass), *dk)
-
-
-def zero_where_masked(call: Call, t: Tensor) -> Tensor:
+def zero_where_masked(context: LaunchContext, t: Tensor) -> Tensor:
     """A GEMM multiplies what masked tokens hold by zero, and that may be NaN."""
-    return t if call.mask is None else t.masked_fill(~call.mask[..., None], 0)
-
-
-def router_gradients(
-    call: Call, sides: tuple[Side, Side], tables: list[Tables], inputs: Inputs
-) -> tuple[Tensor, Tensor | None]:
-    """Straight through: those of the kernel routers and of the differential routers, from those of their logits."""
-    # Dense whatever the strides of the routers, as the operator's fake says.
-    dkernel, ddifferential = (
-        None if t is None else torch.zeros_like(t, memory_format=torch.contiguous_format)
-        for t in (inputs.kernel_routers, inputs.differential_routers)
-    )
-    assert dkernel is not None
-    for i, side in enumerate(sides):
-        singles = [side] if side.redundant is None else side.maps()
-        logits = torch.cat([pair[i].logits for pair in tables])  # type: ignore[misc]
-        for m, single in enumerate(singles):
-            dkernel[2 * m + i] = correlation(call, single._replace(choice=None), logits[m], raw=True)
-        routed = tables[-1][i].differential_logits
-        if routed is not None and ddifferential is not None:
-            parts = [correlation(call, single._replace(choice=None), routed, raw=False) for single in singles]
-            ddifferential[i] = torch.cat(parts)
-    return dkernel, ddifferential
+    return t if context.mask is None else t.masked_fill(~context.mask[..., None], 0)

@@ -2,15 +2,16 @@
 
 Zh of both sides is written once, and torch multiplies, per head of e = d/H channels:
 
-    states    S = scale Kh^T V,          O = rescale Qh S         where N >= e
-    scores    P = scale Qh Kh^T (N, N),  O = rescale P V          where N < e, and that is cheaper
+    states    S = state_scale Kh^T V,           O = output_scale Qh S       where N >= e
+    scores    P = state_scale Qh Kh^T (N, N),   O = output_scale P V        where N < e, and that is cheaper
 
 and in the backward pass, from dO,
 
-    states    dS = scale Qh^T dO,   dQh = rescale dO S^T,        dKh = rescale V dS^T,          dV = rescale Kh dS
-    scores    dP = dO V^T,          dQh = rescale scale dP Kh,   dKh = rescale scale dP^T Qh,   dV = rescale P^T dO
+    states    dS = state_scale Qh^T dO,   dQh = dO S^T,                dKh = V dS^T,                  dV = Kh dS
+    scores    dP = dO V^T,                dQh = state_scale dP Kh,     dKh = state_scale dP^T Qh,     dV = P^T dO
 
-Everything is (B, N, d), contiguous or not; a packed row is taken image by image.
+where dQh, dKh and dV are times output_scale.  Everything is (B, N, d), contiguous or not; a packed row is taken image
+by image.
 """
 
 from __future__ import annotations
@@ -20,12 +21,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dydila_kernels.ops.call import Call, Span
-
-
-def pays_scores(call: Call) -> bool:
-    """Whether (Qh Kh^T) V costs less than Qh (Kh^T V)."""
-    return call.ranks is None and call.longest < call.head_dim
+from dydila_kernels.ops.context import LaunchContext, Span
 
 
 def product(out: Tensor, a: Tensor, b: Tensor, scale: float, add: bool = False) -> None:
@@ -33,36 +29,36 @@ def product(out: Tensor, a: Tensor, b: Tensor, scale: float, add: bool = False) 
     torch.baddbmm(out, a, b, beta=float(add), alpha=scale, out=out)
 
 
-def heads(call: Call, *tokens: Tensor) -> Iterator[tuple[Span, int, list[Tensor]]]:
+def heads(context: LaunchContext, *tokens: Tensor) -> Iterator[tuple[Span, int, list[Tensor]]]:
     """The blocks (images, n, e) of a span and head of (B, N, d) tensors, as views."""
-    for span in call.spans():
-        for h in range(call.heads):
-            columns = slice(h * call.head_dim, (h + 1) * call.head_dim)
+    for span in context.spans():
+        for h in range(context.heads):
+            columns = slice(h * context.head_dim, (h + 1) * context.head_dim)
             yield span, h, [t[span.images, span.rows, columns] for t in tokens]
 
 
-def state(call: Call, hat: Tensor, values: Tensor, out: Tensor) -> None:
-    """out = scale hat^T values, (segments, H, e, e) in the dtype of the tokens."""
-    for span, h, (z, v) in heads(call, hat, values):
-        product(out[span.segments, h], z.mT, v, call.scale)
+def state(context: LaunchContext, hat: Tensor, values: Tensor, out: Tensor) -> None:
+    """out = state_scale hat^T values, (segments, H, e, e) in the dtype of the tokens."""
+    for span, h, (z, v) in heads(context, hat, values):
+        product(out[span.segments, h], z.mT, v, context.state_scale)
 
 
-def readout(call: Call, out: Tensor, hat: Tensor, matrix: Tensor, *, transposed: bool = False, scale: float,
+def readout(context: LaunchContext, out: Tensor, hat: Tensor, matrix: Tensor, *, transposed: bool = False, scale: float,
             add: bool = False) -> None:  # fmt: skip
     """out = scale hat M, or hat M^T where ``transposed``, for a matrix (segments, H, e, e)."""
-    for span, h, (o, z) in heads(call, out, hat):
+    for span, h, (o, z) in heads(context, out, hat):
         m = matrix[span.segments, h]
         product(o, z, m.mT if transposed else m, scale, add)
 
 
-def scores(call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, add: bool) -> None:
-    """out = rescale (scale Qh Kh^T) V."""
-    for _, _, (q_h, k_h, v_h, o_h) in heads(call, q, k, v, out):
-        product(o_h, similarity(q_h, k_h, call.scale), v_h, call.rescale, add)
+def scores(context: LaunchContext, q: Tensor, k: Tensor, v: Tensor, out: Tensor, add: bool) -> None:
+    """out = output_scale (state_scale Qh Kh^T) V, all (B, N, d)."""
+    for _, _, (q_h, k_h, v_h, o_h) in heads(context, q, k, v, out):
+        product(o_h, similarity(q_h, k_h, context.state_scale), v_h, context.output_scale, add)
 
 
 def scores_gradient(
-    call: Call,
+    context: LaunchContext,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -73,12 +69,12 @@ def scores_gradient(
     scale: float,
     add: bool,
 ) -> None:
-    """dQh and dKh times ``scale`` / rescale, and dV, added to where ``add``."""
-    for _, _, (q_h, k_h, v_h, g_h, dq_h, dk_h, dv_h) in heads(call, q, k, v, grad, dq, dk, dv):
-        product(dv_h, similarity(q_h, k_h, call.scale).mT, g_h, call.rescale, add)
+    """dQh and dKh times ``scale`` / output_scale, and dV, added to where ``add``."""
+    for _, _, (q_h, k_h, v_h, g_h, dq_h, dk_h, dv_h) in heads(context, q, k, v, grad, dq, dk, dv):
+        product(dv_h, similarity(q_h, k_h, context.state_scale).mT, g_h, context.output_scale, add)
         dp = similarity(g_h, v_h, 1.0)
-        product(dq_h, dp, k_h, scale * call.scale)
-        product(dk_h, dp.mT, q_h, scale * call.scale)
+        product(dq_h, dp, k_h, scale * context.state_scale)
+        product(dk_h, dp.mT, q_h, scale * context.state_scale)
 
 
 def similarity(a: Tensor, b: Tensor, scale: float) -> Tensor:

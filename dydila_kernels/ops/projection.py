@@ -20,19 +20,20 @@ depend on the widths of the model, not on B or N: as constants they tell the com
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dydila_kernels.ops.configs import pick
-from dydila_kernels.ops.tiles import check_rows, first_largest, launch, numerics, padded, router_dot
+from dydila_kernels.ops.arguments import constant
+from dydila_kernels.ops.configs import Config, pick
+from dydila_kernels.ops.tiles import check_tokens, first_largest, launch, numerics, padded, router_dot
 
 
 def token_rows(x: Tensor) -> Tensor:
-    """(B, N, c) -> (T, c) with channels side by side: a view where the strides allow it, else a copy."""
+    """(B, N, c) -> (T, c) with contiguous channels: a view where the strides allow it, else a copy."""
     rows = x.flatten(0, 1)
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
@@ -40,44 +41,76 @@ def token_rows(x: Tensor) -> Tensor:
 # Eq. 1 ----------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def route_kernel(X, ROUTER1, ROUTER2, INDEX, length, X_ROW: tl.constexpr, D: tl.constexpr, CHOICES: tl.constexpr,
-                 ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROUTER: tl.constexpr):  # fmt: skip
-    """One program decides for ROWS tokens.
+class Blocks(NamedTuple):
+    """Constants of a kernel: products of D and E channels in blocks of BLOCK_N tokens, BLOCK_D channels, BLOCK_K deep.
 
-    X (T, D) with row stride X_ROW; ROUTER1 (D, CHOICES), ROUTER2 the same or None; INDEX (routers, T) int8.
+    NUM_OPTIONS: n_P.  PRECISION: of the products, see :func:`numerics`.
     """
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    live = rows < length
-    rows = rows.to(tl.int64)
-    choices = tl.arange(0, padded(CHOICES))
-    logits1 = tl.zeros((ROWS, padded(CHOICES)), tl.float32)
-    logits2 = tl.zeros((ROWS, padded(CHOICES)), tl.float32)
-    for start in tl.range(0, D, COLUMNS):
-        columns = start + tl.arange(0, COLUMNS)
-        inside = columns < D
-        x = tl.load(X + rows[:, None] * X_ROW + columns[None, :], mask=live[:, None] & inside[None, :], other=0.0)
-        entries = columns[:, None] * CHOICES + choices[None, :]
-        real = inside[:, None] & (choices < CHOICES)[None, :]
-        logits1 = router_dot(x, tl.load(ROUTER1 + entries, mask=real, other=0.0), logits1, ROUTER)
-        if ROUTER2 is not None:
-            logits2 = router_dot(x, tl.load(ROUTER2 + entries, mask=real, other=0.0), logits2, ROUTER)
-    tl.store(INDEX + rows, first_largest(logits1, CHOICES).to(tl.int8), mask=live)
-    if ROUTER2 is not None:
-        tl.store(INDEX + length + rows, first_largest(logits2, CHOICES).to(tl.int8), mask=live)
+
+    D: int
+    E: int
+    NUM_OPTIONS: int
+    BLOCK_N: int
+    BLOCK_D: int
+    BLOCK_K: int
+    PRECISION: str
+
+
+class Rows(NamedTuple):
+    """x (T, channels), its rows stride_xn apart, a constant."""
+
+    x: Any
+    stride_xn: Any
+
+
+def rows_argument(x: Tensor) -> Rows:
+    """The argument for x (T, channels)."""
+    return Rows(x, constant(x.stride(0)))
+
+
+def blocks(config: Config, d: int, e: int, num_options: int, precision: str) -> Blocks:
+    """The constants of a launch."""
+    return Blocks(d, e, num_options, config.block_n, config.block_d, config.block_k, precision)
+
+
+@triton.jit
+def route_kernel(tokens, router1, router2, index, length, k: tl.constexpr):
+    """One program decides for BLOCK_N tokens.
+
+    tokens: :class:`Rows` (T, D); router1 (D, n_P), router2 the same or None; index (routers, T) int8; length: T.
+    """
+    token_ids = tl.program_id(0) * k.BLOCK_N + tl.arange(0, k.BLOCK_N)
+    row_mask = token_ids < length
+    token_ids = token_ids.to(tl.int64)
+    option_ids = tl.arange(0, padded(k.NUM_OPTIONS))
+    logits1 = tl.zeros((token_ids.shape[0], option_ids.shape[0]), tl.float32)
+    logits2 = tl.zeros((token_ids.shape[0], option_ids.shape[0]), tl.float32)
+    for start in tl.range(0, k.D, k.BLOCK_D):
+        columns = start + tl.arange(0, k.BLOCK_D)
+        col_mask = columns < k.D
+        pointers = tokens.x + token_ids[:, None] * tokens.stride_xn + columns[None, :]
+        x = tl.load(pointers, mask=row_mask[:, None] & col_mask[None, :], other=0.0)
+        entries = columns[:, None] * k.NUM_OPTIONS + option_ids[None, :]
+        mask = col_mask[:, None] & (option_ids < k.NUM_OPTIONS)[None, :]
+        logits1 = router_dot(x, tl.load(router1 + entries, mask=mask, other=0.0), logits1, k.PRECISION)
+        if router2 is not None:
+            logits2 = router_dot(x, tl.load(router2 + entries, mask=mask, other=0.0), logits2, k.PRECISION)
+    tl.store(index + token_ids, first_largest(logits1, k.NUM_OPTIONS).to(tl.int8), mask=row_mask)
+    if router2 is not None:
+        tl.store(index + length + token_ids, first_largest(logits2, k.NUM_OPTIONS).to(tl.int8), mask=row_mask)
 
 
 def route(x: Tensor, routers: Sequence[Tensor]) -> Tensor:
     """Eq. 1 for one or two routers (d, n_P) in one pass over x (B, N, d): (routers, B, N) int8."""
-    rows, (d, choices) = token_rows(x), routers[0].shape
-    check_rows(len(rows))
+    rows, (d, num_options) = token_rows(x), routers[0].shape
+    check_tokens(len(rows))
     first, second = routers[0].contiguous(), routers[1].contiguous() if len(routers) == 2 else None
     index = x.new_empty((len(routers), *x.shape[:2]), dtype=torch.int8)
-    config = pick("route", x.dtype, choices)
+    config = pick("route", x.dtype, num_options)
     launch(
-        route_kernel, (triton.cdiv(len(rows), config.rows),), config,
-        X=rows, ROUTER1=first, ROUTER2=second, INDEX=index, length=len(rows), X_ROW=rows.stride(0), D=d,
-        CHOICES=choices, ROWS=config.rows, COLUMNS=config.columns, ROUTER=numerics(x.dtype)["ROUTER"],
+        route_kernel, (triton.cdiv(len(rows), config.block_n),), config,
+        tokens=rows_argument(rows), router1=first, router2=second, index=index, length=len(rows),
+        k=blocks(config, d, 0, num_options, numerics(x.dtype)["ROUTER_PRECISION"]),
     )  # fmt: skip
     return index
 
@@ -97,117 +130,118 @@ class Plan(NamedTuple):
 
 
 @triton.jit
-def count_kernel(INDEX, COUNTS, length, CHOICES: tl.constexpr, ROWS: tl.constexpr):
-    """INDEX (T,) integers -> COUNTS (CHOICES, blocks) int32: how often each occurs in each block of ROWS tokens."""
+def count_kernel(index, counts, length, NUM_OPTIONS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """index (T,) integers -> counts (NUM_OPTIONS, blocks) int32: how often each occurs in each block of tokens."""
     block, blocks = tl.program_id(0), tl.num_programs(0)
-    rows = block * ROWS + tl.arange(0, ROWS)
-    index = tl.load(INDEX + rows, mask=rows < length, other=-1)
-    for u in tl.range(0, CHOICES):
-        tl.store(COUNTS + u * blocks + block, tl.sum((index == u).to(tl.int32)))
+    token_ids = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    chosen = tl.load(index + token_ids, mask=token_ids < length, other=-1)
+    for u in tl.range(0, NUM_OPTIONS):
+        tl.store(counts + u * blocks + block, tl.sum((chosen == u).to(tl.int32)))
 
 
 @triton.jit
-def rank_kernel(INDEX, UPTO, ORDER, ENDS, length, CHOICES: tl.constexpr, ROWS: tl.constexpr):
+def rank_kernel(index, upto, order, ends, length, NUM_OPTIONS: tl.constexpr, BLOCK_N: tl.constexpr):
     """Writes each token of a block to its place in the list of its projector.
 
-    INDEX (T,) integers; UPTO (CHOICES, blocks) int32, the running sum of the counts; ORDER (T,),
-    ENDS (CHOICES,) int32.
+    index (T,) integers; upto (NUM_OPTIONS, blocks) int32, the running sum of the counts; order (T,) and
+    ends (NUM_OPTIONS,) int32.
     """
     block, blocks = tl.program_id(0), tl.num_programs(0)
-    rows = block * ROWS + tl.arange(0, ROWS)
-    index = tl.load(INDEX + rows, mask=rows < length, other=-1)
-    for u in tl.range(0, CHOICES):
-        hit = (index == u).to(tl.int32)
-        end = tl.load(UPTO + u * blocks + block)
+    token_ids = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    chosen = tl.load(index + token_ids, mask=token_ids < length, other=-1)
+    for u in tl.range(0, NUM_OPTIONS):
+        hit = (chosen == u).to(tl.int32)
+        end = tl.load(upto + u * blocks + block)
         place = end - tl.sum(hit) + tl.cumsum(hit, 0) - 1
-        tl.store(ORDER + place, rows, mask=hit != 0)
-        tl.store(ENDS + u, end, mask=block == blocks - 1)
+        tl.store(order + place, token_ids, mask=hit != 0)
+        tl.store(ends + u, end, mask=block == blocks - 1)
 
 
-def plan(index: Tensor, choices: int) -> Plan:
-    """The plan for index (B, N) with values in [0, choices), made on its device without waiting for it."""
+def plan(index: Tensor, num_options: int) -> Plan:
+    """The plan for index (B, N) with values in [0, num_options), made on its device without waiting for it."""
     index = index.flatten()
     length = len(index)
     order = index.new_empty(length, dtype=torch.int32)
     if not length:
-        return Plan(order, index.new_zeros(choices, dtype=torch.int32))
-    ends = index.new_empty(choices, dtype=torch.int32)
+        return Plan(order, index.new_zeros(num_options, dtype=torch.int32))
+    ends = index.new_empty(num_options, dtype=torch.int32)
     config = pick("plan", index.dtype)
-    blocks = triton.cdiv(length, config.rows)
-    counts = index.new_empty(choices * blocks, dtype=torch.int32)
-    launch(
-        count_kernel, (blocks,), config,
-        INDEX=index, COUNTS=counts, length=length, CHOICES=choices, ROWS=config.rows,
-    )  # fmt: skip
-    launch(
-        rank_kernel, (blocks,), config,
-        INDEX=index, UPTO=counts.cumsum(0, dtype=torch.int32), ORDER=order, ENDS=ends, length=length, CHOICES=choices,
-        ROWS=config.rows,
-    )  # fmt: skip
+    blocks = triton.cdiv(length, config.block_n)
+    counts = index.new_empty(num_options * blocks, dtype=torch.int32)
+    sizes = {"length": length, "NUM_OPTIONS": num_options, "BLOCK_N": config.block_n}
+    launch(count_kernel, (blocks,), config, index=index, counts=counts, **sizes)
+    upto = counts.cumsum(0, dtype=torch.int32)
+    launch(rank_kernel, (blocks,), config, index=index, upto=upto, order=order, ends=ends, **sizes)
     return Plan(order, ends)
 
 
 @triton.jit
-def lists(ENDS, CHOICES: tl.constexpr):
+def lists(ends, NUM_OPTIONS: tl.constexpr):
     """The projectors, and where the list of each begins and ends; those that pad a power of two have empty lists."""
-    u = tl.arange(0, padded(CHOICES))
-    begins = tl.load(ENDS + u - 1, mask=(u > 0) & (u < CHOICES), other=0)
-    return u, begins, tl.load(ENDS + u, mask=u < CHOICES, other=0)
+    u = tl.arange(0, padded(NUM_OPTIONS))
+    begins = tl.load(ends + u - 1, mask=(u > 0) & (u < NUM_OPTIONS), other=0)
+    return u, begins, tl.load(ends + u, mask=u < NUM_OPTIONS, other=0)
 
 
 @triton.jit
-def find_tile(ENDS, tile, rows, CHOICES: tl.constexpr):
-    """The projector of a tile, and where in ORDER it starts and ends; start >= end where there is no such tile.
+def find_tile(ends, tile, size, NUM_OPTIONS: tl.constexpr):
+    """The projector of a tile, and where in the order it starts and ends; start >= end where there is no such tile.
 
-    A tile is ``rows`` tokens of one projector, or what is left of them; tiles are numbered along ORDER.
+    A tile is ``size`` tokens of one projector, or what is left of them; tiles are numbered along the order.
     """
-    u, begins, ends = lists(ENDS, CHOICES)
-    upto = tl.cumsum(tl.cdiv(ends - begins, rows), 0)
+    u, begins, stops = lists(ends, NUM_OPTIONS)
+    upto = tl.cumsum(tl.cdiv(stops - begins, size), 0)
     projector = tl.sum((upto <= tile).to(tl.int32))
     first = tl.max(tl.where(u < projector, upto, 0))
-    start = tl.sum(tl.where(u == projector, begins, 0)) + (tile - first) * rows
-    end = tl.minimum(start + rows, tl.sum(tl.where(u == projector, ends, 0)))
+    start = tl.sum(tl.where(u == projector, begins, 0)) + (tile - first) * size
+    end = tl.minimum(start + size, tl.sum(tl.where(u == projector, stops, 0)))
     return projector, start, end
 
 
 # Eq. 2 and its gradient with respect to x -----------------------------------------------------------------------------
 
 
-@triton.jit
-def project_kernel(X, WEIGHT, Y, ORDER, ENDS, steps, X_ROW: tl.constexpr, WEIGHT_CHOICE: tl.constexpr,
-                   WEIGHT_IN: tl.constexpr, WEIGHT_OUT: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-                   CHOICES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-                   PRECISION: tl.constexpr):  # fmt: skip
-    """One program: ROWS tokens of one projector by COLUMNS channels of Y[order] = X[order] WEIGHT[u].
+class Weight(NamedTuple):
+    """weight (n_P, D, E) with its strides, constants."""
 
-    X (T, D) with row stride X_ROW; WEIGHT (CHOICES, D, E) with strides WEIGHT_CHOICE, WEIGHT_IN, WEIGHT_OUT;
-    Y (T, E) contiguous; ORDER (T,), ENDS (CHOICES,) int32.  ``steps`` = ceil(D / DEPTH) is a run-time value, lest
-    ptxas unroll the loop: on sm_90 that takes 147 registers instead of 119, and halves the programs that fit.
+    w: Any
+    stride_wp: Any
+    stride_wd: Any
+    stride_we: Any
+
+
+@triton.jit
+def project_kernel(tokens, weight, y, order, ends, steps, k: tl.constexpr):
+    """One program: BLOCK_N tokens of one projector by BLOCK_D channels of y[order] = x[order] weight[u].
+
+    tokens: :class:`Rows` (T, D); weight: :class:`Weight`; y (T, E) contiguous; order (T,), ends (n_P,) int32.
+    ``steps`` = ceil(D / BLOCK_K) is a run-time value, lest ptxas unroll the loop: on sm_90 that takes 147 registers
+    instead of 119, and halves the programs that fit.
 
     The column blocks of a tile are neighbours in the grid, so its tokens come from memory once; the weight of a
     projector, which neighbouring tiles share, stays in the L2 cache.
     """
-    column_blocks: tl.constexpr = (E + COLUMNS - 1) // COLUMNS
-    u, start, end = find_tile(ENDS, tl.program_id(0) // column_blocks, ROWS, CHOICES)
+    column_blocks: tl.constexpr = (k.E + k.BLOCK_D - 1) // k.BLOCK_D
+    u, start, end = find_tile(ends, tl.program_id(0) // column_blocks, k.BLOCK_N, k.NUM_OPTIONS)
     if start >= end:
         return
-    places = start + tl.arange(0, ROWS)
-    live = places < end
-    rows = tl.load(ORDER + places, mask=live, other=0).to(tl.int64)
-    columns = tl.program_id(0) % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
-    outputs = columns < E
-    x_rows = X + rows[:, None] * X_ROW
-    weight_columns = WEIGHT + u.to(tl.int64) * WEIGHT_CHOICE + columns.to(tl.int64)[None, :] * WEIGHT_OUT
-    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    places = start + tl.arange(0, k.BLOCK_N)
+    row_mask = places < end
+    token_ids = tl.load(order + places, mask=row_mask, other=0).to(tl.int64)
+    columns = tl.program_id(0) % column_blocks * k.BLOCK_D + tl.arange(0, k.BLOCK_D)
+    col_mask = columns < k.E
+    row_ptrs = tokens.x + token_ids[:, None] * tokens.stride_xn
+    weight_columns = weight.w + u.to(tl.int64) * weight.stride_wp + columns.to(tl.int64)[None, :] * weight.stride_we
+    acc = tl.zeros((token_ids.shape[0], columns.shape[0]), tl.float32)
     for step in tl.range(0, steps):
-        inputs = step * DEPTH + tl.arange(0, DEPTH)
-        inside = inputs < D
-        x = tl.load(x_rows + inputs[None, :], mask=live[:, None] & inside[None, :], other=0.0)
-        weight = weight_columns + inputs.to(tl.int64)[:, None] * WEIGHT_IN
-        w = tl.load(weight, mask=inside[:, None] & outputs[None, :], other=0.0)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
-    y = Y + rows[:, None] * E + columns[None, :]
-    tl.store(y, acc.to(Y.dtype.element_ty), mask=live[:, None] & outputs[None, :])
+        inputs = step * k.BLOCK_K + tl.arange(0, k.BLOCK_K)
+        input_mask = inputs < k.D
+        x = tl.load(row_ptrs + inputs[None, :], mask=row_mask[:, None] & input_mask[None, :], other=0.0)
+        pointers = weight_columns + inputs.to(tl.int64)[:, None] * weight.stride_wd
+        w = tl.load(pointers, mask=input_mask[:, None] & col_mask[None, :], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision=k.PRECISION)
+    out = y + token_ids[:, None] * k.E + columns[None, :]
+    tl.store(out, acc.to(y.dtype.element_ty), mask=row_mask[:, None] & col_mask[None, :])
 
 
 def project(x: Tensor, weight: Tensor, plan: Plan) -> Tensor:
@@ -221,16 +255,16 @@ def project_input_gradient(grad: Tensor, weight: Tensor, plan: Plan) -> Tensor:
 
 
 def grouped_product(x: Tensor, weight: Tensor, plan: Plan) -> Tensor:
-    rows, (choices, d, e) = token_rows(x), weight.shape
+    """x (B, N, d), weight (n_P, d, e) of any strides -> (B, N, e) contiguous, in the dtype of x."""
+    rows, (num_options, d, e) = token_rows(x), weight.shape
     y = x.new_empty((*x.shape[:2], e))
     config = pick("projection", x.dtype, e)
-    bound = min(len(rows), len(rows) // config.rows + choices)
+    bound = min(len(rows), len(rows) // config.block_n + num_options)
     launch(
-        project_kernel, (bound * triton.cdiv(e, config.columns),), config,
-        X=rows, WEIGHT=weight, Y=y, ORDER=plan.order, ENDS=plan.ends, steps=triton.cdiv(d, config.depth),
-        X_ROW=rows.stride(0), WEIGHT_CHOICE=weight.stride(0), WEIGHT_IN=weight.stride(1), WEIGHT_OUT=weight.stride(2),
-        D=d, E=e, CHOICES=choices, ROWS=config.rows, COLUMNS=config.columns, DEPTH=config.depth,
-        PRECISION=numerics(x.dtype)["PRECISION"],
+        project_kernel, (bound * triton.cdiv(e, config.block_d),), config,
+        tokens=rows_argument(rows), weight=Weight(weight, *map(constant, weight.stride())), y=y, order=plan.order,
+        ends=plan.ends, steps=triton.cdiv(d, config.block_k),
+        k=blocks(config, d, e, num_options, numerics(x.dtype)["PRECISION"]),
     )  # fmt: skip
     return y
 
@@ -239,52 +273,52 @@ def grouped_product(x: Tensor, weight: Tensor, plan: Plan) -> Tensor:
 
 
 @triton.jit
-def weight_gradient_kernel(X, GRAD, PARTS, ORDER, ENDS, tile_rows, X_ROW: tl.constexpr, GRAD_ROW: tl.constexpr,
-                           D: tl.constexpr, E: tl.constexpr, CHOICES: tl.constexpr, ROWS: tl.constexpr,
-                           COLUMNS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """One program: COLUMNS x COLUMNS entries of PARTS[tile], the sum of x^T dy over the tokens of a tile.
+def weight_gradient_kernel(tokens, grads, partials, order, ends, tile_size, k: tl.constexpr):
+    """One program: BLOCK_D x BLOCK_D entries of partials[tile], the sum of x^T dy over the tokens of a tile.
 
-    X (T, D), GRAD (T, E) with row strides X_ROW, GRAD_ROW; PARTS (tiles, D, E) float32; ORDER (T,), ENDS (CHOICES,)
-    int32.  Tiles are long here: ``tile_rows`` tokens, taken ROWS at a time.
+    tokens (T, D), grads (T, E): :class:`Rows`; partials (tiles, D, E) float32; order (T,), ends (n_P,) int32.  Tiles
+    are long here: ``tile_size`` tokens, taken BLOCK_N at a time.
     """
-    d_blocks: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
-    e_blocks: tl.constexpr = (E + COLUMNS - 1) // COLUMNS
+    d_blocks: tl.constexpr = (k.D + k.BLOCK_D - 1) // k.BLOCK_D
+    e_blocks: tl.constexpr = (k.E + k.BLOCK_D - 1) // k.BLOCK_D
     tile = tl.program_id(0) // (d_blocks * e_blocks)
     block = tl.program_id(0) % (d_blocks * e_blocks)
-    _, start, end = find_tile(ENDS, tile, tile_rows, CHOICES)
+    _, start, end = find_tile(ends, tile, tile_size, k.NUM_OPTIONS)
     if start >= end:
         return
-    inputs = block // e_blocks * COLUMNS + tl.arange(0, COLUMNS)
-    outputs = block % e_blocks * COLUMNS + tl.arange(0, COLUMNS)
-    acc = tl.zeros((COLUMNS, COLUMNS), tl.float32)
-    for first in tl.range(start, end, ROWS):
-        places = first + tl.arange(0, ROWS)
-        live = (places < end)[:, None]
-        rows = tl.load(ORDER + places, mask=places < end, other=0).to(tl.int64)[:, None]
-        x = tl.load(X + rows * X_ROW + inputs[None, :], mask=live & (inputs < D)[None, :], other=0.0)
-        grad = tl.load(GRAD + rows * GRAD_ROW + outputs[None, :], mask=live & (outputs < E)[None, :], other=0.0)
-        acc = tl.dot(tl.trans(x), grad, acc, input_precision=PRECISION)
-    part = PARTS + tile.to(tl.int64) * D * E + inputs[:, None] * E + outputs[None, :]
-    tl.store(part, acc, mask=(inputs < D)[:, None] & (outputs < E)[None, :])
+    inputs = block // e_blocks * k.BLOCK_D + tl.arange(0, k.BLOCK_D)
+    outputs = block % e_blocks * k.BLOCK_D + tl.arange(0, k.BLOCK_D)
+    acc = tl.zeros((inputs.shape[0], outputs.shape[0]), tl.float32)
+    for first in tl.range(start, end, k.BLOCK_N):
+        places = first + tl.arange(0, k.BLOCK_N)
+        row_mask = (places < end)[:, None]
+        token_ids = tl.load(order + places, mask=places < end, other=0).to(tl.int64)[:, None]
+        pointers = tokens.x + token_ids * tokens.stride_xn + inputs[None, :]
+        x = tl.load(pointers, mask=row_mask & (inputs < k.D)[None, :], other=0.0)
+        pointers = grads.x + token_ids * grads.stride_xn + outputs[None, :]
+        grad = tl.load(pointers, mask=row_mask & (outputs < k.E)[None, :], other=0.0)
+        acc = tl.dot(tl.trans(x), grad, acc, input_precision=k.PRECISION)
+    part = partials + tile.to(tl.int64) * k.D * k.E + inputs[:, None] * k.E + outputs[None, :]
+    tl.store(part, acc, mask=(inputs < k.D)[:, None] & (outputs < k.E)[None, :])
 
 
 @triton.jit
-def sum_parts_kernel(PARTS, DWEIGHT, ENDS, tile_rows, SIZE: tl.constexpr, CHOICES: tl.constexpr,
-                     COLUMNS: tl.constexpr):  # fmt: skip
-    """PARTS (tiles, SIZE) float32 -> DWEIGHT (CHOICES, SIZE): the tiles of each projector, added in their order."""
+def sum_partials_kernel(partials, dweight, ends, tile_size, SIZE: tl.constexpr, NUM_OPTIONS: tl.constexpr,
+                        BLOCK: tl.constexpr):  # fmt: skip
+    """partials (tiles, SIZE) float32 -> dweight (n_P, SIZE): the tiles of each projector, added in their order."""
     projector = tl.program_id(1)
-    u, begins, ends = lists(ENDS, CHOICES)
-    count = tl.cdiv(ends - begins, tile_rows)
+    u, begins, stops = lists(ends, NUM_OPTIONS)
+    count = tl.cdiv(stops - begins, tile_size)
     first = tl.sum(tl.where(u < projector, count, 0))
     last = first + tl.sum(tl.where(u == projector, count, 0))
-    entries = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    part = PARTS + first.to(tl.int64) * SIZE + entries
-    acc = tl.zeros((COLUMNS,), tl.float32)
+    entries = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    part = partials + first.to(tl.int64) * SIZE + entries
+    acc = tl.zeros((BLOCK,), tl.float32)
     for _ in tl.range(first, last):
         acc += tl.load(part, mask=entries < SIZE, other=0.0)
         part += SIZE
-    dweight = DWEIGHT + projector.to(tl.int64) * SIZE + entries
-    tl.store(dweight, acc.to(DWEIGHT.dtype.element_ty), mask=entries < SIZE)
+    out = dweight + projector.to(tl.int64) * SIZE + entries
+    tl.store(out, acc.to(dweight.dtype.element_ty), mask=entries < SIZE)
 
 
 PROGRAMS = 256
@@ -298,29 +332,28 @@ SHORTEST = 256
 def project_weight_gradient(x: Tensor, grad: Tensor, plan: Plan, dtype: torch.dtype = torch.float32) -> Tensor:
     """x (B, N, d), grad (B, N, e) -> dweight (n_P, d, e) of ``dtype``; zero for a projector without a token.
 
-    Each tile has a part of its own, and together they take no more than max(PROGRAMS COLUMNS^2, d e) + n_P d e numbers,
+    Each tile has a partial sum, and together they take no more than max(PROGRAMS BLOCK_D^2, d e) + n_P d e numbers,
     however the tokens are spread.
     """
-    x_rows, grad_rows, choices = token_rows(x), token_rows(grad), len(plan.ends)
+    x_rows, grad_rows, num_options = token_rows(x), token_rows(grad), len(plan.ends)
     (length, d), e = x_rows.shape, grad.shape[2]
-    dweight = x.new_empty((choices, d, e), dtype=dtype)
+    dweight = x.new_empty((num_options, d, e), dtype=dtype)
     if not length:
         return dweight.zero_()
     config = pick("projection_weight", x.dtype, max(d, e))
-    blocks = triton.cdiv(d, config.columns) * triton.cdiv(e, config.columns)
-    tile_rows = max(SHORTEST, triton.cdiv(length, max(1, PROGRAMS // blocks)))
-    bound = min(length, length // tile_rows + choices)
-    parts = x.new_empty((bound, d, e), dtype=torch.float32)
+    columns = triton.cdiv(d, config.block_d) * triton.cdiv(e, config.block_d)
+    tile_size = max(SHORTEST, triton.cdiv(length, max(1, PROGRAMS // columns)))
+    bound = min(length, length // tile_size + num_options)
+    partials = x.new_empty((bound, d, e), dtype=torch.float32)
     launch(
-        weight_gradient_kernel, (bound * blocks,), config,
-        X=x_rows, GRAD=grad_rows, PARTS=parts, ORDER=plan.order, ENDS=plan.ends, tile_rows=tile_rows,
-        X_ROW=x_rows.stride(0), GRAD_ROW=grad_rows.stride(0), D=d, E=e, CHOICES=choices, ROWS=config.rows,
-        COLUMNS=config.columns, PRECISION=numerics(x.dtype)["PRECISION"],
+        weight_gradient_kernel, (bound * columns,), config,
+        tokens=rows_argument(x_rows), grads=rows_argument(grad_rows), partials=partials, order=plan.order,
+        ends=plan.ends, tile_size=tile_size, k=blocks(config, d, e, num_options, numerics(x.dtype)["PRECISION"]),
     )  # fmt: skip
-    config = pick("projection_sum", parts.dtype)
+    config = pick("projection_sum", partials.dtype)
     launch(
-        sum_parts_kernel, (triton.cdiv(d * e, config.columns), choices), config,
-        PARTS=parts, DWEIGHT=dweight, ENDS=plan.ends, tile_rows=tile_rows, SIZE=d * e, CHOICES=choices,
-        COLUMNS=config.columns,
+        sum_partials_kernel, (triton.cdiv(d * e, config.block_d), num_options), config,
+        partials=partials, dweight=dweight, ends=plan.ends, tile_size=tile_size, SIZE=d * e, NUM_OPTIONS=num_options,
+        BLOCK=config.block_d,
     )  # fmt: skip
     return dweight

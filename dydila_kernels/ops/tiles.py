@@ -6,7 +6,7 @@ Tiles are (rows, columns): tokens by channels.  Every row address is int64.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,6 +25,7 @@ Launcher = Callable[[Any, Grid, Config, dict[str, Any]], None]
 
 
 def run(kernel: Any, grid: Grid, config: Config, arguments: dict[str, Any]) -> None:
+    """Launches a kernel of Triton."""
     kernel[grid](**arguments, num_warps=config.warps, num_stages=config.stages)
 
 
@@ -50,23 +51,24 @@ def numerics(dtype: torch.dtype) -> dict[str, Any]:
 
     FAST: log2 by the one instruction of the GPU, whose error of 2^-22 is far below the rounding of 16-bit tokens.
     PRECISION: of products of float32 operands; for float32 tokens it follows torch's own setting.
-    ROUTER: of the products that decide, which are exact to about float32 always.
+    ROUTER_PRECISION: of the products that decide, which are exact to about float32 always.
     """
     tf32 = target == "cuda" and (dtype != torch.float32 or allows_tf32())
     return {
         "FAST": dtype != torch.float32 and target == "cuda" and not INTERPRETED,
         "PRECISION": "tf32" if tf32 else "ieee",
-        "ROUTER": "tf32x3" if target == "cuda" else "ieee",
+        "ROUTER_PRECISION": "tf32x3" if target == "cuda" else "ieee",
     }
 
 
-MOST_ROWS = 2**31 - 2**16
+MAX_TOKENS = 2**31 - 2**16
 """Tokens of a call: their numbers, and those that pad the last tile, are int32."""
 
 
-def check_rows(rows: int) -> None:
-    if rows > MOST_ROWS:
-        raise ValueError(f"the kernels take {MOST_ROWS} tokens in a call at most (B N); got {rows}")
+def check_tokens(count: int) -> None:
+    """Raises ValueError where a call has more than the kernels can number."""
+    if count > MAX_TOKENS:
+        raise ValueError(f"the kernels take {MAX_TOKENS} tokens in a call at most (B N); got {count}")
 
 
 def upload(values: Any, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
@@ -85,17 +87,37 @@ def power_of_two(n: int, least: int = 16) -> int:
 
 
 @triton.constexpr_function
-def padded(choices):
-    """The width of a tile of ``choices`` columns: :func:`power_of_two` for kernels."""
-    return max(16, 1 << (choices - 1).bit_length())
+def padded(size):
+    """The width of a tile of ``size`` columns: :func:`power_of_two` for kernels."""
+    return max(16, 1 << (size - 1).bit_length())
 
 
 @triton.jit
 def log2(x, FAST: tl.constexpr):
+    """log2 x, float32, as exact as FAST allows."""
     if FAST:
         return libdevice.fast_log2f(x)
     else:
         return tl.log2(x)
+
+
+@triton.jit
+def quotient(x, y, FAST: tl.constexpr):
+    """x / y: rounded correctly, or FAST within 2 ulp, which is far below the rounding of 16-bit tokens and takes a
+    few instructions instead of a subroutine with registers of its own."""
+    if FAST:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
+def root(x, FAST: tl.constexpr):
+    """The square root of x, as exact as :func:`quotient`."""
+    if FAST:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
 
 
 @triton.jit
@@ -105,9 +127,25 @@ def pin(x):
 
 
 @triton.jit
-def fold_sum(x):
-    """(R, C) -> (R, C / 8), sums of eight neighbours, which one thread holds."""
-    return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 8, 8)), axis=2)
+def product(x, y):
+    """x y, rounded, whatever is done with it.
+
+    The compiler would fuse a product with the first addition of a sum.  Where that adds what another lane has, each
+    lane would leave its own product unrounded, and lanes that are to hold one sum would differ in its last bit.
+    """
+    return tl.fma(x, y, 0.0)
+
+
+@triton.jit
+def row_dot(x, y):
+    """The dot product (R,) of each row of x and y (R, C) float32, with the same bits wherever it is held."""
+    return tl.sum(product(x, y), axis=1)
+
+
+@triton.jit
+def fold_dot(x, y):
+    """(R, C / 8): the dot products of eight neighbours of x and y (R, C) float32, which mostly one thread holds."""
+    return tl.sum(tl.reshape(product(x, y), (x.shape[0], x.shape[1] // 8, 8)), axis=2)
 
 
 @triton.jit
@@ -117,7 +155,7 @@ def fold_max(x):
 
 
 @triton.jit
-def router_dot(z, router, acc, ROUTER: tl.constexpr):
+def router_dot(z, router, acc, ROUTER_PRECISION: tl.constexpr):
     """acc + z router, exact to float32: z (R, C) tokens as loaded, router (C, n) float32 or the dtype of the tokens.
 
     bf16 tokens are exact as they are, so a float32 router is split into three bf16 parts of 8 bits each.
@@ -134,48 +172,65 @@ def router_dot(z, router, acc, ROUTER: tl.constexpr):
             acc = tl.dot(z, middle, acc)
             acc = tl.dot(z, high, acc)
     else:
-        acc = tl.dot(z.to(tl.float32), router.to(tl.float32), acc, input_precision=ROUTER)
+        acc = tl.dot(z.to(tl.float32), router.to(tl.float32), acc, input_precision=ROUTER_PRECISION)
     return acc
 
 
 @triton.jit
-def first_largest(logits, CHOICES: tl.constexpr):
-    """(R, n) -> (R,) int32, the lowest index of the largest of the first CHOICES columns."""
-    columns = tl.arange(0, logits.shape[1])
-    index = tl.argmax(tl.where(columns[None, :] < CHOICES, logits, float("-inf")), axis=1, tie_break_left=True)
+def first_largest(logits, NUM_OPTIONS: tl.constexpr):
+    """(R, n) -> (R,) int32, the lowest index of the largest of the first NUM_OPTIONS columns."""
+    option_ids = tl.arange(0, logits.shape[1])
+    index = tl.argmax(tl.where(option_ids[None, :] < NUM_OPTIONS, logits, float("-inf")), axis=1, tie_break_left=True)
     # Among NaN the largest may be a column that is none: such a token, too, must choose something.
-    return tl.minimum(index, CHOICES - 1)
+    return tl.minimum(index, NUM_OPTIONS - 1)
+
+
+class Tile(NamedTuple):
+    """The tokens (R,) that a program works on.
+
+    image: the row of the batch, int64; segment: the image that they belong to; n: their places in the row of the batch,
+    and token_ids: among all tokens, int64; row_mask: which of them there are; N; T, int64.
+    """
+
+    image: Any
+    segment: Any
+    n: Any
+    token_ids: Any
+    row_mask: Any
+    N: Any
+    T: Any
 
 
 @triton.jit
-def rows_of_program(TILES, N, ROWS: tl.constexpr):
-    """Which tokens a program of a one-dimensional grid works on.
-
-    TILES: None, where all images have N tokens and a tile lies within one of them; or (tiles, 3) int32 with the
-    segment, the first token and the end of the segment of each tile of a packed row.
-
-    Returns the image (row of the batch), the segment (image of its own state), the tokens (R,) int64 within the row of
-    the batch, and which of them are inside.
-    """
-    if TILES is None:
-        tiles = tl.cdiv(N, ROWS)
+def tile_of_program(segments, BLOCK_N: tl.constexpr):
+    """The :class:`Tile` of a program of a one-dimensional grid."""
+    if segments.table is None:
+        tiles = tl.cdiv(segments.N, BLOCK_N)
         image = (tl.program_id(0) // tiles).to(tl.int64)
         segment = image
-        n = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
-        inside = n < N
+        n = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+        row_mask = n < segments.N
     else:
         image = tl.full((), 0, tl.int64)
-        tile = TILES + tl.program_id(0) * 3
-        segment = tl.load(tile).to(tl.int64)
-        n = tl.load(tile + 1) + tl.arange(0, ROWS)
-        inside = n < tl.load(tile + 2)
-    return image, segment, n.to(tl.int64), inside
+        entry = segments.table + tl.program_id(0) * 3
+        segment = tl.load(entry).to(tl.int64)
+        n = tl.load(entry + 1) + tl.arange(0, BLOCK_N)
+        row_mask = n < tl.load(entry + 2)
+    n = n.to(tl.int64)
+    T = tl.cast(segments.T, tl.int64)
+    return Tile(image, segment, n, image * segments.N + n, row_mask, segments.N, T)
 
 
 @triton.jit
-def within(rows, columns, END: tl.constexpr, WIDTH: tl.constexpr):
+def row_pointers(strided, tile):
+    """Pointers (R, 1) to the rows of a tile."""
+    return strided.x + (tile.image * strided.stride_xb + tile.n * strided.stride_xn)[:, None]
+
+
+@triton.jit
+def tile_mask(row_mask, columns, END: tl.constexpr, WIDTH: tl.constexpr):
     """The mask of a tile: the rows given, and those columns that exist of END channels taken WIDTH at a time."""
     if END % WIDTH == 0:
-        return rows[:, None]
+        return row_mask[:, None]
     else:
-        return rows[:, None] & (columns < END)[None, :]
+        return row_mask[:, None] & (columns < END)[None, :]

@@ -2,19 +2,21 @@
 
 For a row Z of d channels with largest entry m > 0 and s = ReLU(Z) / m, p = s^gamma:
 
-    phi(Z) = p (m |s| / |p|) = p scale            Eq. 5        f = argmax(Z R_F), gamma = table[f]      Eq. 6
+    phi(Z) = p (m |s| / |p|) = p renorm           Eq. 5        f = argmax(Z R_F), gamma = table[f]      Eq. 6
     Zh = phi(Z) - lambda phi(Z')                  Eq. 8        l = argmax([phi(Z), phi(Z')] R_D)        Eq. 7
 
-so that after two passes over a row five numbers say all there is to know of it: f, 1/m, scale, |p|^2 and, of the pair,
-l.  They are what is kept of the forward pass; every other kernel makes Zh anew from Z, Z' and them.
+so that after two passes over a row five numbers say all there is to know of it: f, 1/m, renorm, |p|^2 and, of the pair,
+l.  They are what is saved of the forward pass; every other kernel makes Zh anew from Z, Z' and them.
 
-Shapes: Z, Z' (B, N, d) of any strides but 1 along the channels; T = B N, and per row of one side, for each of its maps
-(two, or one where there is no Z')
+Shapes: Z, Z' (B, N, d) of any strides but 1 along the channels; T = B N, and per row of one side, for each of its
+branches (two, or one where there is no Z')
 
-    indices      (maps + 1, T) int8      f of each map, then l
-    statistics   (maps, 3, T) float32    1/m, scale, |p|^2; all zero for a row without a positive entry or masked out
-    slopes       (maps, T, n_F), (T, n_D) float32    softmax_j (table_j - mean): d table[index] / d logits_j under
-                                                     "straight_through"; otherwise None
+    indices      (branches + 1, T) int8      f of each branch, then l
+    statistics   (branches, 3, T) float32    1/m, renorm, |p|^2; all zero for a row without a positive entry or masked
+    slopes       (branches, T, n_F), (T, n_D) float32    softmax_j (table_j - mean): d table[index] / d logits_j under
+                                                         "straight_through"; otherwise None
+
+In the kernels a tile has R tokens and C channels, and ``k`` are its :class:`Constants`.
 """
 
 from __future__ import annotations
@@ -25,155 +27,46 @@ import triton.language as tl
 from torch import Tensor
 
 from dydila_kernels.ops import configs
-from dydila_kernels.ops.call import Call, Side
+from dydila_kernels.ops.arguments import Denominator
+from dydila_kernels.ops.branches import (
+    RowStats,
+    branch_pointers,
+    denominator_terms,
+    difference_of,
+    inverse_denominator,
+    load_neg_lam,
+    load_per_head,
+    load_row_stats,
+    powers_of,
+    reciprocal,
+    relu_and_power,
+    store_options,
+    weigh,
+)
+from dydila_kernels.ops.context import LaunchContext, QKOperand
 from dydila_kernels.ops.tiles import (
     TINY,
     first_largest,
+    fold_dot,
     fold_max,
-    fold_sum,
     launch,
-    log2,
-    numerics,
     padded,
+    product,
+    quotient,
+    root,
     router_dot,
-    rows_of_program,
-    within,
+    row_dot,
+    tile_mask,
+    tile_of_program,
 )
 
 
 @triton.jit
-def unit_of(z, inverse):
-    """s = ReLU(z) / m of a tile (R, C); NaN stays NaN."""
-    return tl.maximum(z.to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL) * inverse[:, None]
-
-
-@triton.jit
-def unit_and_power(z, inverse, gamma, FAST: tl.constexpr):
-    """s = ReLU(z) / m and p = s^gamma of a tile (R, C).  Entries below the smallest normal number count as zeros."""
-    s = unit_of(z, inverse)
-    p = tl.where(s < TINY, 0.0, tl.exp2(gamma[:, None] * log2(s, FAST)))
-    return s, p
-
-
-# A "map" in the kernels is (pointers to the rows (R, 1), 1/m, gamma, scale, share, mass share), all but the first (R,);
-# ``maps`` are two of them, or one where there is no Z'.  Zh is the sum over the maps of share times phi, the minus of
-# Eq. 8 being in the share; the absolute mass is that of mass share times phi.
-
-
-@triton.jit
-def row_pointers(Z1, Z2, image, n, batch1, row1, batch2, row2):
-    """Pointers (R, 1) to the rows n (R,) of each map."""
-    rows = Z1 + (image * batch1 + n * row1)[:, None]
-    if Z2 is None:
-        return (rows,)
-    else:
-        return rows, Z2 + (image * batch2 + n * row2)[:, None]
-
-
-@triton.jit
-def power_of(a_map, columns, mask, FAST: tl.constexpr):
-    z = tl.load(a_map[0] + columns[None, :], mask=mask, other=0.0)
-    return unit_and_power(z, a_map[1], a_map[2], FAST)[1]
-
-
-@triton.jit
-def powers_of(maps, columns, mask, FAST: tl.constexpr):
-    """p of each map for a tile of channels ``columns`` (C,)."""
-    if len(maps) == 1:
-        return (power_of(maps[0], columns, mask, FAST),)
-    else:
-        return power_of(maps[0], columns, mask, FAST), power_of(maps[1], columns, mask, FAST)
-
-
-@triton.jit
-def difference_of(powers, maps):
-    """Zh of a tile (R, C): the bracket of Eq. 8."""
-    y = powers[0] * (maps[0][3] * maps[0][4])[:, None]
-    if len(maps) == 2:
-        y += powers[1] * (maps[1][3] * maps[1][4])[:, None]
-    return y
-
-
-@triton.jit
-def mass_of(powers, maps):
-    """The absolute mass phi(Z) + |lambda| phi(Z') of a tile (R, C), without lambda where there is one map."""
-    y = powers[0] * (maps[0][3] * maps[0][5])[:, None]
-    if len(maps) == 2:
-        y += powers[1] * (maps[1][3] * maps[1][5])[:, None]
-    return y
-
-
-@triton.jit
-def reciprocal(mass):
-    """1/mass, and 0 where there is none to speak of: of less than the smallest normal number it would be infinite."""
-    return tl.where(mass >= TINY, 1.0 / tl.where(mass >= TINY, mass, 1.0), 0.0)
-
-
-@triton.jit
-def weighted(rows, measured, factor, FACTORS, segment, unit, RELATIVE: tl.constexpr):
-    """The maps, which rows (R,) are not all zero, and ``extra`` (R,); ``measured`` is (1/m, gamma, scale) of each map.
-
-    A map's share in Zh is extra, that of the last one extra (-lambda).
-    unit: a constant that keeps float16 in range.  FACTORS (segments,) float32 or None.  RELATIVE: shares relative to
-    the larger scale, for "denominator", whose result does not depend on the scale of a query.
-    """
-    inverse, gamma, scale = measured[0]
-    extra = tl.full(scale.shape, 1.0, tl.float32) * unit
-    if FACTORS is not None:
-        extra *= tl.load(FACTORS + segment)
-    if len(measured) == 1:
-        if RELATIVE:
-            extra = reciprocal(scale)
-        return ((rows[0], inverse, gamma, scale, extra * factor, extra),), scale != 0, extra
-    else:
-        inverse2, gamma2, scale2 = measured[1]
-        if RELATIVE:
-            extra = reciprocal(tl.maximum(scale, tl.abs(scale2 * factor)))
-        first = (rows[0], inverse, gamma, scale, extra, extra)
-        second = (rows[1], inverse2, gamma2, scale2, extra * factor, extra * tl.abs(factor))
-        return (first, second), (scale != 0) | (scale2 != 0), extra
-
-
-@triton.jit
-def load_map(INDEX, STATS, GAMMA, r, inside, T):
-    """1/m, gamma and scale of rows r (R,) of one map."""
-    gamma = tl.load(GAMMA + tl.load(INDEX + r, mask=inside, other=0).to(tl.int32)).to(tl.float32)
-    inverse = tl.load(STATS + r, mask=inside, other=0.0)
-    scale = tl.load(STATS + T + r, mask=inside, other=0.0)
-    return inverse, gamma, scale
-
-
-@triton.jit
-def load_per_head(IN, h, r, live, H: tl.constexpr):
-    """IN[r, h] (R,) of IN (T, H)."""
-    return tl.load(IN + r * H + h, mask=live, other=0.0)
-
-
-@triton.jit
-def load_factor(CHOICE, LAM, r, inside):
-    """-lambda of rows r (R,); 1 where there is no choice of one."""
-    if CHOICE is None:
-        return tl.full(r.shape, 1.0, tl.float32)
-    else:
-        return -tl.load(LAM + tl.load(CHOICE + r, mask=inside, other=0).to(tl.int32)).to(tl.float32)
-
-
-@triton.jit
-def load_measured(rows, INDEX, STATS, GAMMA, r, inside, T):
-    """(1/m, gamma, scale) of each map, from what the forward pass kept."""
-    first = load_map(INDEX, STATS, GAMMA, r, inside, T)
-    if len(rows) == 1:
-        return (first,)
-    else:
-        return first, load_map(INDEX + T, STATS + 3 * T, GAMMA, r, inside, T)
-
-
-@triton.jit
-def differential_dot(p, router, acc, PRECISE: tl.constexpr, ROUTER: tl.constexpr):
+def differential_dot(p, router, acc, PRECISE: tl.constexpr, ROUTER_PRECISION: tl.constexpr):
     """acc + p router for powers p (R, C) float32: on bf16 tensor cores to 2^-16, or to float32 where PRECISE."""
     router = router.to(tl.float32)
     if PRECISE:
-        acc = tl.dot(p, router, acc, input_precision=ROUTER)
+        acc = tl.dot(p, router, acc, input_precision=ROUTER_PRECISION)
     else:
         high, router_high = p.to(tl.bfloat16), router.to(tl.bfloat16)
         low, router_low = (
@@ -187,210 +80,186 @@ def differential_dot(p, router, acc, PRECISE: tl.constexpr, ROUTER: tl.constexpr
 
 
 @triton.jit
-def load_router(ROUTER, c, choices, D: tl.constexpr, CHOICES: tl.constexpr):
-    """Rows c (C,) of a router (D, CHOICES), zero outside."""
-    mask = (c < D)[:, None] & (choices < CHOICES)[None, :]
-    return tl.load(ROUTER + c[:, None] * CHOICES + choices[None, :], mask=mask, other=0.0)
+def load_router(router, c, option_ids, D: tl.constexpr, NUM_OPTIONS: tl.constexpr):
+    """Rows c (C,) of a router (D, NUM_OPTIONS), zero outside."""
+    mask = (c < D)[:, None] & (option_ids < NUM_OPTIONS)[None, :]
+    return tl.load(router + c[:, None] * NUM_OPTIONS + option_ids[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def softmax_slopes(logits, TABLE, CHOICES: tl.constexpr):
-    """softmax_j (table_j - mean): the derivative of table[argmax] with respect to logits_j, straight through."""
-    choices = tl.arange(0, logits.shape[1])
-    table = tl.load(TABLE + choices, mask=choices < CHOICES, other=0.0).to(tl.float32)[None, :]
-    logits = tl.where((choices < CHOICES)[None, :], logits, float("-inf"))
-    shares = tl.exp(logits - tl.max(logits, axis=1)[:, None])
-    shares = shares / tl.sum(shares, axis=1)[:, None]
-    return shares * (table - tl.sum(shares * table, axis=1)[:, None])
+def softmax_slopes(logits, table, NUM_OPTIONS: tl.constexpr, FAST: tl.constexpr):
+    """softmax_j (table_j - mean), (R, n): the derivative of table[argmax] by logits_j (R, n), straight through."""
+    option_ids = tl.arange(0, logits.shape[1])
+    table = tl.load(table + option_ids, mask=option_ids < NUM_OPTIONS, other=0.0).to(tl.float32)[None, :]
+    logits = tl.where((option_ids < NUM_OPTIONS)[None, :], logits, float("-inf"))
+    probs = tl.exp(logits - tl.max(logits, axis=1)[:, None])
+    probs = quotient(probs, tl.sum(probs, axis=1)[:, None], FAST)
+    return probs * (table - row_dot(probs, tl.broadcast_to(table, probs.shape))[:, None])
 
 
 @triton.jit
-def store_choices(OUT, values, r, inside, CHOICES: tl.constexpr):
-    """values (R, padded) to the rows r of OUT (T, CHOICES)."""
-    choices = tl.arange(0, values.shape[1])
-    mask = inside[:, None] & (choices < CHOICES)[None, :]
-    tl.store(OUT + r[:, None] * CHOICES + choices[None, :], values, mask=mask)
+def measure_branch(row_ptrs, router, differential_router, gamma_table, index_out, norms_out, slopes_out, tile,
+                   active_rows, k):  # fmt: skip
+    """Routes and measures the rows of one branch (Eqs. 5-6) in two passes over chunks of channels; saves the result.
 
-
-@triton.jit
-def measure_rows(rows, ROUTER_F, ROUTER_D, GAMMA, INDEX, STATS, SLOPES, r, inside, live, T, D: tl.constexpr,
-                 N_F: tl.constexpr, N_D: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr,
-                 ROUTER: tl.constexpr):  # fmt: skip
-    """Routes and measures rows of one map (Eqs. 5-6) in two passes over chunks of channels, and keeps the result.
-
-    rows (R, 1) pointers; ROUTER_F (d, n_F); ROUTER_D (d, n_D), this map's half, or None.
-    Returns (1/m, gamma, scale) and phi(Z) R_D (R, n_D padded).
+    row_ptrs (R, 1); router (d, n_F); differential_router (d, n_D), this branch's half, or None; index_out (T,),
+    norms_out (3, T), slopes_out (T, n_F) or None.  Returns :class:`RowStats` and phi(Z) R_D (R, n_D padded).
     """
-    columns = tl.arange(0, COLUMNS)
-    choices = tl.arange(0, padded(N_F))
-    logits = tl.zeros((rows.shape[0], padded(N_F)), tl.float32)
-    largest = tl.zeros((rows.shape[0], COLUMNS // 8), tl.float32)
-    for c in range(0, D, COLUMNS):
-        z = tl.load(rows + (c + columns)[None, :], mask=within(live, c + columns, D, COLUMNS), other=0.0)
-        logits = router_dot(z, load_router(ROUTER_F, c + columns, choices, D, N_F), logits, ROUTER)
+    columns = tl.arange(0, k.BLOCK_D)
+    option_ids = tl.arange(0, padded(k.N_F))
+    logits = tl.zeros((row_ptrs.shape[0], padded(k.N_F)), tl.float32)
+    largest = tl.zeros((row_ptrs.shape[0], k.BLOCK_D // 8), tl.float32)
+    for c in range(0, k.D, k.BLOCK_D):
+        mask = tile_mask(active_rows, c + columns, k.D, k.BLOCK_D)
+        z = tl.load(row_ptrs + (c + columns)[None, :], mask=mask, other=0.0)
+        router_rows = load_router(router, c + columns, option_ids, k.D, k.N_F)
+        logits = router_dot(z, router_rows, logits, k.ROUTER_PRECISION)
         largest = tl.maximum(largest, fold_max(z.to(tl.float32)))
-    index = first_largest(logits, N_F)
-    gamma = tl.load(GAMMA + index).to(tl.float32)
+    index = first_largest(logits, k.N_F)
+    gamma = tl.load(gamma_table + index).to(tl.float32)
     m = tl.max(largest, axis=1)
-    alive = m >= TINY
-    inverse = tl.where(alive, 1.0 / tl.where(alive, m, 1.0), 0.0)
+    nonzero = m >= TINY
+    inv_max = reciprocal(m, k.FAST)
 
-    choices = tl.arange(0, padded(N_D))
-    differential = tl.zeros((rows.shape[0], padded(N_D)), tl.float32)
-    squares = tl.zeros((rows.shape[0], COLUMNS // 8), tl.float32)
-    powers = tl.zeros((rows.shape[0], COLUMNS // 8), tl.float32)
-    for c in range(0, D, COLUMNS):
-        z = tl.load(rows + (c + columns)[None, :], mask=within(live, c + columns, D, COLUMNS), other=0.0)
-        s, p = unit_and_power(z, inverse, gamma, FAST)
-        squares += fold_sum(s * s)
-        powers += fold_sum(p * p)
-        if ROUTER_D is not None:
-            router = load_router(ROUTER_D, c + columns, choices, D, N_D)
-            differential = differential_dot(p, router, differential, z.dtype != tl.bfloat16, ROUTER)
+    option_ids = tl.arange(0, padded(k.N_D))
+    differential = tl.zeros((row_ptrs.shape[0], padded(k.N_D)), tl.float32)
+    squares = tl.zeros((row_ptrs.shape[0], k.BLOCK_D // 8), tl.float32)
+    powers = tl.zeros((row_ptrs.shape[0], k.BLOCK_D // 8), tl.float32)
+    for c in range(0, k.D, k.BLOCK_D):
+        mask = tile_mask(active_rows, c + columns, k.D, k.BLOCK_D)
+        z = tl.load(row_ptrs + (c + columns)[None, :], mask=mask, other=0.0)
+        s, p = relu_and_power(z, inv_max, gamma, k.FAST)
+        squares += fold_dot(s, s)
+        powers += fold_dot(p, p)
+        if differential_router is not None:
+            router_rows = load_router(differential_router, c + columns, option_ids, k.D, k.N_D)
+            differential = differential_dot(p, router_rows, differential, z.dtype != tl.bfloat16, k.ROUTER_PRECISION)
     power = tl.sum(powers, axis=1)
-    alive |= power != power  # a maximum passes over NaN; the row shall not
-    scale = tl.where(alive, m * tl.sqrt(tl.sum(squares, axis=1) / tl.where(alive, power, 1.0)), 0.0)
+    nonzero |= power != power  # a maximum passes over NaN; the row shall not
+    ratio = quotient(tl.sum(squares, axis=1), tl.where(nonzero, power, 1.0), k.FAST)
+    renorm = tl.where(nonzero, m * root(ratio, k.FAST), 0.0)
 
-    tl.store(INDEX + r, index.to(tl.int8), mask=inside)
-    tl.store(STATS + r, inverse, mask=inside)
-    tl.store(STATS + T + r, scale, mask=inside)
-    tl.store(STATS + 2 * T + r, tl.where(alive, power, 0.0), mask=inside)
-    if SLOPES is not None:
-        store_choices(SLOPES, softmax_slopes(logits, GAMMA, N_F), r, inside, N_F)
-    return (inverse, gamma, scale), differential * scale[:, None]
+    tl.store(index_out + tile.token_ids, index.to(tl.int8), mask=tile.row_mask)
+    tl.store(norms_out + tile.token_ids, inv_max, mask=tile.row_mask)
+    tl.store(norms_out + tile.T + tile.token_ids, renorm, mask=tile.row_mask)
+    tl.store(norms_out + 2 * tile.T + tile.token_ids, tl.where(nonzero, power, 0.0), mask=tile.row_mask)
+    if slopes_out is not None:
+        store_options(slopes_out, softmax_slopes(logits, gamma_table, k.N_F, k.FAST), tile, k.N_F)
+    return RowStats(inv_max, gamma, renorm), differential * renorm[:, None]
 
 
 @triton.jit
-def decide_rows(rows, MASK, ROUTER1, ROUTER2, ROUTER_D, GAMMA, LAM, INDEX, CHOICE, STATS, SLOPES, SLOPES_D, r, inside,
-                T, D: tl.constexpr, N_F: tl.constexpr, N_D: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr,
-                ROUTER: tl.constexpr):  # fmt: skip
-    """(1/m, gamma, scale) of each map and -lambda, decided and kept.  MASK (T,) bool, ROUTER_D (2d, n_D), or None."""
-    live = inside
-    if MASK is not None:
-        live = inside & (tl.load(MASK + r, mask=inside, other=0) != 0)
-    first, differential = measure_rows(rows[0], ROUTER1, ROUTER_D, GAMMA, INDEX, STATS, SLOPES, r, inside, live, T,
-                                       D, N_F, N_D, COLUMNS, FAST, ROUTER)  # fmt: skip
-    factor = tl.full(r.shape, 1.0, tl.float32)
-    if len(rows) == 1:
-        return (first,), factor
+def decide(row_ptrs, mask, tables, routers, stats, slopes, tile, k):
+    """:class:`RowStats` of each branch and -lambda (R,), decided and saved to ``stats`` and ``slopes``."""
+    active_rows = tile.row_mask
+    if mask is not None:
+        active_rows = tile.row_mask & (tl.load(mask + tile.token_ids, mask=tile.row_mask, other=0) != 0)
+    first, differential = measure_branch(row_ptrs[0], routers.kernel, routers.differential, tables.gamma, stats.index,
+                                         stats.norms, slopes.kernel, tile, active_rows, k)  # fmt: skip
+    neg_lam = tl.full(tile.token_ids.shape, 1.0, tl.float32)
+    if len(row_ptrs) == 1:
+        return (first,), neg_lam
     else:
-        second, other = measure_rows(rows[1], ROUTER2, None if ROUTER_D is None else ROUTER_D + D * N_D, GAMMA,
-                                     INDEX + T, STATS + 3 * T, None if SLOPES is None else SLOPES + T * N_F,
-                                     r, inside, live, T, D, N_F, N_D, COLUMNS, FAST, ROUTER)  # fmt: skip
-        if ROUTER_D is not None:
+        second, other = measure_branch(row_ptrs[1], routers.kernel_redundant,
+                                       None if routers.differential is None else routers.differential + k.D * k.N_D,
+                                       tables.gamma, stats.index + tile.T, stats.norms + 3 * tile.T,
+                                       None if slopes.kernel is None else slopes.kernel + tile.T * k.N_F, tile,
+                                       active_rows, k)  # fmt: skip
+        if routers.differential is not None:
             differential += other
-            choice = first_largest(differential, N_D)
-            factor = -tl.load(LAM + choice).to(tl.float32)
-            tl.store(CHOICE + r, choice.to(tl.int8), mask=inside)
-            if SLOPES_D is not None:
-                store_choices(SLOPES_D, softmax_slopes(differential, LAM, N_D), r, inside, N_D)
-        return (first, second), factor
+            index = first_largest(differential, k.N_D)
+            neg_lam = -tl.load(tables.lam + index).to(tl.float32)
+            tl.store(stats.lam_index + tile.token_ids, index.to(tl.int8), mask=tile.row_mask)
+            if slopes.differential is not None:
+                found = softmax_slopes(differential, tables.lam, k.N_D, k.FAST)
+                store_options(slopes.differential, found, tile, k.N_D)
+        return (first, second), neg_lam
 
 
 @triton.jit
-def measured_rows(rows, MASK, ROUTER1, ROUTER2, ROUTER_D, GAMMA, LAM, INDEX, CHOICE, STATS, SLOPES, SLOPES_D, FACTORS,
-                  segment, r, inside, T, unit, D: tl.constexpr, N_F: tl.constexpr, N_D: tl.constexpr,
-                  DECIDE: tl.constexpr, RELATIVE: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr,
-                  ROUTER: tl.constexpr):  # fmt: skip
-    """The maps of rows, and which are inside and not all zero: DECIDE, or load what was decided."""
+def branches_of(tokens, tables, routers, stats, slopes, scaling, tile, k, DECIDE: tl.constexpr):
+    """The branches of a tile, and which rows (R,) are there and not all zero: DECIDE, or load what was decided."""
+    row_ptrs = branch_pointers(tokens, tile)
     if DECIDE:
-        measured, factor = decide_rows(rows, MASK, ROUTER1, ROUTER2, ROUTER_D, GAMMA, LAM, INDEX, CHOICE, STATS,
-                                       SLOPES, SLOPES_D, r, inside, T, D, N_F, N_D, COLUMNS, FAST, ROUTER)  # fmt: skip
+        row_stats, neg_lam = decide(row_ptrs, tokens.mask, tables, routers, stats, slopes, tile, k)
     else:
-        measured = load_measured(rows, INDEX, STATS, GAMMA, r, inside, T)
-        factor = load_factor(CHOICE, LAM, r, inside)
-    maps, alive, _ = weighted(rows, measured, factor, FACTORS, segment, unit, RELATIVE)
-    return maps, inside & alive
+        row_stats = load_row_stats(row_ptrs, stats, tables, tile)
+        neg_lam = load_neg_lam(stats, tables, tile)
+    branches, nonzero_rows, _ = weigh(row_ptrs, row_stats, neg_lam, scaling, tile.segment, k)
+    return branches, tile.row_mask & nonzero_rows
 
 
 @triton.jit
-def write_rows(OUT, SUMS, MASS_WEIGHTS, MEANS, INVERSE_MASS, maps, segment, r, inside, live, D: tl.constexpr,
-               H: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
-    """Writes Zh to OUT (T, d), or None.
+def write_tokens(out, denominator, branches, tile, active_rows, k):
+    """Writes Zh to out (T, d), or None; under "denominator" that over the denominator, for queries.
 
-    Under "denominator" also the mass of this tile to SUMS (programs, d) float32, each token's times MASS_WEIGHTS (T, H)
-    float32 where given; of queries 1/mass per head to INVERSE_MASS (T, H) float32, from the mean mass of the keys MEANS
-    (segments, d) float32, and Zh is times that.
+    With denominator.sums (programs, d) also the sums of the denominator terms of this tile, each token's times
+    denominator.weights where given.
     """
-    E: tl.constexpr = D // H
-    columns = tl.arange(0, COLUMNS)
-    for h in range(0, H):
-        inverse = tl.full(r.shape, 1.0, tl.float32)
-        if MEANS is not None:
-            mass = tl.zeros((r.shape[0], COLUMNS // 8), tl.float32)
-            for c in range(0, E, COLUMNS):
-                at = h * E + c + columns
-                powers = powers_of(maps, at, within(live, c + columns, E, COLUMNS), FAST)
-                mean = tl.load(MEANS + segment * D + at, mask=c + columns < E, other=0.0)
-                mass += fold_sum(mass_of(powers, maps) * mean[None, :])
-            inverse = reciprocal(tl.sum(mass, axis=1))
-            tl.store(INVERSE_MASS + r * H + h, inverse, mask=inside)
-        for c in range(0, E, COLUMNS):
-            at = h * E + c + columns
-            powers = powers_of(maps, at, within(live, c + columns, E, COLUMNS), FAST)
-            if OUT is not None:
-                y = (difference_of(powers, maps) * inverse[:, None]).to(OUT.dtype.element_ty)
-                tl.store(OUT + r[:, None] * D + at[None, :], y, mask=within(inside, c + columns, E, COLUMNS))
-            if SUMS is not None:
-                mass = mass_of(powers, maps)
-                if MASS_WEIGHTS is not None:
-                    mass *= load_per_head(MASS_WEIGHTS, h, r, inside, H)[:, None]
-                total = tl.sum(mass, axis=0)
-                tl.store(SUMS + tl.program_id(0).to(tl.int64) * D + at, total, mask=c + columns < E)
+    E: tl.constexpr = k.D // k.H
+    chunk = tl.arange(0, k.BLOCK_D)
+    for h in range(0, k.H):
+        inverse = tl.full(tile.token_ids.shape, 1.0, tl.float32)
+        if denominator.vector is not None:
+            inverse = inverse_denominator(denominator, h, branches, tile, active_rows, k)
+        for c in range(0, E, k.BLOCK_D):
+            columns = h * E + c + chunk
+            powers = powers_of(branches, columns, tile_mask(active_rows, c + chunk, E, k.BLOCK_D), k.FAST)
+            if out is not None:
+                y = (difference_of(powers, branches) * inverse[:, None]).to(out.dtype.element_ty)
+                store_mask = tile_mask(tile.row_mask, c + chunk, E, k.BLOCK_D)
+                tl.store(out + tile.token_ids[:, None] * k.D + columns[None, :], y, mask=store_mask)
+            if denominator.sums is not None:
+                terms = denominator_terms(powers, branches)
+                if denominator.weights is not None:
+                    terms = product(terms, load_per_head(denominator.weights, h, tile, tile.row_mask, k.H)[:, None])
+                sums = denominator.sums + tl.program_id(0).to(tl.int64) * k.D + columns
+                tl.store(sums, tl.sum(terms, axis=0), mask=c + chunk < E)
 
 
 @triton.jit
-def tokens_kernel(Z1, Z2, MASK, ROUTER1, ROUTER2, ROUTER_D, GAMMA, LAM, INDEX, CHOICE, STATS, SLOPES, SLOPES_D,
-                  FACTORS, TILES, OUT, SUMS, MASS_WEIGHTS, MEANS, INVERSE_MASS, N, T, unit, batch1, row1, batch2, row2,
-                  D: tl.constexpr, H: tl.constexpr, N_F: tl.constexpr, N_D: tl.constexpr, DECIDE: tl.constexpr,
-                  RELATIVE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr,
-                  ROUTER: tl.constexpr):  # fmt: skip
-    """One program for a tile of ROWS tokens: DECIDE (route and measure), or load what was decided; then write Zh.
+def tokens_kernel(tokens, segments, tables, routers, stats, slopes, scaling, denominator, out, k: tl.constexpr,
+                  DECIDE: tl.constexpr):  # fmt: skip
+    """One program for a tile of tokens: DECIDE (route and measure), or load what was decided; then write Zh.
 
-    Z1, Z2 (B, N, d) with strides batch1, row1 and batch2, row2, Z2 None where there is one map; ROUTER1, ROUTER2
-    (d, n_F), ROUTER_D (2d, n_D) or None; GAMMA (n_F,), LAM (n_D,); MASK (T,) bool or None; INDEX (maps, T), CHOICE (T,)
-    or None, STATS (maps, 3, T), SLOPES (maps, T, n_F), SLOPES_D (T, n_D) as at the top of this file; OUT (T, d) or
-    None; SUMS, MASS_WEIGHTS, MEANS, INVERSE_MASS as in :func:`write_rows`; FACTORS as in :func:`weighted`; TILES as in
-    :func:`rows_of_program`.
+    out (T, d) or None; the other arguments as in :mod:`dydila_kernels.ops.arguments`.
     """
-    image, segment, n, inside = rows_of_program(TILES, N, ROWS)
-    r, T = image * N + n, tl.cast(T, tl.int64)
-    rows = row_pointers(Z1, Z2, image, n, batch1, row1, batch2, row2)
-    maps, live = measured_rows(rows, MASK, ROUTER1, ROUTER2, ROUTER_D, GAMMA, LAM, INDEX, CHOICE, STATS, SLOPES,
-                               SLOPES_D, FACTORS, segment, r, inside, T, unit, D, N_F, N_D, DECIDE, RELATIVE, COLUMNS,
-                               FAST, ROUTER)  # fmt: skip
-    if OUT is not None or SUMS is not None:
-        write_rows(OUT, SUMS, MASS_WEIGHTS, MEANS, INVERSE_MASS, maps, segment, r, inside, live, D, H, COLUMNS, FAST)
+    tile = tile_of_program(segments, k.BLOCK_N)
+    branches, active_rows = branches_of(tokens, tables, routers, stats, slopes, scaling, tile, k, DECIDE)
+    if out is not None or denominator.sums is not None:
+        write_tokens(out, denominator, branches, tile, active_rows, k)
 
 
 def tokens(
-    call: Call,
-    side: Side,
+    context: LaunchContext,
+    side: QKOperand,
     *,
     decide: bool,
     out: Tensor | None = None,
     sums: bool = False,
-    mass_weights: Tensor | None = None,
+    weights: Tensor | None = None,
     means: Tensor | None = None,
-    inverse_mass: Tensor | None = None,
+    inverse: Tensor | None = None,
 ) -> Tensor | None:
     """Routes and measures one side, where ``decide``, and writes Zh to ``out`` (B, N, d) contiguous, where given.
 
-    ``sums``: returns the mean mass (segments, d) float32.  The other arguments as in :func:`write_rows`.
+    Under "denominator" ``means`` (segments, d) and ``inverse`` (T, H), written, are those of queries; with ``sums`` it
+    returns the mean denominator term (segments, d) float32, each token's times ``weights`` (T, H) where given.
     """
-    config = configs.pick("tokens", call.dtype, call.dim)
-    programs = call.programs(config.rows)
-    shares = torch.empty(programs, call.dim, device=call.device, dtype=torch.float32) if sums else None
-    constants = numerics(call.dtype)
+    config = configs.pick("tokens", context.dtype, context.dim)
+    programs = context.programs(config.block_n)
+    partials = torch.empty(programs, context.dim, device=context.device, dtype=torch.float32) if sums else None
     launch(
-        tokens_kernel, (programs,), config, **call.arguments(side), **call.deciding(side, decide),
-        TILES=call.tiles(config.rows), OUT=out, SUMS=shares, MASS_WEIGHTS=mass_weights, MEANS=means,
-        INVERSE_MASS=inverse_mass, ROWS=config.rows, COLUMNS=config.columns, FAST=constants["FAST"],
-        ROUTER=constants["ROUTER"],
+        tokens_kernel, (programs,), config, tokens=context.tokens(side, masked=decide),
+        segments=context.tiles(config.block_n), **context.measured(side), **context.deciding(side, decide),
+        scaling=context.scaling(side), denominator=Denominator(means, inverse, weights, partials), out=out,
+        k=context.constants(config, side.has_denominator),
     )  # fmt: skip
-    if shares is None:
+    if partials is None:
         return None
-    if call.bounds is None:
-        return shares.view(call.batch, programs // max(1, call.batch), call.dim).sum(1) * call.scale
-    counts = [-(-(stop - start) // config.rows) for start, stop in zip(call.bounds[:-1], call.bounds[1:], strict=True)]
-    return torch.stack([part.sum(0) for part in shares.split(counts)]) * call.scale
+    if context.bounds is None:
+        per_image = partials.view(context.batch, programs // max(1, context.batch), context.dim)
+        return per_image.sum(1) * context.state_scale
+    bounds = context.bounds
+    counts = [-(-(stop - start) // config.block_n) for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+    return torch.stack([part.sum(0) for part in partials.split(counts)]) * context.state_scale

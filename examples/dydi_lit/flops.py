@@ -98,13 +98,13 @@ def gflops(config: ModelConfig, resolution: int) -> tuple[float, float]:
 
 def as_the_paper(config: ModelConfig) -> dict[Any, Callable[..., int]]:
     """How the paper counts our operators, for FlopCounterMode."""
-    from dydila_kernels.ops import library  # not at the top: it needs Triton
+    from dydila_kernels.ops import operators as registered
 
     taps = sum(prod(SIZES[branch]) for branch in config.dwc_branches if branch != "identity")
 
     def attention(*arguments: Any, **_: Any) -> int:
-        work = library.flops.work_of(*arguments)
-        return 2 * (2 * work.maps * work.product + taps * work.tap)
+        work = registered.flops.work_of(*arguments)
+        return 2 * (2 * work.products * work.product + taps * work.tap)
 
     def nothing(*_arguments: Any, **_: Any) -> int:
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 
 from dydila_kernels import DyDiLAttention, dydila_attention, reference
-from dydila_kernels.ops import configs, core
+from dydila_kernels.functional import validated
+from dydila_kernels.ops import backend, configs, core
+from dydila_kernels.ops.core import Inputs, Settings
 from dydila_kernels.testing import (
     Tensors,
     call_layer,
@@ -22,6 +25,7 @@ from dydila_kernels.testing import (
     output_and_gradients,
     with_distinct_factors,
 )
+from dydila_kernels.types import Convolution, Grid
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -44,6 +48,10 @@ def name_of(options: dict[str, Any]) -> str:
     return "-".join(map(str, options.values()))
 
 
+TALL = (64, 64)
+"""Rows and columns of the largest tiles that every kernel compiles with: few programs, where numbers matter little."""
+
+
 def use_tiles(patch: pytest.MonkeyPatch, rows: int = 16, columns: int = 16) -> None:
     """Tiles of the core's kernels so small that small images span several."""
     for stage, precision in list(configs.TABLE):
@@ -59,6 +67,19 @@ def use_gemm(patch: pytest.MonkeyPatch) -> None:
 
 def inputs_of(batch: int, length: int, dim: int, dtype: torch.dtype = torch.float32, **options: Any) -> Tensors:
     return core_inputs(batch, length, dim, dtype=dtype, device=DEVICE, **options)
+
+
+def operator_arguments(
+    inputs: Tensors,
+    *,
+    convolution: tuple[Tensor, Tensor | None] | None = None,
+    grids: Sequence[Grid] = (),
+    **options: Any,
+) -> tuple[Inputs, Settings]:
+    """Those of the operator ``attention``; ``convolution``: weight (d, 1, 3, 3) and bias (d,)."""
+    call = validated(**inputs, **options, backend="triton")
+    stencil = None if convolution is None else Convolution(*convolution, grids)
+    return backend.operator_arguments(call.inputs, call.options, call.mask, call.cu_seqlens, stencil)
 
 
 def attend(inputs: Tensors, **options: Any) -> Tensor:
@@ -84,8 +105,8 @@ def assert_core_within_twice_plain(runs: list[Tensors], **options: Any) -> None:
     for inputs in runs:
         at = decisions(inputs, backend="triton", **options)
         found.append(results(inputs, **options))
-        for dtype, kept in ((inputs["q"].dtype, plain), (torch.float64, truth)):
-            kept.append(
+        for dtype, runs_of in ((inputs["q"].dtype, plain), (torch.float64, truth)):
+            runs_of.append(
                 output_and_gradients(
                     lambda t, at=at: reference.dydila_attention(**t, indices=at, **options), cast(inputs, dtype)
                 )
@@ -150,8 +171,8 @@ def compare_layer(attn: DyDiLAttention, length: int, *, batch: int = 1, seeds: i
         inputs = {name: t.clone() for name, t in layer_inputs(attn, x).items()}
         at = attn.routing(x, arguments.get("mask")).indices
         found.append(output_and_gradients(lambda t: call_layer(attn, t, **arguments), inputs))
-        for dtype, kept in ((x.dtype, plain), (torch.float64, truth)):
-            kept.append(
+        for dtype, runs_of in ((x.dtype, plain), (torch.float64, truth)):
+            runs_of.append(
                 output_and_gradients(lambda t, at=at: equations(attn, t, indices=at, **arguments), cast(inputs, dtype))
             )
     assert_right(found, plain, truth)

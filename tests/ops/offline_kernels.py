@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
 import torch
 import triton
 import triton.language as tl
 
-from benchmarks.offline.compiling import TARGETS, Target, figures, record
+from benchmarks.offline import cases
+from benchmarks.offline.compiling import TARGETS, Target, compiled, figures, record
 from benchmarks.offline.table import faults
-from dydila_kernels.ops.configs import Config
+from dydila_kernels.ops.configs import ANY, TABLE, Config, Entry
 from dydila_kernels.ops.tiles import launch
 
 TARGETS["sm_75"] = Target(75, 64 * 1024, 64 * 1024, 32, 16)  # has tensor cores, but none for bf16
@@ -38,7 +45,7 @@ def product_kernel(X, Y, steps, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
 
 def centre(block: int = 256, stride: int = 1, n: int = 2**40) -> None:
     x = torch.empty(block, dtype=torch.float16, device="meta")
-    config = Config(rows=1, columns=block, warps=1)
+    config = Config(block_n=1, block_d=block, warps=1)
     launch(
         centre_kernel, (1,), config,
         X=x, BIAS=None, Y=x, n=n, stride=stride, scale=0.5, shift=True, START=0, BLOCK=block,
@@ -47,7 +54,7 @@ def centre(block: int = 256, stride: int = 1, n: int = 2**40) -> None:
 
 def product(block: int = 32, dtype: torch.dtype = torch.bfloat16, precision: str = "ieee", stages: int = 3) -> None:
     x, y = torch.empty(block**2, dtype=dtype, device="meta"), torch.empty(block**2, device="meta")
-    config = Config(rows=block, columns=block, warps=4, stages=stages)
+    config = Config(block_n=block, block_d=block, warps=4, stages=stages)
     launch(product_kernel, (1,), config, X=x, Y=y, steps=48, BLOCK=block, PRECISION=precision)
 
 
@@ -88,3 +95,62 @@ def judge() -> dict[str, list[str]]:
         for name, (call, at) in calls.items()
         for job in record(call, labels, at, TARGETS[at])
     }
+
+
+def compile_code(call: Callable[[], object], kind: str, target: str = "sm_80") -> dict[str, str]:
+    """The code of each kernel that ``call`` launches, at one step of the compilation."""
+    labels = {"stage": "test", "dtype": "", "d": 0, "head": 0}
+    jobs = {job.identity: job for job in record(call, labels, target, TARGETS[target])}
+    return {f"{i} {job.kernel[1]}": compiled(job).asm[kind] for i, job in enumerate(jobs.values())}
+
+
+def tiles_of(rows: int, columns: int, stages: list[str]) -> dict[str, str | None]:
+    """The error of each kernel of the core in tiles of this size, for narrow and for wide heads."""
+    labels = {"stage": "test", "dtype": "", "d": 0, "head": 0}
+    calls = {
+        "narrow": partial(cases.attend, torch.bfloat16, 128, 32),
+        "wide": partial(cases.attend, torch.bfloat16, 136, 136, normalization="denominator"),
+    }
+    with patch.dict(TABLE, {key: (Entry(ANY, Config(rows, columns, 4)),) for key in TABLE if key[0] in stages}):
+        return {
+            f"{name} {i} {job.kernel[1]}": figures(job).get("error")
+            for name, call in calls.items()
+            for i, job in enumerate(record(call, labels, "sm_90", TARGETS["sm_90"]))
+        }
+
+
+def approximate() -> dict[str, list[str]]:
+    """The approximate divisions and roots of kernels for float32 tokens."""
+    variants: list[dict[str, Any]] = [{"straight_through": True}, {"normalization": "denominator"}]
+    calls = [partial(cases.attend, torch.float32, 64, 32, **variant) for variant in variants]
+    return {
+        f"{i} {name}": re.findall(r"\b(?:(?:div|rcp|sqrt)\.(?:full|approx)|rsqrt)\S*", ptx)
+        for i, call in enumerate(calls)
+        for name, ptx in compile_code(call, "ptx").items()
+    }
+
+
+def fused_with_another_lane(d: int, head: int, **variant: Any) -> dict[str, int]:
+    """How often a kernel adds, to a product that it does not round, what it was sent by another lane."""
+    code = compile_code(partial(cases.attend, torch.bfloat16, d, head, **variant), "ptx")
+    found = {}
+    for name, ptx in code.items():
+        received = set(re.findall(r"shfl\.sync\.bfly\.b32\s+(%\w+),", ptx))
+        found[name] = sum(c in received for c in re.findall(r"fma\.rn\.f32\s+%\w+, %\w+, %\w+, (%\w+);", ptx))
+    return found
+
+
+def lanes_of_sums() -> list[int]:
+    """By how many channels neighbouring lanes are apart where the convolution's weight gradient is summed over rows."""
+    ((_, code),) = [
+        item
+        for item in compile_code(partial(cases.convolve, torch.bfloat16, 384), "ttgir").items()
+        if "depthwise_weight" in item[0]
+    ][:1]
+    found = []
+    for layout in re.findall(r'"tt\.reduce".*?\}\) : \(tensor<\S+, (#\w+)>\)', code, re.DOTALL):
+        (definition,) = re.findall(rf"^{layout} = (.*)$", code, re.MULTILINE)
+        lane = re.search(r"lane = \[\[0, (\d+)\]", definition)
+        per_thread = re.search(r"sizePerThread = \[1, (\d+)\]", definition)
+        found.append(int((lane or per_thread)[1]))  # type: ignore[index]
+    return found

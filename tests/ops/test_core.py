@@ -1,4 +1,4 @@
-"""The core as a whole: the form for wide heads, what is kept and allocated, far addresses, and what is refused."""
+"""The core as a whole: the form for wide heads, what is saved and allocated, far addresses, and what is refused."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ import torch
 from torch import Tensor
 
 from dydila_kernels import dydila_attention
-from dydila_kernels.functional import validated
-from dydila_kernels.ops import backend, core, gemm, tiles
+from dydila_kernels.ops import backward, core, tiles
+from dydila_kernels.ops.context import LaunchContext
 from dydila_kernels.testing import TOKENS, Tensors, relative_error
 from tests.ops.helpers import (
     DEVICE,
     DTYPES,
+    TALL,
     assert_repeats,
     assert_same_bits,
     attend,
     combinations,
     compare_core,
     inputs_of,
+    operator_arguments,
     oracle,
     results,
     use_gemm,
@@ -37,8 +39,8 @@ from tests.test_memory import peak
 def pays(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[bool]]:
     """Which orders of the products were taken: whether scores."""
     taken: set[bool] = set()
-    pays_scores = gemm.pays_scores
-    monkeypatch.setattr(gemm, "pays_scores", lambda call: taken.add(pays_scores(call)) or pays_scores(call))
+    by_scores = LaunchContext.by_scores.fget
+    monkeypatch.setattr(LaunchContext, "by_scores", property(lambda c: taken.add(by_scores(c)) or by_scores(c)))
     yield taken
 
 
@@ -103,7 +105,7 @@ def test_backward_twice_is_equal_to_the_bit_in_poisoned_memory(
 
 @pytest.fixture
 def tall_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_tiles(monkeypatch, rows=256, columns=64)
+    use_tiles(monkeypatch, *TALL)
 
 
 forms = pytest.mark.parametrize("form", ["fused", "states", "scores"])
@@ -123,10 +125,10 @@ def test_keeps_the_inputs_decisions_and_a_few_numbers_per_row(trained: bool, nor
     heads = 2 if form == "fused" else 1
     inputs = inputs_of(batch, length, dim, torch.bfloat16, num_kernel_factors=5, num_differential_factors=4)
     leaves = {name: t.requires_grad_() for name, t in inputs.items()}
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
-        kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+        saved[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
         return t
 
     router_gradient = "straight_through" if trained else "none"
@@ -138,7 +140,7 @@ def test_keeps_the_inputs_decisions_and_a_few_numbers_per_row(trained: bool, nor
     expected += 2 * 2 if form != "fused" else 0  # see core.spare
     expected += 4 * batch * dim + 4 * rows * heads if normalization == "denominator" else 0
     expected += 4 * rows * (2 * 2 * 5 + 2 * 4) if trained else 0
-    assert sum(kept.values()) == expected
+    assert sum(saved.values()) == expected
 
 
 @forms
@@ -150,17 +152,17 @@ def test_allocates_nothing_of_the_size_of_the_tokens_but_the_results(view: bool,
     inputs = inputs_of(batch, length, dim, torch.bfloat16)
     if view:
         inputs.update(zip(TOKENS[:3], torch.cat([inputs[name] for name in TOKENS[:3]], -1).chunk(3, -1), strict=True))
-    call = validated(**inputs, normalization=normalization, num_heads=2 if form == "fused" else 1, backend="triton")
-    arguments = backend.arguments(call.inputs, call.options, None, None, None)
+    heads = 4 if form == "fused" else 1
+    arguments = operator_arguments(inputs, normalization=normalization, num_heads=heads)
     incoming = torch.randn_like(inputs["q"])
     known = [*inputs.values(), incoming]
-    out, kept = core.attend(*arguments)
+    out, saved = core.forward(*arguments)
     one = out.nbytes
-    small = sum(t.nbytes for t in kept) + one // 2  # partial sums, and products of tokens, of which N < d
-    forward = peak(lambda: core.attend(*arguments), known)
-    assert one <= forward <= one * (1 if form == "fused" else 2) + small
-    backward = peak(lambda: core.pull_back(incoming, *arguments, kept), [*known, *kept])
-    assert 5 * one <= backward <= 5 * one + small
+    small = sum(t.nbytes for t in saved) + one // 2  # partial sums, and products of tokens, of which N < d
+    at_most = peak(lambda: core.forward(*arguments), known)
+    assert one <= at_most <= one * (1 if form == "fused" else 2) + small
+    at_most = peak(lambda: backward.backward(incoming, *arguments, saved), [*known, *saved])
+    assert 5 * one <= at_most <= 5 * one + small
 
 
 # Addresses
@@ -214,7 +216,7 @@ def test_rows_far_apart(
 
 
 def test_auto_is_the_torch_backend_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core, "attend", lambda *_: pytest.fail("a kernel was called"))
+    monkeypatch.setattr(core, "forward", lambda *_: pytest.fail("a kernel was called"))
     inputs: Tensors = {name: t.cpu() for name, t in inputs_of(1, 5, 8).items()}
     assert torch.equal(dydila_attention(**inputs), dydila_attention(**inputs, backend="torch"))
     with pytest.raises(pytest.fail.Exception, match="a kernel was called"):
@@ -233,10 +235,10 @@ def test_what_cannot_run_says_why() -> None:
 
 @pytest.mark.parametrize(("dim", "heads", "gamma"), [(48, 6, 16.0), (48, 6, 64.0), (144, 1, 32.0)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_inverse_mass_stays_in_range(dtype: torch.dtype, dim: int, heads: int, gamma: float) -> None:
-    """1/mass of a head of tiny powers passes the range of float16, and that of float32 where it counts as no mass."""
+def test_the_inverse_denominator_stays_in_range(dtype: torch.dtype, dim: int, heads: int, gamma: float) -> None:
+    """1/denominator of a head of tiny powers passes the range of float16, and of float32 where it counts as nothing."""
     inputs = inputs_of(1, 12, dim, dtype, gamma=(gamma, gamma))
-    for name in ("q", "k", "q_redundant", "k_redundant"):  # one channel above all others: one head has the mass
+    for name in ("q", "k", "q_redundant", "k_redundant"):  # one channel above all others: one head has it all
         inputs[name] = inputs[name].clamp(-1, 1) / 2
         inputs[name][..., 0] = 1
     options = {"num_heads": heads, "normalization": "denominator"}
@@ -269,6 +271,6 @@ def test_follows_the_new_name_of_the_tf32_setting() -> None:
 
 
 def test_too_many_tokens_are_refused() -> None:
-    tiles.check_rows(2**31 - 2**16)
+    tiles.check_tokens(2**31 - 2**16)
     with pytest.raises(ValueError, match="2147418112 tokens"):
-        tiles.check_rows(2**31)
+        tiles.check_tokens(2**31)

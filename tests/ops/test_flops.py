@@ -13,25 +13,23 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dydila_kernels import DyDiLAttention, reference
-from dydila_kernels.functional import validated
-from dydila_kernels.ops import backend, flops, library
-from dydila_kernels.types import Convolution, Grid
+from dydila_kernels.ops import autograd, flops
+from dydila_kernels.types import Grid
 from tests.interpreter import INTERPRETED
-from tests.ops.helpers import DEVICE, inputs_of, layer_of, tokens, use_gemm, use_tiles
+from tests.ops.helpers import DEVICE, inputs_of, layer_of, operator_arguments, tokens, use_gemm, use_tiles
 
-CHOICES = 16
+NUM_OPTIONS = 16
 """Of every router: what kernels pad to, so that no padding is multiplied."""
 
 
 def arguments_of(batch: int, length: int, dim: int, *, grids: tuple[Grid, ...] = (), **options: Any) -> tuple[Any, ...]:
     """Those of the operator ``attention``; with ``grids`` a convolution."""
     inputs = inputs_of(
-        batch, length, dim, differential=options.get("differential", "token"), num_kernel_factors=CHOICES,
-        num_differential_factors=CHOICES,
+        batch, length, dim, differential=options.get("differential", "token"), num_kernel_factors=NUM_OPTIONS,
+        num_differential_factors=NUM_OPTIONS,
     )  # fmt: skip
-    call = validated(**inputs, **options, backend="triton")
-    convolution = Convolution(tokens(dim, 1, 3, 3), None, grids) if grids else None
-    given, settings = backend.arguments(call.inputs, call.options, call.mask, call.cu_seqlens, convolution)
+    convolution = (tokens(dim, 1, 3, 3), None) if grids else None
+    given, settings = operator_arguments(inputs, convolution=convolution, grids=grids, **options)
     return (*given, *settings)
 
 
@@ -68,12 +66,12 @@ def multiplied(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]],
 
 def check(arguments: tuple[Any, ...], multiplied: Callable[[Callable[[], Any]], int]) -> None:
     """Both formulas of the core: beside the operators, which count by them, run the functions that they call."""
-    out, *kept = library.attend(*arguments)
+    out, *saved = autograd.attention_forward(*arguments)
     operators = torch.ops.dydila_kernels
-    expected = multiplied(lambda: library.attend(*arguments))
+    expected = multiplied(lambda: autograd.attention_forward(*arguments))
     assert expected > 0 and flops_of(lambda: operators.attention(*arguments)) == expected
-    expected = multiplied(lambda: library.pull_back(out, *arguments, *kept))
-    assert flops_of(lambda: operators.attention_backward(out, *arguments, *kept)) == expected
+    expected = multiplied(lambda: autograd.attention_backward(out, *arguments, *saved))
+    assert flops_of(lambda: operators.attention_backward(out, *arguments, *saved)) == expected
 
 
 @pytest.mark.parametrize("router_gradient", ["none", "straight_through"])
@@ -118,7 +116,7 @@ def test_convolution() -> None:
     """Beside the prefix token and in packed images: as a product of nine shifted images with nine weights."""
     grids = (Grid(1, 3, 5), Grid(16, 4, 4))
     arguments = arguments_of(1, 32, 16, cu_seqlens=[0, 16, 32], grids=grids)
-    out, *kept = library.attend(*arguments)
+    out, *saved = autograd.attention_forward(*arguments)
     without = shapes(arguments_of(1, 32, 16, cu_seqlens=[0, 16, 32]))
 
     expected = [0, 0]
@@ -134,7 +132,7 @@ def test_convolution() -> None:
         expected[1] += flops_of(convolved[0].sum().backward)
     assert flops.attention(*shapes(arguments)) - flops.attention(*without) == expected[0]
     backward = [
-        flops.attention_backward(out.shape, *given, *shapes((*kept,))) for given in (shapes(arguments), without)
+        flops.attention_backward(out.shape, *given, *shapes((*saved,))) for given in (shapes(arguments), without)
     ]
     assert backward[0] - backward[1] == expected[1]
 
@@ -209,6 +207,5 @@ def test_reference_agrees_with_the_formula_of_the_core() -> None:
     inputs = inputs_of(2, 9, 12, torch.float64)
     expected = flops_of(lambda: reference.dydila_attention(**inputs, num_heads=3))
     narrow = {name: t.float() for name, t in inputs.items()}
-    call = validated(**narrow, num_heads=3, backend="triton")
-    given, settings = backend.arguments(call.inputs, call.options, None, None, None)
+    given, settings = operator_arguments(narrow, num_heads=3)
     assert flops_of(lambda: torch.ops.dydila_kernels.attention(*given, *settings)) == expected

@@ -63,10 +63,10 @@ def range_kernel(BOUNDS, Y, n):
 
 
 @triton.jit
-def choose_kernel(X, FIRST, COUNT, CHOICES: tl.constexpr):
+def choose_kernel(X, FIRST, COUNT, NUM_OPTIONS: tl.constexpr):
     i = tl.arange(0, 16)
     x = tl.load(X + i[:, None] * 16 + i[None, :])
-    first = first_largest(x, CHOICES)
+    first = first_largest(x, NUM_OPTIONS)
     tl.store(FIRST + i, first)
     tl.store(COUNT + i, tl.cumsum(first, axis=0))
 
@@ -138,7 +138,7 @@ def test_loops_with_run_time_bounds(n: int) -> None:
 
 def test_ties_go_to_the_lowest_index_and_running_sums() -> None:
     x = torch.randint(0, 3, (16, 16), device=DEVICE).float()
-    x[:, 9:] = 5.0  # beyond the choices: must not be taken
+    x[:, 9:] = 5.0  # beyond the options: must not be taken
     first, count = torch.empty(16, dtype=torch.int32, device=DEVICE), torch.empty(16, dtype=torch.int32, device=DEVICE)
     choose_kernel[(1,)](x, first, count, 9)
     expected = torch.tensor([row.index(max(row)) for row in x[:, :9].tolist()], dtype=torch.int32, device=DEVICE)

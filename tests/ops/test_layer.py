@@ -105,14 +105,14 @@ def test_routing_names_the_decisions_taken(differential: str, form: str, monkeyp
     if form == "gemm":
         use_gemm(monkeypatch)
     used: list[Tensor] = []
-    attend = core.attend
+    forward = core.forward
 
     def spy(*arguments: Any) -> Any:
-        out, kept = attend(*arguments)
-        used.append(kept.indices)
-        return out, kept
+        out, saved = forward(*arguments)
+        used.append(saved.indices)
+        return out, saved
 
-    monkeypatch.setattr(core, "attend", spy)
+    monkeypatch.setattr(core, "forward", spy)
     attn, x = layer_of(24, differential=differential, dtype=torch.bfloat16), tokens(2, 16, 24, dtype=torch.bfloat16)
     attn(x)
     indices = attn.routing(x).indices
@@ -161,16 +161,16 @@ def test_hooks_on_the_convolution_fire() -> None:
 def test_keeps_x_the_projections_and_the_attention() -> None:
     """Tensors as large as x: x itself, q, k and v in one, q', k', and the input of the output projection."""
     attn, x = layer_of(16, dtype=torch.bfloat16), tokens(4, 64, 16, dtype=torch.bfloat16).requires_grad_()
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
-        kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+        saved[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         attn(x)
     known = {p.untyped_storage()._cdata for p in attn.parameters()}
-    large = [size for storage, size in kept.items() if storage not in known and size >= x.nbytes]
+    large = [size for storage, size in saved.items() if storage not in known and size >= x.nbytes]
     rows = 4 * 64
     statistics = rows * 2 * 2 * 3 * 4  # in float32, and as large as x where d is 16
     assert sorted(large) == sorted([x.nbytes] * 4 + [3 * x.nbytes] + [statistics])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dydila_kernels.ops import call
+from dydila_kernels.ops import context
 from tests.ops.helpers import (
     DEVICE,
     DTYPES,
@@ -92,10 +92,10 @@ def test_packed_images(dtype: torch.dtype, options: dict[str, Any], monkeypatch:
 def test_sums_split_over_programs(packed: bool, normalization: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A split need not have tokens: of the short image in a packed row it has none."""
     use_tiles(monkeypatch)
-    monkeypatch.setattr(call, "processors", lambda _: 12)
+    monkeypatch.setattr(context, "processors", lambda _: 12)
     made = []
-    splits = call.Call.splits
-    monkeypatch.setattr(call.Call, "splits", lambda *a: made.append(splits(*a)) or made[-1])
+    splits = context.LaunchContext.splits
+    monkeypatch.setattr(context.LaunchContext, "splits", lambda *a: made.append(splits(*a)) or made[-1])
     bounds = {"cu_seqlens": [0, 3, 133]} if packed else {}
     compare_core(torch.float32, 1, 133, 16, seeds=1, normalization=normalization, **bounds)
     assert set(made) == {2}
@@ -105,7 +105,7 @@ def test_sums_split_over_programs(packed: bool, normalization: str, monkeypatch:
 def test_splits_do_not_depend_on_values(monkeypatch: pytest.MonkeyPatch) -> None:
     """Zeros and NaN in one image leave the bits of another."""
     use_tiles(monkeypatch)
-    monkeypatch.setattr(call, "processors", lambda _: 12)
+    monkeypatch.setattr(context, "processors", lambda _: 12)
     inputs = inputs_of(2, 133, 16)
     out = results(inputs)["output"]
     for value in (0.0, torch.nan):

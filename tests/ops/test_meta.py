@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dydila_kernels import DyDiLAttention, dydila_attention
-from dydila_kernels.ops import core, projection
+from dydila_kernels.ops import backward, core, projection
 from dydila_kernels.testing import decisions
 from tests.ops.helpers import DTYPES, inputs_of, use_gemm
 
@@ -24,7 +24,7 @@ every_kind = pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
 
 @pytest.fixture(autouse=True)
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((core, "attend"), (core, "pull_back"), (projection, "route"), (projection, "project")):
+    for module, name in ((core, "forward"), (backward, "backward"), (projection, "route"), (projection, "project")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("a kernel was called"))
 
 
@@ -94,5 +94,5 @@ def test_float64_is_refused_as_on_a_device() -> None:
 def test_auto_takes_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     attn, x = empty_layer(), empty(2, 9, 24)
     attn.backend = "auto"
-    monkeypatch.setattr("dydila_kernels.ops.library.dydila_attention", lambda *_: pytest.fail("an operator was called"))
+    monkeypatch.setattr("dydila_kernels.ops.operators.attention", lambda *_: pytest.fail("an operator was called"))
     assert_like(attn(x), x)

@@ -48,10 +48,10 @@ def plain(inputs: Tensors, index: Tensor) -> Tensors:
     return output_and_gradients(lambda t: reference.project(t["x"], t["weight"], index.long()), inputs)
 
 
-def draw(batch: int, length: int, d: int, e: int, choices: int, dtype: torch.dtype) -> tuple[Tensors, Tensor]:
+def draw(batch: int, length: int, d: int, e: int, num_options: int, dtype: torch.dtype) -> tuple[Tensors, Tensor]:
     """x, weight; and an index."""
-    inputs = {"x": torch.randn(batch, length, d), "weight": torch.randn(choices, d, e) * d**-0.5}
-    index = torch.randint(choices, (batch, length), dtype=torch.int8, device=DEVICE)
+    inputs = {"x": torch.randn(batch, length, d), "weight": torch.randn(num_options, d, e) * d**-0.5}
+    index = torch.randint(num_options, (batch, length), dtype=torch.int8, device=DEVICE)
     return {name: t.to(DEVICE, dtype) for name, t in inputs.items()}, index
 
 
@@ -87,10 +87,12 @@ def spaced(t: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("router_dtype", ["float32", "that of x"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("d", "choices"), [(24, 1), (72, 7), (130, 128)])
-def test_decides_as_float64(d: int, choices: int, dtype: torch.dtype, router_dtype: str) -> None:
+@pytest.mark.parametrize(("d", "num_options"), [(24, 1), (72, 7), (130, 128)])
+def test_decides_as_float64(d: int, num_options: int, dtype: torch.dtype, router_dtype: str) -> None:
     x = torch.randn(2, 70, d).to(DEVICE, dtype)
-    routers = [torch.randn(d, choices).to(DEVICE, torch.float32 if router_dtype == "float32" else dtype) for _ in "qk"]
+    routers = [
+        torch.randn(d, num_options).to(DEVICE, torch.float32 if router_dtype == "float32" else dtype) for _ in "qk"
+    ]
     both = projection.route(x, routers)
     for router, index in zip(routers, both, strict=True):
         assert index.shape == (2, 70) and index.dtype == torch.int8
@@ -129,13 +131,13 @@ def test_routes_tokens_of_any_strides(view: Any) -> None:
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize(("length", "choices"), [(1, 3), (1024, 2), (1025, 1), (2500, 7), (2049, 128)])
-def test_plan_is_a_stable_sort(length: int, choices: int) -> None:
-    index = torch.randint(choices, (length,), dtype=torch.int8, device=DEVICE)
-    for chosen in (index, torch.full_like(index, choices - 1), index.long()):
-        plan = projection.plan(chosen[None], choices)
+@pytest.mark.parametrize(("length", "num_options"), [(1, 3), (1024, 2), (1025, 1), (2500, 7), (2049, 128)])
+def test_plan_is_a_stable_sort(length: int, num_options: int) -> None:
+    index = torch.randint(num_options, (length,), dtype=torch.int8, device=DEVICE)
+    for chosen in (index, torch.full_like(index, num_options - 1), index.long()):
+        plan = projection.plan(chosen[None], num_options)
         assert torch.equal(plan.order.long(), chosen.argsort(stable=True))
-        assert torch.equal(plan.ends.long(), chosen.long().bincount(minlength=choices).cumsum(0))
+        assert torch.equal(plan.ends.long(), chosen.long().bincount(minlength=num_options).cumsum(0))
 
 
 # Eq. 2
@@ -143,7 +145,7 @@ def test_plan_is_a_stable_sort(length: int, choices: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("batch", "length", "d", "e", "choices"),
+    ("batch", "length", "d", "e", "num_options"),
     [
         (2, 100, 72, 72, 3),
         (2, 300, 24, 40, 7),  # several tiles of each gradient
@@ -153,9 +155,9 @@ def test_plan_is_a_stable_sort(length: int, choices: int) -> None:
     ],
 )
 def test_error_is_that_of_plain_pytorch(
-    batch: int, length: int, d: int, e: int, choices: int, dtype: torch.dtype
+    batch: int, length: int, d: int, e: int, num_options: int, dtype: torch.dtype
 ) -> None:
-    assert_right([draw(batch, length, d, e, choices, dtype) for _ in range(5 if batch * length < 100 else 1)])
+    assert_right([draw(batch, length, d, e, num_options, dtype) for _ in range(5 if batch * length < 100 else 1)])
 
 
 @settings(max_examples=12)

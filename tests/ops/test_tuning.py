@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ def test_every_configuration_has_a_reason_and_tiles_that_triton_takes() -> None:
         assert [e.width for e in entries] == sorted(e.width for e in entries) and entries[-1].width == configs.ANY
         for config in (e.config for e in entries):
             assert config.reason
-            for n in (config.rows, config.columns, config.warps):
+            for n in (config.block_n, config.block_d, config.warps):
                 assert n & (n - 1) == 0
 
 
@@ -38,21 +39,21 @@ def test_tuning_keeps_what_is_faster_and_nothing_else(monkeypatch: pytest.Monkey
 
     def duration(call: Callable[[], object], device: torch.device, repeats: int) -> float:
         call()
-        return 0.5 if configs.lookup(key).rows == 16 else 0.995 if configs.TUNED else 1.0
+        return 0.5 if configs.lookup(key).block_n == 16 else 0.995 if configs.TUNED else 1.0
 
     monkeypatch.setattr(tuning, "duration", duration)
     found = tuning.tune([SHAPE], dtype=torch.float32, device=DEVICE, training=False, repeats=1)
-    assert list(found) == [key] and found[key].rows == 16 and found == configs.TUNED
+    assert list(found) == [key] and found[key].block_n == 16 and found == configs.TUNED
     assert configs.asked is None
 
 
 def test_alternatives_differ_in_one_number_or_in_rows_and_warps_alike() -> None:
     config = configs.Config(64, 32, 4, 2, reason="here")
-    others = [(c.rows, c.columns, c.warps, c.stages) for c in tuning.alternatives(config)]
+    others = [(c.block_n, c.block_d, c.warps, c.stages) for c in tuning.alternatives(config)]
     alike = [(32, 32, 2, 2), (128, 32, 8, 2)]
     single = [(32, 32, 4, 2), (128, 32, 4, 2), (64, 16, 4, 2), (64, 64, 4, 2), (64, 32, 2, 2), (64, 32, 8, 2)]
     assert sorted(others) == sorted([*single, *alike, (64, 32, 4, 1), (64, 32, 4, 3)])
-    assert all(c.rows * c.columns >= 64 * c.warps for c in tuning.alternatives(configs.Config(16, 16, 4)))
+    assert all(c.block_n * c.block_d >= 64 * c.warps for c in tuning.alternatives(configs.Config(16, 16, 4)))
 
 
 def test_tuning_passes_over_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +65,37 @@ def test_tuning_passes_over_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -
         return 1.0
 
     monkeypatch.setattr(tuning, "duration", duration)
-    assert tuning.tune([SHAPE], dtype=torch.float32, device=DEVICE, training=False) == {} == configs.TUNED
+    with pytest.warns(UserWarning, match="OutOfResources: out of resource: shared memory"):
+        assert tuning.tune([SHAPE], dtype=torch.float32, device=DEVICE, training=False) == {} == configs.TUNED
+
+
+def test_tuning_reports_what_does_not_compile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where a pass of Triton fails, all that it raises is a RuntimeError."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import compile
+
+    broken = tmp_path / "broken.ttir"
+    broken.write_text("module { this is no kernel }")
+
+    def duration(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+        if configs.TUNED:
+            compile(str(broken), target=GPUTarget("cuda", 90, 32))
+        return 1.0
+
+    monkeypatch.setattr(tuning, "duration", duration)
+    with pytest.warns(UserWarning, match=r"state: Config\(block_n=.* was passed over: RuntimeError"):
+        assert tuning.tune([SHAPE], dtype=torch.float32, device=DEVICE, training=False) == {} == configs.TUNED
+
+
+def test_tuning_stops_at_any_other_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def duration(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+        if configs.TUNED:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return 1.0
+
+    monkeypatch.setattr(tuning, "duration", duration)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        tuning.tune([SHAPE], dtype=torch.float32, device=DEVICE, training=False)
 
 
 @pytest.mark.slow

@@ -18,11 +18,20 @@ from torch.export import Dim
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from dydila_kernels import DyDiLAttention
-from dydila_kernels.functional import validated
-from dydila_kernels.ops import backend, core, library, projection
+from dydila_kernels.ops import autograd, backend, core, operators, projection
 from dydila_kernels.testing import Tensors, relative_error
-from dydila_kernels.types import Convolution, Grid
-from tests.ops.helpers import DEVICE, DTYPES, assert_same_bits, attend, inputs_of, layer_of, tokens, use_gemm
+from dydila_kernels.types import Grid
+from tests.ops.helpers import (
+    DEVICE,
+    DTYPES,
+    assert_same_bits,
+    attend,
+    inputs_of,
+    layer_of,
+    operator_arguments,
+    tokens,
+    use_gemm,
+)
 from tests.test_export import OnImage
 
 CONFIGURATIONS: list[dict[str, Any]] = [
@@ -46,10 +55,9 @@ def arguments_of(
 ) -> tuple[Any, ...]:
     """Those of the operator ``attention``, all floating-point tensors in need of a gradient."""
     inputs = inputs_of(batch, length, 12, dtype, differential=options.get("differential", "token"))
-    call = validated(**inputs, **options, backend="triton")
-    weight, bias = torch.randn(12, 1, 3, 3, device=DEVICE), torch.randn(12, device=DEVICE)
-    convolution = Convolution(weight, bias, [Grid(0, 2, length // 2)]) if convolved else None
-    given, settings = backend.arguments(call.inputs, call.options, call.mask, call.cu_seqlens, convolution)
+    convolution = (torch.randn(12, 1, 3, 3, device=DEVICE), torch.randn(12, device=DEVICE)) if convolved else None
+    grids = [Grid(0, 2, length // 2)] if convolved else []
+    given, settings = operator_arguments(inputs, convolution=convolution, grids=grids, **options)
     return (*(None if t is None else t.detach().requires_grad_() for t in given), *settings)
 
 
@@ -77,10 +85,10 @@ def test_attention_backward_is_registered_right(name: str, by_gemm: bool, monkey
     if by_gemm:
         use_gemm(monkeypatch)
     arguments = [t.detach() if isinstance(t, Tensor) else t for t in arguments_of(**CALLS[name])]
-    out, *kept = library.attend(*arguments)
+    out, *saved = autograd.attention_forward(*arguments)
     torch.library.opcheck(
         torch.ops.dydila_kernels.attention_backward.default,
-        (torch.randn_like(out), *arguments, *kept),
+        (torch.randn_like(out), *arguments, *saved),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -89,7 +97,7 @@ def test_projection_is_registered_right() -> None:
     x, weight = tokens(2, 6, 12).requires_grad_(), tokens(3, 12, 8).requires_grad_()
     ops = torch.ops.dydila_kernels
     torch.library.opcheck(ops.route.default, (x.detach(), [tokens(12, 3), tokens(12, 5)]))
-    index = library.route(x.detach(), [tokens(12, 3)])[0]
+    index = backend.route(x.detach(), [tokens(12, 3)])[0]
     torch.library.opcheck(ops.projection.default, (x, weight, index))
     plan = projection.plan(index, 3)
     grad = tokens(2, 6, 8)
@@ -97,11 +105,12 @@ def test_projection_is_registered_right() -> None:
 
 
 def by_operator(function: Any) -> Any:
-    """With the dispatcher in between, which an eager call goes around."""
+    """With the dispatcher in between, which an eager call bypasses."""
 
     def call(*arguments: Any, **keywords: Any) -> Any:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(library, "around_dispatcher", lambda _: False)
+            for module in (operators, autograd):
+                patch.setattr(module, "can_bypass_dispatcher", lambda _: False)
             return function(*arguments, **keywords)
 
     return call
@@ -237,8 +246,8 @@ def test_a_selective_checkpoint_keeps_the_attention(monkeypatch: pytest.MonkeyPa
     attn, x = layer_of(24), tokens(2, 9, 24)
     expected = layer_gradients(attn, attn, x)
     calls = []
-    attend_once = core.attend
-    monkeypatch.setattr(core, "attend", lambda *arguments: calls.append(1) or attend_once(*arguments))
+    forward = core.forward
+    monkeypatch.setattr(core, "forward", lambda *arguments: calls.append(1) or forward(*arguments))
     kept = partial(create_selective_checkpoint_contexts, [torch.ops.dydila_kernels.attention.default])
     for context, count in ((kept, 1), (None, 2)):
         calls.clear()
@@ -253,13 +262,14 @@ def test_a_selective_checkpoint_keeps_the_attention(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("around", [True, False])
 def test_a_second_derivative_is_a_clear_error(around: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "around_dispatcher", lambda _: around)
+    for module in (operators, autograd):
+        monkeypatch.setattr(module, "can_bypass_dispatcher", lambda _: around)
     message = "no second derivatives .*; use backend='torch'"
     q = (inputs := inputs_of(1, 5, 8))["q"].requires_grad_()
     with pytest.raises(RuntimeError, match=message):
         torch.autograd.grad(attend(inputs).square().sum(), q, create_graph=True)
     x = tokens(1, 5, 8).requires_grad_()
-    projected = library.routed_projection(x, tokens(3, 8, 8), library.route(x.detach(), [tokens(8, 3)])[0])
+    projected = backend.project(x, tokens(3, 8, 8), backend.route(x.detach(), [tokens(8, 3)])[0])
     with pytest.raises(RuntimeError, match=message):
         torch.autograd.grad(projected.square().sum(), x, create_graph=True)
 
@@ -268,7 +278,7 @@ def test_transforms_take_the_torch_backend(monkeypatch: pytest.MonkeyPatch) -> N
     """jvp, dual numbers, vmap and grad: right numbers, without a kernel."""
     attn, x, tangent = layer_of(24), tokens(2, 9, 24), tokens(2, 9, 24)
     by_kernels = layer_gradients(attn, attn, x)
-    monkeypatch.setattr(core, "attend", lambda *_: pytest.fail("a kernel was called"))
+    monkeypatch.setattr(core, "forward", lambda *_: pytest.fail("a kernel was called"))
     monkeypatch.setattr(projection, "route", lambda *_: pytest.fail("a kernel was called"))
     twin = copy.deepcopy(attn)
     twin.backend = "torch"

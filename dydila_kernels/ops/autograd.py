@@ -1,0 +1,182 @@
+"""Autograd for the kernels: what is saved of a forward pass, and what the backward pass makes of it.
+
+An eager call applies the functions of this file; ``torch.compile`` and ``torch.export`` see the operators of
+:mod:`dydila_kernels.ops.operators`, which register the same gradients.  Second derivatives are not written: asking for
+one is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dydila_kernels.ops import backward, core, projection
+from dydila_kernels.ops.core import Inputs, SavedForBackward, Settings
+from dydila_kernels.types import Ranks
+
+INPUTS, SAVED = len(Inputs._fields), len(SavedForBackward._fields)
+
+
+def on_device_of(t: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, whatever the tensors are on."""
+    return torch.cuda.device(t.device) if t.is_cuda and t.device.index != torch.cuda.current_device() else nullcontext()
+
+
+def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
+    """The kernels choose their dtypes themselves."""
+    kind = t.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
+def can_bypass_dispatcher(t: Tensor) -> bool:
+    """Whether numbers are all that is wanted: by no compiler, and no mode such as that of fake tensors or of a counter.
+
+    Of meta tensors shapes are wanted.
+    """
+    return not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or t.is_meta)
+
+
+def refuse_second_derivative() -> None:
+    """Raises RuntimeError where a backward pass is to be differentiated."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError("backend='triton' has no second derivatives (create_graph=True); use backend='torch'")
+
+
+# Attention ------------------------------------------------------------------------------------------------------------
+
+
+def attention_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    """The output (B, N, d), then :class:`SavedForBackward`.
+
+    ``arguments`` are the fields of :class:`Inputs` and :class:`Settings`.
+    """
+    return attention_over_ranks(None, *arguments)
+
+
+def attention_over_ranks(ranks: Ranks | None, *arguments: Any) -> tuple[Tensor, ...]:
+    """As :func:`attention_forward`, with the processes that hold the other tokens."""
+    inputs, settings = Inputs(*arguments[:INPUTS]), Settings(*arguments[INPUTS:])
+    with on_device_of(inputs.q), without_autocast(inputs.q), torch.no_grad():
+        out, saved = core.forward(inputs, settings, ranks)
+    return out, *saved
+
+
+def attention_backward(grad: Tensor, *arguments: Any, ranks: Ranks | None = None) -> tuple[Tensor | None, ...]:
+    """:class:`InputGradients`, from the gradient of the output (B, N, d).
+
+    ``arguments`` are the fields of :class:`Inputs`, :class:`Settings` and :class:`SavedForBackward`.
+    """
+    inputs, settings = Inputs(*arguments[:INPUTS]), Settings(*arguments[INPUTS:-SAVED])
+    with on_device_of(grad), without_autocast(grad), torch.no_grad():
+        return backward.backward(grad, inputs, settings, SavedForBackward(*arguments[-SAVED:]), ranks)
+
+
+def save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Saves the tensors of ``inputs``, the arguments of :func:`attention_forward`, and all of ``output`` but O."""
+    ctx.save_for_backward(*inputs[:INPUTS], inputs[INPUTS], *output[1:])
+    ctx.settings = inputs[INPUTS + 1 :]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def differentiate_attention(
+    ctx: Any, grad: Tensor | None, *_: Any, ranks: Ranks | None = None
+) -> tuple[Tensor | None, ...]:
+    """A gradient, or None, for each argument of :func:`attention_forward`; grad (B, N, d) or None."""
+    refuse_second_derivative()
+    saved = ctx.saved_tensors
+    inputs, mask, outputs = saved[:INPUTS], saved[INPUTS], saved[INPUTS + 1 :]
+    nothing = (None,) * (1 + len(ctx.settings))
+    if grad is None:
+        return (None,) * INPUTS + nothing
+    function: Callable[..., tuple[Tensor | None, ...]] = torch.ops.dydila_kernels.attention_backward
+    if ranks is not None or can_bypass_dispatcher(grad):
+        function = partial(attention_backward, ranks=ranks)
+    found = function(grad, *inputs, mask, *ctx.settings, *outputs)
+    routers = (Inputs._fields.index("kernel_routers"), Inputs._fields.index("differential_routers"))
+    trained = ctx.settings[-1]
+    found = tuple(
+        None if t is None or (i in routers and not trained) else g
+        for i, (t, g) in enumerate(zip(inputs, found, strict=True))
+    )
+    return found + nothing
+
+
+class Attention(torch.autograd.Function):
+    """What the dispatcher does with the operator ``attention``, without the dispatcher."""
+
+    forward = staticmethod(attention_forward)
+    setup_context = staticmethod(save_attention)
+    backward = staticmethod(differentiate_attention)  # type: ignore[assignment]
+
+
+class AttentionOverRanks(torch.autograd.Function):
+    """As :class:`Attention`, with tokens on several ranks, which no operator knows of."""
+
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, *arguments: Any) -> tuple[Tensor, ...]:
+        output = attention_over_ranks(ranks, *arguments)
+        ctx.ranks = ranks
+        save_attention(ctx, arguments, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        return None, *differentiate_attention(ctx, grad, ranks=ctx.ranks)
+
+
+# Routed projection ----------------------------------------------------------------------------------------------------
+
+
+def route_forward(x: Tensor, routers: Sequence[Tensor]) -> Tensor:
+    """x (B, N, d), one or two routers (d, n_P) -> (routers, B, N) int8."""
+    with on_device_of(x), without_autocast(x), torch.no_grad():
+        return projection.route(x, routers)
+
+
+def projection_forward(x: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x (B, N, d), weight (n_P, d, e), index (B, N) int8 -> (B, N, e) and the :class:`Plan`."""
+    with on_device_of(x), without_autocast(x), torch.no_grad():
+        plan = projection.plan(index, len(weight))
+        return projection.project(x, weight, plan), *plan
+
+
+def projection_backward(grad: Tensor, x: Tensor, weight: Tensor, order: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of x and weight, from that of the output (B, N, e) and the plan."""
+    with on_device_of(x), without_autocast(x), torch.no_grad():
+        plan = projection.Plan(order, ends)
+        dx = projection.project_input_gradient(grad, weight, plan)
+        return dx, projection.project_weight_gradient(x, grad, plan, weight.dtype)
+
+
+def save_projection(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    """Saves x, weight and the plan."""
+    ctx.save_for_backward(*inputs[:2], *output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def differentiate_projection(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    """A gradient, or None, for each argument of :func:`projection_forward`; grad (B, N, e) or None."""
+    refuse_second_derivative()
+    if grad is None:
+        return None, None, None
+    function: Callable[..., tuple[Tensor, Tensor]] = torch.ops.dydila_kernels.projection_backward
+    if can_bypass_dispatcher(grad):
+        function = projection_backward
+    return *function(grad, *ctx.saved_tensors), None
+
+
+class RoutedProjection(torch.autograd.Function):
+    """What the dispatcher does with the operator ``projection``, without the dispatcher."""
+
+    forward = staticmethod(projection_forward)
+    setup_context = staticmethod(save_projection)
+    backward = staticmethod(differentiate_projection)

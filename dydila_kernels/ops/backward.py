@@ -1,0 +1,188 @@
+"""The backward pass of :mod:`dydila_kernels.ops.core`: from the gradient of the output to those of all inputs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dydila_kernels.ops import core, depthwise, gemm
+from dydila_kernels.ops.arguments import Denominator, Source, contiguous_channels
+from dydila_kernels.ops.context import LaunchContext, QKOperand
+from dydila_kernels.ops.core import Inputs, SavedForBackward, Settings, zero_where_masked
+from dydila_kernels.ops.gradients import TableGradients, denominator_gradient, gradients, source_of
+from dydila_kernels.ops.linear_attention import correlation, state
+from dydila_kernels.ops.straight_through import straight_through_gradients
+from dydila_kernels.ops.tokens import tokens
+from dydila_kernels.types import Ranks
+
+
+class InputGradients(NamedTuple):
+    """Of each of :class:`Inputs`, in its dtype; None where there is no such input."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_redundant: Tensor | None
+    k_redundant: Tensor | None
+    gamma: Tensor
+    lam: Tensor | None
+    kernel_routers: Tensor | None
+    differential_routers: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+Pair = tuple[Tensor, Tensor | None]
+"""Gradients of tokens and redundancy, (B, N, d)."""
+SideTables = tuple[TableGradients, TableGradients]
+"""Of queries and keys."""
+
+
+class Product(NamedTuple):
+    """What the gradients of a product of queries, keys and values need: v and the incoming gradient (B, N, d)."""
+
+    context: LaunchContext
+    settings: Settings
+    saved: SavedForBackward
+    v: Tensor
+    grad: Tensor
+
+
+def backward(
+    grad: Tensor, inputs: Inputs, settings: Settings, saved: SavedForBackward, ranks: Ranks | None = None
+) -> InputGradients:
+    """The gradients, from that of the output (B, N, d)."""
+    if core.working_dtype(inputs, settings) != inputs.q.dtype:
+        wide = core.widened(inputs, settings)
+        found = backward(grad.to(wide.q.dtype), wide, settings, saved, ranks)
+        narrow = [None if t is None else t.to(inputs.q.dtype) for t in found[:5]]
+        return InputGradients(*narrow, *found[5:])  # type: ignore[arg-type,call-arg]
+    context = core.context_of(inputs, settings, ranks)
+    q, k = core.operands_of(context, inputs, settings, saved)
+    grad, v = contiguous_channels(grad), contiguous_channels(inputs.v)
+    dq, dk, dv, dq_redundant, dk_redundant = (
+        None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs[:5]
+    )
+    assert dq is not None and dk is not None and dv is not None
+    backward_of = fused_backward if core.is_fused(context.dim, context.heads) else gemm_backward
+    shaped = saved._replace(states=core.states_of(context, saved, settings))
+    whole, weight = Product(context, settings, shaped, v, grad), inputs.weight
+    if settings.differential == "map":
+        assert dq_redundant is not None and dk_redundant is not None
+        (q1, q2), (k1, k2) = q.branches(), k.branches()
+        # The second branch first: it is the one to find the gradient of lambda, and of the logits of its router.
+        second = backward_of(whole, 1, q2, k2, (dq_redundant, None), (dk_redundant, None), dv)
+        first = backward_of(
+            whole, 0, q1, k1, (dq, None), (dk, None), dv, add=True, weight=weight,
+            differential_logits=second[0].differential_logits,
+        )  # fmt: skip
+        tables = [first, second]
+    else:
+        tables = [backward_of(whole, 0, q, k, (dq, dq_redundant), (dk, dk_redundant), dv, weight=weight)]
+
+    dgamma = torch.stack([side.gamma for pair in tables for side in pair]).sum(0)
+    dlams = [side.lam for pair in tables for side in pair if side.lam is not None]
+    dlam = None if inputs.lam is None else torch.stack(dlams).sum(0).to(inputs.lam.dtype)
+    routers = router_gradients(context, (q, k), tables, inputs) if settings.straight_through else (None, None)
+    dweight = dbias = None
+    if weight is not None:
+        dweight, dbias = depthwise.depthwise_weight_gradient(v, grad, context.geometry, context.mask)
+        dweight, dbias = dweight.t().contiguous(), dbias.clone()  # neither a view, as an operator must return them
+    return InputGradients(
+        dq, dk, dv, dq_redundant, dk_redundant, dgamma.to(inputs.gamma.dtype), dlam, routers[0], routers[1], dweight,
+        None if inputs.bias is None else dbias,
+    )  # fmt: skip
+
+
+def fused_backward(
+    whole: Product, i: int, q: QKOperand, k: QKOperand, dq: Pair, dk: Pair, dv: Tensor, *, add: bool = False,
+    weight: Tensor | None = None, differential_logits: Tensor | None = None,
+) -> SideTables:  # fmt: skip
+    """Both sides of product i: writes dq and dk, writes or ``add``s to dv.
+
+    ``weight`` (9, d): that of the convolution; ``differential_logits`` (T, n_D): their gradients where they are known.
+    """
+    context, settings, saved, v, grad = whole
+    means, inverse = saved.denominator(i, settings)
+    source, denominator = source_of(context, x=grad, matrix=saved.states[i]), Denominator(means, inverse)
+    if settings.has_denominator:
+        denominator = denominator._replace(weights=denominator_gradient(context, q, source, denominator))
+    total, dmeans = state(
+        context, q, grad, inverse=denominator.inverse, sums=settings.has_denominator, weights=denominator.weights
+    )
+    context.sum_over_ranks(total, dmeans)
+    queries = side_gradients(context, q, source, denominator, dq, differential_logits=differential_logits)
+    source = source_of(context, x=v, matrix=total.to(context.dtype))
+    keys = side_gradients(context, k, source, Denominator(dmeans), dk, dv=dv, add=add, grad=grad, weight=weight)
+    return queries, keys
+
+
+def gemm_backward(
+    whole: Product, i: int, q: QKOperand, k: QKOperand, dq: Pair, dk: Pair, dv: Tensor, *, add: bool = False,
+    weight: Tensor | None = None, differential_logits: Tensor | None = None,
+) -> SideTables:  # fmt: skip
+    """As :func:`fused_backward`.  Until they are known, dq and dk have room for Qh and Kh and for their gradients."""
+    context, settings, saved, v, grad = whole
+    natural = context.output_scale * context.fp16_prescale
+    means, inverse = saved.denominator(i, settings)
+    tokens(context, q, decide=False, out=dq[0], means=means, inverse=inverse)
+    tokens(context, k, decide=False, out=dk[0])
+    values, incoming = zero_where_masked(context, v), zero_where_masked(context, grad)
+    if context.by_scores:
+        dq_hat, dk_hat = (torch.empty_like(z) if other is None else other for z, other in (dq, dk))
+        gemm.scores_gradient(context, dq[0], dk[0], values, incoming, dq_hat, dk_hat, dv, natural, add)
+    else:
+        dq_hat, dk_hat = dq[0], dk[0]
+        dstate = torch.empty_like(saved.states[i])
+        gemm.state(context, dq_hat, incoming, dstate)
+        context.sum_over_ranks(dstate)
+        gemm.readout(context, dq_hat, incoming, saved.states[i], transposed=True, scale=natural)
+        gemm.readout(context, dv, dk_hat, dstate, scale=context.output_scale, add=add)
+        gemm.readout(context, dk_hat, values, dstate, transposed=True, scale=natural)
+    if weight is not None:
+        depthwise.depthwise_input_gradient(dv, grad, weight.t(), context.geometry, context.mask)
+    source, denominator, dmeans = source_of(context, given=dq_hat), Denominator(means, inverse), None
+    if settings.has_denominator:
+        denominator = denominator._replace(weights=denominator_gradient(context, q, source, denominator))
+        dmeans = tokens(context, q, decide=False, sums=True, weights=denominator.weights)
+        context.sum_over_ranks(dmeans)
+    queries = side_gradients(context, q, source, denominator, dq, differential_logits=differential_logits)
+    return queries, side_gradients(context, k, source_of(context, given=dk_hat), Denominator(dmeans), dk)
+
+
+def side_gradients(
+    context: LaunchContext, side: QKOperand, source: Source, denominator: Denominator, dz: Pair, *,
+    dv: Tensor | None = None, add: bool = False, grad: Tensor | None = None, weight: Tensor | None = None,
+    differential_logits: Tensor | None = None,
+) -> TableGradients:  # fmt: skip
+    """Of one side, by the kernel that its routers need."""
+    if side.slopes is None:
+        return gradients(context, side, source, denominator, *dz, dv=dv, add=add, grad=grad, weight=weight)
+    return straight_through_gradients(
+        context, side, source, denominator, *dz, dv=dv, add=add, grad=grad, weight=weight,
+        differential_logits=differential_logits,
+    )  # fmt: skip
+
+
+def router_gradients(
+    context: LaunchContext, sides: tuple[QKOperand, QKOperand], tables: list[SideTables], inputs: Inputs
+) -> tuple[Tensor, Tensor | None]:
+    """Straight through: those of the kernel routers and of the differential routers, from those of their logits."""
+    # Dense whatever the strides of the routers, as the operator's fake says.
+    dkernel, ddifferential = (
+        None if t is None else torch.zeros_like(t, memory_format=torch.contiguous_format)
+        for t in (inputs.kernel_routers, inputs.differential_routers)
+    )
+    assert dkernel is not None
+    for i, side in enumerate(sides):
+        branches = [side] if side.redundant is None else side.branches()
+        branches = [branch._replace(lam_index=None) for branch in branches]
+        logits = torch.cat([pair[i].logits for pair in tables])  # type: ignore[misc]
+        for b, branch in enumerate(branches):
+            dkernel[2 * b + i] = correlation(context, branch, logits[b], raw=True)
+        routed = tables[-1][i].differential_logits
+        if routed is not None and ddifferential is not None:
+            ddifferential[i] = torch.cat([correlation(context, branch, routed, raw=False) for branch in branches])
+    return dkernel, ddifferential

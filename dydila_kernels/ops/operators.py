@@ -1,0 +1,162 @@
+"""The kernels as operators of torch: ``torch.ops.dydila_kernels.*``, with shapes for tracing and with gradients.
+
+    attention               Eqs. 5-9 (or 10)        :mod:`dydila_kernels.ops.core`
+    attention_backward
+    route                   Eq. 1, for both routers :mod:`dydila_kernels.ops.projection`
+    projection              Eq. 2
+    projection_backward
+
+``torch.compile`` and ``torch.export`` see these.  An eager call bypasses the dispatcher, which would cost more than a
+small kernel takes, to the same functions.
+
+Meta tensors go through the operators too, for shapes.  ``torch.utils.flop_counter.FlopCounterMode`` counts by the
+formulas of :mod:`dydila_kernels.ops.flops`; a counter learns them when it is made, so import this module before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from dydila_kernels.ops import autograd, core, flops
+from dydila_kernels.ops.autograd import INPUTS, SAVED, can_bypass_dispatcher
+from dydila_kernels.ops.core import Inputs, SavedForBackward, Settings
+from dydila_kernels.types import Ranks, decision_names
+
+_ATTENTION = """Tensor q, Tensor k, Tensor v, Tensor? q_redundant, Tensor? k_redundant, Tensor gamma, Tensor? lam,
+    Tensor kernel_routers, Tensor? differential_routers, Tensor? weight, Tensor? bias"""
+_SETTINGS = """Tensor? mask, SymInt[]? cu_seqlens, SymInt[] grids, int num_heads, str normalization, str differential,
+    bool straight_through"""
+_TENSORS = ", ".join(["Tensor"] * SAVED)
+_GRADIENTS = ", ".join(["Tensor"] * INPUTS)
+
+
+def or_empty(like: Tensor, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """Operators return tensors: an empty one stands for None."""
+    return tuple(like.new_empty(0) if t is None else t for t in tensors)
+
+
+# Attention ------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "dydila_kernels::attention", mutates_args=(), schema=f"({_ATTENTION}, {_SETTINGS}) -> (Tensor, {_TENSORS})"
+)
+def attention_op(*arguments: Any) -> tuple[Tensor, ...]:
+    """See :func:`autograd.attention_forward`."""
+    return autograd.attention_forward(*arguments)
+
+
+@torch.library.custom_op(
+    "dydila_kernels::attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, {_ATTENTION}, {_SETTINGS}, "
+    f"{', '.join(f'Tensor {name}' for name in SavedForBackward._fields)}) -> ({_GRADIENTS})",
+)
+def attention_backward_op(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """See :func:`autograd.attention_backward`."""
+    return or_empty(grad, autograd.attention_backward(grad, *arguments))
+
+
+@attention_op.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, settings = Inputs(*arguments[:INPUTS]), Settings(*arguments[INPUTS:])
+    return inputs.q.new_empty(inputs.q.shape), *core.empty_saved(inputs, settings)
+
+
+@attention_backward_op.register_fake
+def _(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    inputs, settings = Inputs(*arguments[:INPUTS]), Settings(*arguments[INPUTS:-SAVED])
+    wanted = [t if settings.straight_through or "routers" not in name else None for name, t in inputs._asdict().items()]
+    return or_empty(grad, [None if t is None else t.new_empty(t.shape) for t in wanted])
+
+
+torch.library.register_autograd(
+    "dydila_kernels::attention", autograd.differentiate_attention, setup_context=autograd.save_attention
+)
+
+
+def attention(inputs: Inputs, settings: Settings, ranks: Ranks | None = None) -> Tensor:
+    """Eqs. 5-9 (or 10) for validated arguments: (B, N, d), contiguous."""
+    if ranks is not None:
+        return autograd.AttentionOverRanks.apply(ranks, *inputs, *settings)[0]
+    if can_bypass_dispatcher(inputs.q):
+        return autograd.Attention.apply(*inputs, *settings)[0]
+    return attention_op(*inputs, *settings)[0]
+
+
+def decisions(inputs: Inputs, settings: Settings) -> dict[str, Tensor]:
+    """The decisions of :func:`attention`, (B, N) int8 each, named as in :class:`dydila_kernels.Routing`."""
+    function: Callable[..., tuple[Tensor, ...]] = attention_op
+    if can_bypass_dispatcher(inputs.q):
+        function = autograd.attention_forward
+    indices = SavedForBackward(*function(*inputs, *settings)[1:]).indices.unflatten(-1, inputs.q.shape[:2])
+    # Of each side, the branches in the order of the rows, then lambda.
+    rows = {
+        name: (side, row)
+        for row, kind in enumerate(("measure_{}", "measure_{}_redundant", "differential_{}"))
+        for side, name in enumerate((kind.format("q"), kind.format("k")))
+    }
+    return {name: indices[rows[name]] for name in decision_names(settings.differential)}
+
+
+# Routed projection ----------------------------------------------------------------------------------------------------
+
+route_op = torch.library.custom_op(
+    "dydila_kernels::route",
+    autograd.route_forward,
+    mutates_args=(),
+    schema="(Tensor x, Tensor[] routers) -> Tensor",
+)
+projection_op = torch.library.custom_op(
+    "dydila_kernels::projection",
+    autograd.projection_forward,
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor index) -> (Tensor, Tensor, Tensor)",
+)
+projection_backward_op = torch.library.custom_op(
+    "dydila_kernels::projection_backward",
+    autograd.projection_backward,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor weight, Tensor order, Tensor ends) -> (Tensor, Tensor)",
+)
+
+
+@route_op.register_fake
+def _(x: Tensor, routers: Sequence[Tensor]) -> Tensor:
+    return x.new_empty((len(routers), *x.shape[:2]), dtype=torch.int8)
+
+
+@projection_op.register_fake
+def _(x: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    order = index.new_empty(index.numel(), dtype=torch.int32)
+    return x.new_empty((*x.shape[:2], weight.shape[2])), order, index.new_empty(len(weight), dtype=torch.int32)
+
+
+@projection_backward_op.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, order: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+torch.library.register_autograd(
+    "dydila_kernels::projection", autograd.differentiate_projection, setup_context=autograd.save_projection
+)
+
+
+def route(x: Tensor, routers: Sequence[Tensor]) -> Tensor:
+    """Eq. 1 for one or two routers (d, n_P): (routers, B, N) int8."""
+    return (autograd.route_forward if can_bypass_dispatcher(x) else route_op)(x, routers)
+
+
+def project(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    """Eq. 2: x (B, N, d), weight (n_P, d, e), index (B, N) int8 -> (B, N, e), contiguous."""
+    function = autograd.RoutedProjection.apply if can_bypass_dispatcher(x) else projection_op
+    return function(x, weight, index)[0]
+
+
+for _name, _formula in flops.FORMULAS.items():
+    register_flop_formula(getattr(torch.ops.dydila_kernels, _name))(_formula)

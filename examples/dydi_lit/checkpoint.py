@@ -106,6 +106,9 @@ def read_losses(folder: Path) -> list[float]:
 def read_state(folder: Path) -> State:
     """What resuming needs beside the averaged weights; CheckpointError names the file that is missing or damaged."""
     weights, moments = (_read_tensors(folder / "state" / f"{name}.safetensors") for name in ("weights", "moments"))
+    for file, tensors in (("weights", weights), ("moments", moments)):
+        if name := first_not_finite(tensors):
+            raise CheckpointError(f"cannot resume: {folder / 'state' / file}.safetensors is not all finite, in {name}")
     return State(weights, moments, _read_json(folder, "state/counters.json", dict))
 
 
@@ -126,9 +129,16 @@ def load_network(folder: Path) -> DiffusionTransformer:
         with torch.device("meta"):  # so that nothing is allocated for sizes that the file does not have
             model = DiffusionTransformer(config)
         model.load_state_dict({name: t.float() for name, t in weights.items()}, assign=True)
+        if name := first_not_finite(weights):
+            raise ValueError(f"{name} is not all finite")
     except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"cannot load {folder / 'model.safetensors'} with its config.json: {error}") from error
     return model.eval()
+
+
+def first_not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """The name of the first tensor with an entry that is infinite or not a number; None where there is none."""
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ from examples.dydi_lit.batches import Batch, RandomisedData, Share, StepSampler,
 from examples.dydi_lit.checkpoint import (
     CheckpointError,
     State,
+    first_not_finite,
     load_ema_model,
     plain_errors,
     read_losses,
@@ -44,7 +45,7 @@ from examples.dydi_lit.diffusion import GaussianDiffusion, Losses
 from examples.dydi_lit.model import DiffusionTransformer
 from examples.dydi_lit.parallel import gather_moments, gather_weights, parallelise, processes, restore_moments, whole
 from examples.dydi_lit.plots import save_loss_curve
-from examples.dydi_lit.recorder import Diverged, Recorder
+from examples.dydi_lit.recorder import Diverged, Recorder, diverged
 from examples.dydi_lit.settings import SettingsError, TrainConfig, check_settings, from_json, refuse_changes, to_json
 
 
@@ -60,7 +61,8 @@ def train(config: TrainConfig) -> Path:
     """Trains to `config.steps` and returns the checkpoint's folder.
 
     Raises SettingsError, DataError, or CheckpointError where `config.resume` does not fit, all before any work is
-    done; Interrupted, after saving, on SIGINT or SIGTERM; and Diverged where the loss is not finite.
+    done; Interrupted, after saving, on SIGINT or SIGTERM; and Diverged, with the last checkpoint left as it was, where
+    a loss, gradient or weight is not finite.
     """
     check_settings(config)
     accelerator = accelerator_of(config)
@@ -170,11 +172,17 @@ class Run:
         return norm
 
     def save(self) -> None:
-        """Writes the checkpoint and, where it is due, a copy to keep; for all processes at once."""
+        """Writes the checkpoint and, where it is due, a copy to keep; for all processes at once.
+
+        Raises Diverged, before anything is written, where it would not be finite.
+        """
         optimizer, scaler = self.optimizer.optimizer, self.accelerator.scaler
         averaged = gather_weights(self.average.module)
         counters = {"schedule": self.rates.state_dict(), "loss_scale": scaler.state_dict() if scaler else None}
         state = State(gather_weights(self.network), gather_moments(self.network, optimizer), counters)
+        for kind, tensors in (("weights", state.weights), ("averages", averaged), ("moments", state.moments)):
+            if name := first_not_finite(tensors):
+                raise diverged(f"after step {len(self.losses)} the {kind} of {name} are not all finite")
         if self.accelerator.is_main_process:
             with torch.device("meta"):
                 model = DiffusionTransformer(self.model_config)

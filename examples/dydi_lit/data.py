@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -30,6 +30,7 @@ _LARGEST_PIXEL = 16
 _HELD_OUT_SHARE = 0.2
 _SPLIT_SEED = 0  # fixed: every run, whatever its own seed, is scored on the same held-out digits
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+_SCALED_TO_16_BITS = {"PNG", "PPM"}  # formats whose samples of more than 8 bits Pillow scales to 16, in mode "I"
 _LAYOUT = "expected one sub-folder per class with images in it, as in ImageNet: FOLDER/n01440764/n01440764_18.JPEG"
 
 
@@ -241,8 +242,10 @@ def find_images(folder: Path) -> list[str]:
 def read_image(file: Path, size: int | None) -> Tensor:
     """The picture in `file` as (3, size, size) uint8, cropped and scaled; as (3, height, width) where size is None.
 
-    Grey, palette, CMYK and transparent pictures become RGB, without alpha; of several frames the first one counts.
-    EXIF orientation is ignored, as by the pipelines that ImageNet's published figures come from. Raises DataError.
+    Grey, palette, CMYK and transparent pictures become RGB, without alpha; of several frames the first one counts. Of
+    samples of 9 to 16 bits the upper eight count; longer, signed and floating-point ones have no range that all agree
+    on, and are refused. EXIF orientation is ignored, as by the pipelines that ImageNet's published figures come from.
+    Raises DataError.
     """
     try:
         with Image.open(file) as stored:
@@ -253,8 +256,18 @@ def read_image(file: Path, size: int | None) -> Tensor:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # Pillow would clip the 16 bits instead of scaling them
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    tags: Any = getattr(image, "tag_v2", {})  # of a TIFF
+    signed = set(tags.get(TiffImagePlugin.SAMPLEFORMAT, ())) & {2, 3}  # 3 is floating point
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SCALED_TO_16_BITS):
+        (bits, *_) = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))
+        grey = np.asarray(image) >> (bits - 8)  # Pillow would clip instead
+        if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # white is zero
+            grey = 255 - grey
+        image = Image.fromarray(grey.astype(np.uint8))
+    elif signed or image.mode in ("I", "F"):
+        raise ValueError(
+            "samples that are signed, floating-point or of 32 bits have no known range: store 8 or 16 bits"
+        )
     if "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")

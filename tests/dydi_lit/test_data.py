@@ -1,6 +1,7 @@
 """Training images: the digits, and folders of images good and bad."""
 
 import pickle
+import struct
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -161,6 +162,42 @@ def test_transparency_and_sixteen_bits(tmp_path: Path) -> None:
     levels = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
     Image.fromarray(levels).save(tmp_path / "deep.png")
     assert np.array_equal(read_image(tmp_path / "deep.png", None)[1], levels // 256)
+
+
+def tiff(samples: np.ndarray, white_is_zero: bool = False) -> bytes:
+    """A TIFF of one row of grey samples, or packed 12 bit ones where their type is of bytes in threes."""
+    kinds = {"u": 1, "i": 2, "f": 3}
+    packed = samples.dtype == "V3"
+    bits, kind = (12, 1) if packed else (8 * samples.itemsize, kinds[samples.dtype.kind])
+    tags = {256: len(samples) * (2 if packed else 1), 257: 1, 258: bits, 259: 1, 262: 0 if white_is_zero else 1}
+    tags |= {273: 8 + 2 + 12 * 10 + 4, 277: 1, 278: 1, 279: samples.nbytes, 339: kind}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4) + samples.tobytes()
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        (b"P5 4 1 65535\n" + np.array([0, 256, 32768, 65535], ">u2").tobytes(), [0, 1, 128, 255]),
+        (b"P5 4 1 4095\n" + np.array([0, 16, 2048, 4095], ">u2").tobytes(), [0, 1, 128, 255]),
+        (b"P2 4 1 1023\n0 4 512 1023\n", [0, 1, 128, 255]),
+        (tiff(np.array([0, 256, 32768, 65535], "<u2")), [0, 1, 128, 255]),
+        (tiff(np.array([65535, 32768, 0], "<u2"), white_is_zero=True), [0, 127, 255]),
+        (tiff(np.array([b"\x00\x00\x10", b"\x80\x0f\xff"], "V3")), [0, 1, 128, 255]),
+    ],
+    ids=["16 bit PGM", "12 bit PGM", "10 bit PGM", "16 bit TIFF", "white is zero", "12 bit TIFF"],
+)
+def test_more_than_eight_bits_are_scaled(tmp_path: Path, content: bytes, expected: list[int]) -> None:
+    (tmp_path / "deep.tiff").write_bytes(content)
+    image = read_image(tmp_path / "deep.tiff", None)
+    assert image[:, 0].tolist() == [expected] * 3
+
+
+@pytest.mark.parametrize("dtype", ["<u4", "<i4", "<i2", "<i1", "<f4"])
+def test_samples_without_a_known_range_are_refused(tmp_path: Path, dtype: str) -> None:
+    (tmp_path / "picture.tiff").write_bytes(tiff(np.array([0, 1, 1], dtype)))
+    with pytest.raises(DataError, match=r"picture\.tiff: ValueError: samples .* no known range: store 8 or 16 bits"):
+        read_image(tmp_path / "picture.tiff", None)
 
 
 def test_exif_orientation_is_ignored(tmp_path: Path) -> None:

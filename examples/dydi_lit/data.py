@@ -158,8 +158,8 @@ class FolderData(ImageData):
     """One sub-folder per class; labels follow the sorted names of the sub-folders. Items are (3, size, size) uint8.
 
     Files in folders below a class folder belong to the class; hidden files and other suffixes than an image's are
-    passed over. Raises DataError where there are no classes, a class without images, or, under "refuse", files that
-    cannot be read.
+    passed over. Raises DataError where there are no classes, a class without images, a folder that links lead to twice,
+    or, under "refuse", files that cannot be read.
     """
 
     kind: DataKind = "images"
@@ -170,7 +170,8 @@ class FolderData(ImageData):
             raise DataError(f"the image size must be at least 1 pixel; got {image_size}")
         self.folder, self.size, self.corrupt = folder, image_size, corrupt
         self.class_names = _class_folders(folder, classes)
-        files = {name: find_images(folder / name) for name in self.class_names}
+        seen = {(status.st_dev, status.st_ino): folder for status in [folder.stat()]}
+        files = {name: find_images(folder / name, seen) for name in self.class_names}
         if empty := [name for name, found in files.items() if not found]:
             raise DataError(f"no images in these class folders of {folder}: {', '.join(empty)}; {_LAYOUT}")
         self.labels = np.repeat(np.arange(len(files)), [len(found) for found in files.values()])
@@ -225,18 +226,27 @@ class FolderData(ImageData):
             raise DataError(f"{len(found)} of {len(self)} images cannot be read: {'; '.join(found)}")
 
 
-def find_images(folder: Path) -> list[str]:
+def find_images(folder: Path, seen: dict[tuple[int, int], Path] | None = None) -> list[str]:
     """The image files in `folder` and below, by suffix, sorted: their names relative to it, with slashes.
 
-    Hidden files and folders are left out.
+    Links to folders are followed; hidden files and folders are left out. DataError where a folder cannot be read, or
+    is met twice, by a link, which would count its images again: as one of `seen`, by device and inode, to which the
+    folders met here are added.
     """
-    found = []
-    for root, folders, files in os.walk(folder, followlinks=True):
+    found, seen = [], {} if seen is None else seen
+    for root, folders, files in os.walk(folder, onerror=_refuse_folder, followlinks=True):
+        status = os.stat(root)
+        if (first := seen.setdefault((status.st_dev, status.st_ino), Path(root))) != Path(root):
+            raise DataError(f"{root} is a link to {first}, whose images would count twice: remove one of them")
         folders[:] = [name for name in folders if not name.startswith(".")]
         below = Path(root).relative_to(folder).as_posix()
         names = [name for name in files if os.path.splitext(name)[1].lower() in _SUFFIXES and not name.startswith(".")]
         found += names if below == "." else [f"{below}/{name}" for name in names]
     return sorted(found)
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise DataError(f"cannot read the folder {error.filename}: {error.strerror}")
 
 
 def read_image(file: Path, size: int | None) -> Tensor:

@@ -1,10 +1,13 @@
 """Training images: the digits, and folders of images good and bad."""
 
+import errno
+import os
 import pickle
 import struct
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -281,6 +284,42 @@ def test_wrong_folders_say_what_was_expected(folder: Path, tmp_path: Path) -> No
         FolderData(folder / "ant" / "deep", 8)
     (folder / "empty").mkdir()
     with pytest.raises(DataError, match=r"no images in these class folders of .*: empty; expected"):
+        FolderData(folder, 8)
+
+
+@pytest.mark.parametrize(
+    "link, target",
+    [
+        ("cat/loop", "cat"), ("cat/loop", "."), ("ant/deep/loop", "ant"), ("ant/loop", "ant/deep"), ("fox", "cat"),
+        ("cat/ants", "ant"), ("fox", "."),
+    ],
+)  # fmt: skip
+def test_links_that_lead_to_a_folder_twice_are_refused(folder: Path, link: str, target: str) -> None:
+    """Into itself, to the class, to all classes, and to another class, whose images would have two labels."""
+    (folder / link).symlink_to(folder / target)
+    with pytest.raises(DataError, match=r"is a link to .*, whose images would count twice: remove one of them"):
+        FolderData(folder, 8)
+
+
+def test_links_to_folders_elsewhere_are_followed(folder: Path, tmp_path: Path) -> None:
+    (folder / "ant" / "deep").rename(tmp_path / "elsewhere")
+    (folder / "ant" / "deep").symlink_to(tmp_path / "elsewhere")
+    assert find_images(folder / "ant") == ["1.jpg", "2.png", "deep/0.png"]
+    (folder / "ant" / "deep" / "loop").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="count twice"):
+        find_images(folder / "ant")
+
+
+def test_a_folder_that_cannot_be_read_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan = os.scandir
+
+    def refuse(path: str) -> Any:
+        if str(path).endswith("deep"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"cannot read the folder .*deep: Permission denied"):
         FolderData(folder, 8)
 
 

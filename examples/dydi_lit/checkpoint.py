@@ -60,8 +60,10 @@ def save_checkpoint(
 ) -> None:
     """Writes beside `folder` and swaps at the end: a crash while writing leaves the checkpoint from before.
 
-    `training` is the content of training.json. One process calls this, that of rank 0.
+    Where `folder` is a link, this is so of what it leads to. `training` is the content of training.json. One process
+    calls this, that of rank 0.
     """
+    folder = folder.resolve()
     partial, previous = _beside(folder, "partial"), _beside(folder, "previous")
     shutil.rmtree(partial, ignore_errors=True)
     averaged.save_pretrained(partial, model_card_kwargs=card_kwargs(training))
@@ -163,7 +165,7 @@ def _read_json(folder: Path, name: str, kind: type) -> Any:
 
 def _not_there(folder: Path, name: str) -> str:
     message = f"no checkpoint at {folder}: there is no {folder / name}"
-    previous = _beside(folder, "previous")
+    previous = _beside(folder.resolve(), "previous")
     return f"{message}; a run killed while saving left {previous}, which is whole" if previous.exists() else message
 
 

@@ -17,7 +17,7 @@ from PIL import Image, TiffImagePlugin
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset, get_worker_info
 from tqdm import tqdm
 
 DataKind = Literal["digits", "images", "latents"]
@@ -31,6 +31,7 @@ _HELD_OUT_SHARE = 0.2
 _SPLIT_SEED = 0  # fixed: every run, whatever its own seed, is scored on the same held-out digits
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _SCALED_TO_16_BITS = {"PNG", "PPM"}  # formats whose samples of more than 8 bits Pillow scales to 16, in mode "I"
+_LONGEST = 16  # longer side over the shorter one, in what is scaled to a square
 _LAYOUT = "expected one sub-folder per class with images in it, as in ImageNet: FOLDER/n01440764/n01440764_18.JPEG"
 
 
@@ -67,6 +68,9 @@ class ImageData(Dataset[tuple[Tensor, int]], ABC):
 
         flip (B,) bool mirrors an image left to right; noise is standard normal, float32, of the result's shape.
         """
+
+    def warn(self) -> None:
+        """Warns of what was found unreadable since the last call, by any worker; it is for their parent to call."""
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint records of its data, in JSON's types; other data, or more or fewer images, differ in it."""
@@ -178,6 +182,7 @@ class FolderData(ImageData):
         # Arrays rather than lists: a list of a million names is copied by every worker as its reference counts change.
         self._names = np.array([os.fsencode(f"{name}/{file}") for name, found in files.items() for file in found])
         self._unreadable = torch.zeros(len(self), dtype=torch.bool).share_memory_()  # what one worker found, all know
+        self._warned = torch.zeros(len(self), dtype=torch.bool)
         if corrupt == "refuse":
             self._refuse_unreadable()
 
@@ -192,12 +197,19 @@ class FolderData(ImageData):
             if not self._unreadable[candidate]:
                 try:
                     return read_image(self.file(candidate), self.size), int(self.labels[candidate])
-                except DataError as error:
+                except DataError:
                     if self.corrupt == "refuse":
                         raise
                     self._unreadable[candidate] = True
-                    warnings.warn(f"{error}; the next image takes its place", stacklevel=2)
+                    if get_worker_info() is None:
+                        self.warn()
         raise DataError(f"none of the {len(self)} images in {self.folder} can be read")
+
+    def warn(self) -> None:
+        found = (self._unreadable & ~self._warned).nonzero().flatten().tolist()
+        self._warned[found] = True
+        for index in found:
+            warnings.warn(f"{self._fault(index)}; the next image takes its place", stacklevel=3)
 
     def file(self, index: int) -> Path:
         """The file of image `index`."""
@@ -211,16 +223,17 @@ class FolderData(ImageData):
         images = batch.float() / 127.5 - 1
         return torch.where(flip[:, None, None, None], images.flip(-1), images)
 
-    def _refuse_unreadable(self) -> None:
-        def fault(index: int) -> str | None:
-            try:
-                read_image(self.file(index), self.size)
-            except DataError as error:
-                return str(error)
-            return None
+    def _fault(self, index: int) -> str | None:
+        """What is wrong with image `index`."""
+        try:
+            read_image(self.file(index), self.size)
+        except DataError as error:
+            return str(error)
+        return None
 
+    def _refuse_unreadable(self) -> None:
         with ThreadPool() as pool:  # threads, because Pillow decodes without the interpreter's lock
-            checks = pool.imap(fault, range(len(self)), chunksize=64)
+            checks = pool.imap(self._fault, range(len(self)), chunksize=64)
             faults = list(tqdm(checks, "check", len(self), unit="image"))
         if found := [text for text in faults if text]:
             raise DataError(f"{len(found)} of {len(self)} images cannot be read: {'; '.join(found)}")
@@ -284,7 +297,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's and DiT's crop: halved while twice too large, scaled so that the shorter side fits, centre cut out."""
+    """ADM's and DiT's crop: halved while twice too large, scaled so that the shorter side fits, centre cut out.
+
+    Of very long images the ends are cut off first, so that a line of one pixel is not scaled to gigabytes.
+    """
+    longest = _LONGEST * min(image.size)
+    cut = [max(side - longest, 0) // 2 for side in image.size]  # as much at both ends, so that the middle stays
+    image = image.crop((cut[0], cut[1], image.width - cut[0], image.height - cut[1]))
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)

@@ -76,7 +76,7 @@ def generate(config: GenerateConfig) -> Path:
     state = processes()
     draw = Drawer(config)
     num_classes = draw.data["num_classes"]
-    parts = config.output.with_name(config.output.name + ".parts")
+    parts = config.output.with_name(config.output.name + ".parts").resolve()  # a link cannot be removed as a folder
     settings = settings_of(config, draw)
     if state.is_main_process:
         prepare_parts(parts, settings)

@@ -39,9 +39,14 @@ def save_grid(images: Tensor, path: Path, *, columns: int, titles: Sequence[str]
     axes.imshow(sheet, interpolation="nearest", aspect="auto")
     axes.set(frame_on=False, xticks=[], yticks=[])
     if titles is not None:
-        axes.set_yticks([row * (height + gap) + (height - 1) / 2 for row in range(rows)], titles)
+        axes.set_yticks([row * (height + gap) + (height - 1) / 2 for row in range(rows)], map(legible, titles))
         axes.tick_params(length=0, labelsize=8)
     save(figure, path)
+
+
+def legible(name: str) -> str:
+    """A name as matplotlib can write it: a dollar begins no formula, and bytes that are no UTF-8 are replaced."""
+    return name.encode(errors="surrogateescape").decode(errors="replace").replace("$", r"\$")
 
 
 def as_text(images: Tensor, *, columns: int = 5) -> str:
@@ -64,7 +69,7 @@ def save_loss_curves(runs: dict[str, Sequence[float]], path: Path, *, window: in
     figure = Figure(figsize=(7, 4), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     for number, (name, losses) in enumerate(runs.items()):
-        prefix = f"{name}, " if name else ""
+        prefix = f"{legible(name)}, " if name else ""
         averaged = len(losses) >= window
         axes.semilogy(
             np.arange(1, len(losses) + 1),

@@ -19,7 +19,7 @@ import numpy
 import torch
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, set_seed
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -47,6 +47,8 @@ from examples.dydi_lit.parallel import gather_moments, gather_weights, paralleli
 from examples.dydi_lit.plots import save_loss_curve
 from examples.dydi_lit.recorder import Diverged, Recorder, diverged
 from examples.dydi_lit.settings import SettingsError, TrainConfig, check_settings, from_json, refuse_changes, to_json
+
+_FOREIGN = {DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -216,12 +218,20 @@ class Run:
 def accelerator_of(config: TrainConfig) -> Accelerator:
     """What accelerate finds: the processes and their devices; SettingsError where they cannot compute as asked."""
     try:
-        # Without being told, accelerate takes processes on CPUs for runs of their own.
-        accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.accelerator.is_available())
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            cpu=not torch.accelerator.is_available(),  # untold, it takes processes on CPUs for runs of their own
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the environment's would divide
+        )
     except ValueError as error:
         raise SettingsError(f"mixed_precision = {config.mixed_precision}: {error}") from None
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would compute in float32
         raise SettingsError("mixed_precision = fp16 needs a GPU: choose bf16 or no")
+    if accelerator.distributed_type in _FOREIGN:
+        raise SettingsError(
+            f"accelerate is configured for {accelerator.distributed_type.value}, which would take the place of "
+            "parallel = ddp or fsdp2: switch it off, in its configuration file or environment"
+        )
     return accelerator
 
 

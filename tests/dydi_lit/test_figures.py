@@ -1,6 +1,7 @@
 """Grids, text and curves; what is seen of a model while it draws; the figures of the paper."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -77,6 +78,16 @@ def test_grid_has_titles_and_cuts_values(tmp_path: Path) -> None:
     assert margin > 0 and titled.shape[0] == plain.shape[0]
     assert (titled[:60, : margin - 2] < 128).any()  # letters
     assert (titled[:, 0] == 255).all()  # none is cut off
+
+
+@pytest.mark.parametrize("name", [r"$\frac$", "a $ and a", r"\$ \frac", os.fsdecode(b"caf\xe9"), "_x^{"])
+def test_any_name_can_be_written(name: str, tmp_path: Path) -> None:
+    """Nothing is a formula, and bytes that are no UTF-8 do not stop it."""
+    save_grid(torch.zeros(2, 1, 8, 8), tmp_path / "grid.png", columns=1, titles=[name, name])
+    save_loss_curves({name: [1.0, 2.0], "other": [1.0, 2.0]}, tmp_path / "loss.png")
+    folder = checkpoint(tmp_path / "US$_ and AU$", "dydi-lit", class_names=[name] * 10)
+    config = FiguresConfig(folder, output=tmp_path / "figures", compare=(folder,), per_class=1, steps=1)
+    assert len(figures.draw(config)) == 4
 
 
 @pytest.mark.parametrize(

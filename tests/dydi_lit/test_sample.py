@@ -233,6 +233,14 @@ def test_a_stopped_run_goes_on(digits: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert config.output.read_bytes() == whole and not parts.exists()
 
 
+def test_parts_may_be_a_link(digits: Path, tmp_path: Path) -> None:
+    config = npz_config(digits)
+    (tmp_path / "elsewhere").mkdir()
+    config.output.parent.mkdir()
+    config.output.with_name("samples.npz.parts").symlink_to(tmp_path / "elsewhere")
+    assert generate.generate(config).exists() and not (tmp_path / "elsewhere").exists()
+
+
 def test_parts_of_other_weights_are_refused(digits: Path) -> None:
     config = npz_config(digits)
     parts = config.output.with_name("samples.npz.parts")

@@ -17,8 +17,8 @@ import torch
 
 pytest.importorskip("examples.dydi_lit")
 
-from accelerate.state import AcceleratorState
-from safetensors.torch import load_file, save_file
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from examples.dydi_lit import configs, train
@@ -30,25 +30,12 @@ from examples.dydi_lit.checkpoint import (
     read_state,
     read_training,
 )
-from examples.dydi_lit.diffusion import Losses
-from examples.dydi_lit.recorder import Diverged, Recorder
-from examples.dydi_lit.settings import from_json
+from examples.dydi_lit.settings import SettingsError, from_json
 from examples.dydi_lit.train import Interrupted, TrainConfig
-from tests.dydi_lit.training import FewDigits, interrupt_at, on_call
+from tests.dydi_lit.training import FewDigits, assert_same, interrupt_at, on_call
 
 ROOT = Path(__file__).parents[2]
 CURVES = {"loss", "mse", "variational", "gradient_norm", "learning_rate", "images_per_second"}
-
-
-def assert_same(found: Path, expected: Path) -> None:
-    """Everything in the two checkpoints is equal to the bit."""
-    assert read_losses(found) == read_losses(expected)
-    ours, theirs = read_state(found), read_state(expected)
-    averages = [load_ema_model(folder, fuse=False).state_dict() for folder in (found, expected)]
-    for one, other in ((ours.weights, theirs.weights), (ours.moments, theirs.moments), averages):
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[name], other[name]) for name in one)
-    assert ours.counters == theirs.counters
 
 
 # --- resuming
@@ -308,77 +295,36 @@ def test_archive_keeps_numbered_checkpoints(small: TrainConfig, tmp_path: Path) 
     assert_same(train.train(replace(small, resume=archive, output=tmp_path / "other")), straight)
 
 
-def test_diverged_run_keeps_the_last_checkpoint(small: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = replace(small, save_every=2)
-    on_call(monkeypatch, 4, lambda losses: losses._replace(total=losses.total * float("nan")))
-    with pytest.raises(Diverged, match="the loss of step 4 is nan"):
-        train.train(small)
-    assert read_training(small.output / "checkpoint")["steps_done"] == 2
-    assert all(weight.isfinite().all() for weight in read_state(small.output / "checkpoint").weights.values())
+@pytest.mark.parametrize("there", [True, False])
+def test_a_checkpoint_that_is_a_link(small: TrainConfig, tmp_path: Path, there: bool) -> None:
+    """What it leads to is written, as often as one likes."""
+    elsewhere = tmp_path / "elsewhere"
+    if there:
+        elsewhere.mkdir()
+    small.output.mkdir()
+    (small.output / "checkpoint").symlink_to(elsewhere)
+    straight = train.train(replace(small, output=tmp_path / "straight"))
+    linked = train.train(replace(small, save_every=2))
+    assert linked.is_symlink() and linked.resolve() == elsewhere
+    assert_same(linked, straight)
+    assert not list(tmp_path.glob("elsewhere.*"))
 
 
-@pytest.mark.parametrize("step", [3, 4])
-@pytest.mark.parametrize("clip", [1.0, None])
-def test_a_gradient_that_is_not_finite_is_not_saved(
-    small: TrainConfig, monkeypatch: pytest.MonkeyPatch, step: int, clip: float | None
+@pytest.mark.usefixtures("other_precision")
+def test_the_environment_does_not_scale_gradients(
+    small: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loss is finite still, at a step that saves and at one that does not; the run can go on from before."""
-    straight = train.train(replace(small, gradient_clip=clip))
-    small = replace(small, save_every=2, log_every=2, gradient_clip=clip, output=small.output / "again")
-    with monkeypatch.context() as patch:
-        on_call(patch, step, lambda losses: losses._replace(total=losses.total + 0 * (0 * losses.total).sqrt()))
-        with pytest.raises(Diverged, match=rf"the norm of the gradient of step {step} is nan, with a loss of \d"):
-            train.train(small)
-    checkpoint = small.output / "checkpoint"
-    assert read_training(checkpoint)["steps_done"] == 2
-    assert_same(train.train(replace(small, resume=checkpoint)), straight)
+    straight = train.train(small)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    GradientState._reset_state()
+    assert_same(train.train(replace(small, output=tmp_path / "other")), straight)
+    monkeypatch.delenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+    GradientState._reset_state()
 
 
-def test_the_loss_scale_of_fp16_leaves_out_steps_without_a_finite_gradient(tmp_path: Path) -> None:
-    """There the norm is infinite now and then, while weights stay finite: no reason to end."""
-    losses = Losses(*torch.ones(3))
-    for scaler in (object(), None):
-        accelerator = SimpleNamespace(
-            scaler=scaler, is_main_process=False, reduce=lambda rows, how: rows, device=torch.device("cpu")
-        )
-        recorder = Recorder(accelerator, [], folder=tmp_path, steps=1, batch_size=1)  # type: ignore[arg-type]
-        recorder.add(losses, torch.tensor(float("inf")))
-        if scaler is None:
-            with pytest.raises(Diverged, match="the gradient of step 1 is inf"):
-                recorder.flush(1e-3)
-        else:
-            recorder.flush(1e-3)
-        assert recorder.losses == ([] if scaler is None else [1.0])
-
-
-@pytest.mark.parametrize("part", ["weights", "averages", "moments"])
-def test_what_is_not_finite_is_not_saved(small: TrainConfig, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
-    small, update = replace(small, save_every=2), train.Run.update
-
-    def poisoned(run: train.Run) -> torch.Tensor:
-        norm = update(run)
-        if len(run.losses) == 3:  # the fourth step
-            tensor = {
-                "weights": run.network.output.weight,
-                "averages": run.average.module.output.weight,
-                "moments": run.optimizer.optimizer.state[run.network.output.weight]["exp_avg_sq"],
-            }[part]
-            tensor.data[0, 0] = float("inf")
-        return norm
-
-    monkeypatch.setattr(train.Run, "update", poisoned)
-    with pytest.raises(Diverged, match=rf"after step 4 the {part} of output\.weight\S* are not all finite"):
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
+def test_accelerates_own_sharding_is_refused(small: TrainConfig, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    foreign = SimpleNamespace(distributed_type=DistributedType[kind], device=torch.device("cpu"))
+    monkeypatch.setattr(train, "Accelerator", lambda **options: foreign)
+    with pytest.raises(SettingsError, match=f"accelerate is configured for {kind}"):
         train.train(small)
-    assert read_training(small.output / "checkpoint")["steps_done"] == 2
-
-
-@pytest.mark.parametrize("name", ["model", "state/weights", "state/moments"])
-def test_a_checkpoint_that_is_not_finite_is_refused(small: TrainConfig, name: str) -> None:
-    checkpoint = train.train(replace(small, steps=2))
-    file = checkpoint / f"{name}.safetensors"
-    tensors = load_file(file)
-    key = next(key for key in tensors if key.startswith("output.weight"))
-    tensors[key][..., 0] = float("nan")
-    save_file(tensors, file)
-    with pytest.raises(CheckpointError, match=r"output\.weight"):
-        train.train(replace(small, resume=checkpoint))

@@ -177,9 +177,14 @@ def initialize_as_dit(name: str, module: nn.Module) -> None:
 
 
 def position_embedding(HW: tuple[int, int], dim: int, device: torch.device) -> Tensor:
-    """Sines and cosines of each token's row (first half of the channels) and column; (N, dim) float32, row-major."""
+    """DiT's table: (N, dim) float32, row-major, N = rows x columns.
+
+    With omega_i = 10000^(-4i / dim), i = 0..dim/4 - 1, the channels are sin(column omega), cos(column omega),
+    sin(row omega) and cos(row omega), a quarter each.
+    """
     rows, columns = torch.meshgrid(*(torch.arange(side, device=device) for side in HW), indexing="ij")
-    return torch.cat([get_timestep_embedding(place.flatten(), dim // 2) for place in (rows, columns)], dim=1)
+    halves = [get_timestep_embedding(place.flatten(), dim // 2, downscale_freq_shift=0) for place in (columns, rows)]
+    return torch.cat(halves, dim=1)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -145,8 +145,8 @@ def test_patches_keep_their_place() -> None:
 def test_position_embedding_tells_rows_from_columns() -> None:
     table = position_embedding((3, 5), 16, torch.device("cpu")).unflatten(0, (3, 5))
     assert len(table.flatten(0, 1).unique(dim=0)) == 15
-    assert torch.equal(table[1, :, :8], table[1, :1, :8].expand(5, 8))  # one row, one first half
-    assert torch.equal(table[:, 2, 8:], table[:1, 2, 8:].expand(3, 8))
+    assert torch.equal(table[:, 2, :8], table[:1, 2, :8].expand(3, 8))  # one column, one first half, as in DiT
+    assert torch.equal(table[1, :, 8:], table[1, :1, 8:].expand(5, 8))
 
 
 @pytest.mark.parametrize("model", ["dydi-lit", "sana", "dit"])

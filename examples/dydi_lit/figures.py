@@ -281,9 +281,13 @@ def draw(config: FiguresConfig) -> list[Path]:
     for seen, folder in zip(studies, (config.checkpoint, *config.compare), strict=True):
         if titles.count(seen.title) > 1:
             seen.title += f" ({folder})"
-    first, files = studies[0], [config.output / "loss.png", config.output / "maps.png"]
+    first, files = studies[0], [config.output / "loss.png"]
     save_loss_curves({seen.title: seen.losses for seen in studies}, files[0])
-    save(maps_figure(first, picture(first, config.vae)), files[1])
+    if first.maps:
+        files.append(config.output / "maps.png")
+        save(maps_figure(first, picture(first, config.vae)), files[-1])
+    else:
+        print(f"left out: maps.png ({first.title} has no weight for each token in block {first.block})")
     if "projection_q" in first.usage.counts:
         files.append(config.output / "routing.png")
         save(routing_figure(first), files[-1])

@@ -32,7 +32,7 @@ from examples.dydi_lit.train import TrainConfig, train
 
 COMPARED_WITH: dict[Model, Model] = {
     **dict(zip(LADDER[1:], LADDER, strict=False)),
-    "dit": "sana",
+    **dict.fromkeys(("dit", "pixart-sigma", "edit", "dig", "lit", "moh-dit"), "sana"),  # type: ignore[dict-item]
     "token-differential-denominator": "dynamic-projection",
     "map-differential": "token-differential",
     "increasing-lambda": "token-differential",

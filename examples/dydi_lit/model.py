@@ -1,5 +1,6 @@
-"""One frame for DyDi-LiT, DiT and Sana: DiT's adaLN-Zero blocks around any of the attention layers."""
+"""One frame for DyDi-LiT and its rivals: DiT's adaLN-Zero blocks around any of the attention layers."""
 
+from collections.abc import Callable
 from zlib import crc32
 
 import torch
@@ -11,15 +12,20 @@ from torch.utils.checkpoint import checkpoint
 
 from dydila_kernels import DyDiLAttention
 from examples.dydi_lit.configs import ModelConfig
+from examples.dydi_lit.dig import GatedLinearAttention, IdentityConvolution, SwiGLU
+from examples.dydi_lit.edit import LinearCompressedAttention
 from examples.dydi_lit.layers import GLUMBConv, Mlp, ReLULinearAttention, SoftmaxAttention
+from examples.dydi_lit.lit import ConvolvedLinearAttention
 from examples.dydi_lit.model_card import TEMPLATE
+from examples.dydi_lit.moh_dit import MixtureOfHeads
+from examples.dydi_lit.pixart_sigma import CompressedAttention
 
 
 class Block(nn.Module):
     """One adaLN-Zero block: x += gate * attention(modulate(x)), then the same with the feed-forward.
 
     Shift, scale and gate of both halves are linear in the condition (B, dim). They start at zero, so that a fresh
-    block is the identity.
+    block is the identity. DiG's blocks end with a convolution, which starts as the identity too.
     """
 
     def __init__(self, config: ModelConfig, number: int, seed: int) -> None:
@@ -30,15 +36,18 @@ class Block(nn.Module):
             torch.manual_seed(seed + number)
             self.attention = attention_of(config, number)
         self.norm_ffn = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.ffn = {"mlp": Mlp, "glumbconv": GLUMBConv}[config.feed_forward](dim, int(config.ffn_ratio * dim))
+        kinds: dict[str, Callable[[int, int], nn.Module]] = {"mlp": Mlp, "glumbconv": GLUMBConv, "swiglu": SwiGLU}
+        self.ffn = kinds[config.feed_forward](dim, int(config.ffn_ratio * dim))
         self.modulation = nn.Linear(dim, 6 * dim)
+        self.convolution = IdentityConvolution(dim) if config.block_convolution else None
 
     def forward(self, x: Tensor, condition: Tensor, HW: tuple[int, int]) -> Tensor:
         terms = self.modulation(condition).unsqueeze(1).chunk(6, dim=-1)
         shift_attention, scale_attention, gate_attention, shift_ffn, scale_ffn, gate_ffn = terms
         normed = modulate(self.norm_attention(x), shift_attention, scale_attention)
         x = x + gate_attention * self.attention(normed, HW=HW)
-        return x + gate_ffn * self.ffn(modulate(self.norm_ffn(x), shift_ffn, scale_ffn), HW)
+        x = x + gate_ffn * self.ffn(modulate(self.norm_ffn(x), shift_ffn, scale_ffn), HW)
+        return x if self.convolution is None else self.convolution(x, HW)
 
 
 class DiffusionTransformer(
@@ -146,10 +155,21 @@ class DiffusionTransformer(
 
 def attention_of(config: ModelConfig, block: int) -> nn.Module:
     """The attention layer of block number `block`, from 0."""
-    if config.attention == "softmax":
-        return SoftmaxAttention(config.dim, config.num_heads)
-    if config.attention == "relu":
-        return ReLULinearAttention(config.dim, config.num_heads)
+    dim, heads, kind = config.dim, config.num_heads, config.attention
+    if kind == "softmax" or (kind == "compressed" and block < config.depth - config.compressed_blocks):
+        return SoftmaxAttention(dim, heads)
+    if kind == "compressed":
+        return CompressedAttention(dim, heads, config.compression)
+    if kind == "mixture-of-heads":
+        return MixtureOfHeads(dim, heads, config.shared_heads, config.taken_heads)
+    if kind == "relu":
+        return ReLULinearAttention(dim, heads)
+    if kind == "linear-compressed":
+        return LinearCompressedAttention(dim, heads)
+    if kind == "convolved":
+        return ConvolvedLinearAttention(dim, heads)
+    if kind == "gated":
+        return GatedLinearAttention(dim, heads, block)
     layer = DyDiLAttention(
         config.dim,
         config.num_heads,

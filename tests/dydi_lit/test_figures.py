@@ -179,7 +179,11 @@ def test_last_map_is_the_attention_of_the_layer(heads: int) -> None:
     "model, titles",
     [
         ("dit", ["softmax attention"]),
+        ("moh-dit", ["softmax attention"]),
         ("sana", ["linear attention"]),
+        ("lit", ["linear attention"]),
+        ("edit", []),
+        ("dig", []),
         ("focused-kernel", ["linear attention", "dynamic measure kernel"]),
         ("dynamic-projection", ["linear attention", "dynamic projection", "dynamic measure kernel"]),
         ("map-differential", ["linear attention", "dynamic measure kernel", "redundancy", "map differential"]),
@@ -246,15 +250,17 @@ def test_figures_of_a_model_beside_others(
     assert f"wrote {tmp_path / 'out' / 'loss.png'}" in printed
 
 
-@pytest.mark.parametrize("model", ["dit", "dynamic-projection"])
+@pytest.mark.parametrize("model", ["dit", "dynamic-projection", "dig"])
 def test_models_without_a_part_leave_its_figure_out(
     model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = checkpoint(tmp_path / "run", model)
     drawn = figures.draw(FiguresConfig(folder, tmp_path / "out", classes=(0,), per_class=1, steps=1))
     names = {path.name for path in drawn}
-    assert names == {"loss.png", "maps.png"} | ({"routing.png"} if model == "dynamic-projection" else set())
-    assert ("left out: routing.png" in capsys.readouterr().out) == (model == "dit")
+    has = {"dit": {"maps.png"}, "dynamic-projection": {"maps.png", "routing.png"}, "dig": set()}[model]
+    assert names == {"loss.png"} | has
+    printed = capsys.readouterr().out
+    assert all((f"left out: {name}" in printed) == (name not in has) for name in ("maps.png", "routing.png"))
     assert all(path.stat().st_size > 0 for path in drawn)
 
 

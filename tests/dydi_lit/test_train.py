@@ -63,6 +63,14 @@ def test_resumed_run_equals_an_uninterrupted_one(
     assert_same(train.train(replace(halved, resume=checkpoint)), straight)
 
 
+@pytest.mark.parametrize("model", ["dit", "sana", "pixart-sigma", "edit", "dig", "lit", "moh-dit"])
+def test_every_kind_of_attention_resumes_to_the_bit(small: TrainConfig, tmp_path: Path, model: configs.Model) -> None:
+    straight = train.train(replace(small, model=model, steps=4, save_every=2, archive_every=2))
+    half = small.output / "checkpoint-0000002"
+    resumed = replace(small, model=model, steps=4, save_every=2, archive_every=2, output=tmp_path / "again")
+    assert_same(train.train(replace(resumed, resume=half)), straight)
+
+
 def test_same_seed_same_run(small: TrainConfig, tmp_path: Path) -> None:
     one, two = (train.train(replace(small, output=tmp_path / name)) for name in ("one", "two"))
     other = train.train(replace(small, output=tmp_path / "other", seed=1))

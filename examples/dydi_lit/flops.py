@@ -137,7 +137,7 @@ def print_table(figures: Iterable[Row]) -> None:
     print("GFLOPs of one forward pass of one image; a multiplication and its addition are one FLOP, as in the paper.")
     print("counted: as the paper counts, without the projections of Q' and K' and without routers, with 15 taps of the")
     print(
-        "convolution, and of DiG without the recurrence and the last projection of SwiGLU. true: with these, and 9 taps."
+        "convolution, and of DiG without the recurrence and the last projection of SwiGLU. true: all this, and 9 taps."
     )
 
 

@@ -1,4 +1,4 @@
-"""Trains DyDi-LiT, DiT or Sana: python -m examples.dydi_lit.train --help
+"""Trains DyDi-LiT or a rival: python -m examples.dydi_lit.train --help
 
 On many GPUs the same command is launched by `accelerate launch -m` or `torchrun -m`. Ctrl-C (or SIGTERM) ends the run
 with a checkpoint. A run resumed from a checkpoint computes the same losses as one that was never stopped, because

@@ -40,16 +40,11 @@ program gives figures to set beside them (github.com/openai/guided-diffusion, fo
 
 import importlib
 import json
-import zlib
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from multiprocessing.pool import ThreadPool
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
-from zipfile import BadZipFile
 
-import numpy as np
 import torch
 import torchmetrics
 import tyro
@@ -57,11 +52,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from examples.dydi_lit.checkpoint import plain_errors
-from examples.dydi_lit.data import DataError, digits, find_images, read_image, to_uint8
+from examples.dydi_lit.data import DataError
+from examples.dydi_lit.image_sets import DIGITS, ImageSet, as_grey, open_images
 from examples.dydi_lit.metrics import fid_of, inception_score_of, kid_of, precision_and_recall_of
 from examples.dydi_lit.parallel import processes
 
-_DIGITS = {"digits": "train", "digits-held-out": "held-out"}
 _PIXELS = "pixels"
 _KINDS = {"features", "spatial", "logits"}
 _NEEDS_FEATURES = (
@@ -100,17 +95,6 @@ class EvaluateConfig:
     """Images that features are computed of at once."""
     json: Path | None = None
     """JSON file to write the figures to, beside printing them."""
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """Images of one size; `read(start, stop)` gives those numbers as (stop - start, *shape) uint8."""
-
-    name: str
-    count: int
-    shape: tuple[int, int, int]
-    """Channels (1 or 3), height, width."""
-    read: Callable[[int, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -155,7 +139,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise DataError(f"{name} must be at least 1; got {value}")
-    if config.features is None and config.reference not in _DIGITS:
+    if config.features is None and config.reference not in DIGITS:
         raise DataError(_NEEDS_FEATURES)
     name = _PIXELS if config.features is None else config.features
     samples, reference = (open_images(source, config.image_size) for source in (config.samples, config.reference))
@@ -220,72 +204,6 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         seed=config.seed,
         notes=notes,
     )
-
-
-# --- images
-
-
-def open_images(source: str, image_size: int | None = None) -> ImageSet:
-    """The images of an .npz, a folder, or `digits`; DataError where it is none, or they are not of one size."""
-    if source in _DIGITS:
-        return _of_array(source, to_uint8(digits(_DIGITS[source]).tensors[0]))  # type: ignore[arg-type]  # a literal
-    path = Path(source)
-    if path.is_dir():
-        return _of_folder(path, image_size)
-    try:
-        array = np.load(path)["arr_0"]
-    except FileNotFoundError:
-        raise DataError(f"no images at {source}: expected an .npz, a folder of images, or digits") from None
-    except (OSError, ValueError, KeyError, IndexError, EOFError, BadZipFile, zlib.error) as error:
-        raise DataError(f"cannot read {source} as an .npz with an arr_0: {error}") from None
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3) or 0 in array.shape[1:]:
-        raise DataError(
-            f"arr_0 of {source} is {array.dtype} {array.shape}; expected uint8 (n, height, width, channels), with 1 or "
-            "3 channels"
-        )
-    return _of_array(source, array)
-
-
-def _of_array(name: str, array: np.ndarray) -> ImageSet:
-    def read(start: int, stop: int) -> Tensor:
-        return torch.from_numpy(array[start:stop]).permute(0, 3, 1, 2).contiguous()
-
-    count, height, width, channels = array.shape
-    return ImageSet(name, count, (channels, height, width), read)
-
-
-def _of_folder(folder: Path, image_size: int | None) -> ImageSet:
-    files = [folder / name for name in find_images(folder)]
-    if not files:
-        raise DataError(f"no images in {folder}")
-    shape = read_image(files[0], image_size).shape
-
-    def read_one(file: Path) -> Tensor:
-        image = read_image(file, image_size)
-        if image.shape != shape:
-            raise DataError(
-                f"{file} has (channels, height, width) {tuple(image.shape)}, but {files[0]} has {tuple(shape)}; "
-                "--image-size brings them to one size"
-            )
-        return image
-
-    def read(start: int, stop: int) -> Tensor:
-        with ThreadPool() as pool:  # threads, because Pillow decodes without the interpreter's lock
-            return torch.stack(pool.map(read_one, files[start:stop]))
-
-    return ImageSet(str(folder), len(files), (shape[0], shape[1], shape[2]), read)
-
-
-def as_grey(images: ImageSet) -> ImageSet:
-    """Grey images stored with three equal channels, as with one; DataError on reading one that is coloured."""
-
-    def read(start: int, stop: int) -> Tensor:
-        batch = images.read(start, stop)
-        if not torch.equal(batch, batch[:, :1].expand_as(batch)):
-            raise DataError(f"{images.name} has coloured images, which cannot be compared with grey ones")
-        return batch[:, :1]
-
-    return replace(images, shape=(1, *images.shape[1:]), read=read)
 
 
 # --- features

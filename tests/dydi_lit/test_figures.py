@@ -80,6 +80,20 @@ def test_grid_has_titles_and_cuts_values(tmp_path: Path) -> None:
     assert (titled[:, 0] == 255).all()  # none is cut off
 
 
+def test_grid_has_headings(tmp_path: Path) -> None:
+    images = torch.full((8, 1, 64, 64), -1.0)
+    save_grid(images, tmp_path / "plain.png", columns=4)
+    save_grid(images, tmp_path / "headed.png", columns=4, headings=["tench", "goldfish"])
+    plain, headed = (np.asarray(Image.open(tmp_path / name).convert("L")) for name in ("plain.png", "headed.png"))
+    margin = headed.shape[0] - plain.shape[0]
+    assert margin > 0 and headed.shape[1] == plain.shape[1]
+    written = (headed[:margin] < 128).any(0).nonzero()[0]
+    left = written[written < headed.shape[1] / 2]
+    assert abs((left[0] + left[-1]) / 2 - headed.shape[1] / 4) < 5  # over the middle of the first two columns
+    with pytest.raises(ValueError, match="headings must divide the 4 columns; got 3"):
+        save_grid(images, tmp_path / "x.png", columns=4, headings=["a", "b", "c"])
+
+
 @pytest.mark.parametrize("name", [r"$\frac$", "a $ and a", r"\$ \frac", os.fsdecode(b"caf\xe9"), "_x^{"])
 def test_any_name_can_be_written(name: str, tmp_path: Path) -> None:
     """Nothing is a formula, and bytes that are no UTF-8 do not stop it."""

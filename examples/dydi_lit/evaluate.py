@@ -43,7 +43,7 @@ import json
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torchmetrics
@@ -119,6 +119,8 @@ class Evaluation:
     features: str
     num_features: int
     samples: str
+    drawn: dict[str, Any] | None
+    """What `generate` wrote of the samples beside them: by which model, and how."""
     num_samples: int
     reference: str
     num_reference: int
@@ -193,6 +195,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         features=name,
         num_features=num_features,
         samples=samples.name,
+        drawn=drawn_of(config.samples),
         num_samples=samples.count,
         reference=reference.name,
         num_reference=reference.count,
@@ -204,6 +207,20 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         seed=config.seed,
         notes=notes,
     )
+
+
+def drawn_of(samples: str) -> dict[str, Any] | None:
+    """What SAMPLES.json tells, where there is one; DataError where it is no JSON object."""
+    file = Path(samples + ".json")
+    if not file.is_file():
+        return None
+    try:
+        drawn = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {file}: {error}") from None
+    if not isinstance(drawn, dict):
+        raise DataError(f"{file} must hold an object, as generate writes it")
+    return drawn
 
 
 # --- features

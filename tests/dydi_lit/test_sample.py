@@ -208,7 +208,9 @@ def test_the_npz_is_what_the_evaluator_reads(digits: Path) -> None:
     with zipfile.ZipFile(config.output) as archive:
         assert archive.testzip() is None
         assert {entry.compress_type for entry in archive.infolist()} == {zipfile.ZIP_STORED}
-    assert [entry.name for entry in config.output.parent.iterdir()] == ["samples.npz"]
+    assert sorted(entry.name for entry in config.output.parent.iterdir()) == ["samples.npz", "samples.npz.json"]
+    told = json.loads(config.output.with_name("samples.npz.json").read_text())
+    assert (told["model"], told["size"], told["guidance"], told["data"]["num_classes"]) == ("dydi-lit", "tiny", 1.0, 3)
 
     # image i depends on the seed and i alone
     draw = Drawer(config)

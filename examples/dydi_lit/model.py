@@ -128,6 +128,11 @@ class DiffusionTransformer(
                 module.fuse()
         return self
 
+    def balance(self) -> Tensor | float:
+        """MoH-DiT's loss that evens the use of heads in the last pass of training, mean over the blocks; else 0."""
+        layers = [module for module in self.modules() if isinstance(module, MixtureOfHeads)]
+        return 0.01 * torch.stack([layer.take_balance() for layer in layers]).mean() if layers else 0.0
+
     def forward(self, image: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
         patch = self.config.patch_size
         height, width = image.shape[-2:]

@@ -9,6 +9,9 @@ The first S heads are shared by all tokens; of the other R each token takes the 
     [a_n1, a_n2] = softmax(x_n R_a)
 
 The factors 2, S and K, as in the authors' code, make the mean of g over the heads in use 1, its value without routers.
+So that no routed head is left unused, training adds 0.01 sum over the routed heads of f_h P_h to the loss: f_h is the
+share of an image's tokens that take head h, P_h their mean of softmax(x_n R_r)_h over all R. It is least where both are
+even.
 """
 
 import torch
@@ -37,6 +40,14 @@ class MixtureOfHeads(SoftmaxAttention):
         self.shared_router = nn.Linear(dim, shared_heads, bias=False)
         self.routed_router = nn.Linear(dim, routed, bias=False)
         self.kind_router = nn.Linear(dim, 2, bias=False)
+        self._balance: Tensor | None = None
+
+    def take_balance(self) -> Tensor:
+        """sum of f_h P_h in the last pass of training, its mean over the images, a scalar; RuntimeError without one."""
+        balance, self._balance = self._balance, None
+        if balance is None:
+            raise RuntimeError("there is no balance of heads: the layer has had no pass in training since the last one")
+        return balance
 
     def gates(self, x: Tensor) -> Tensor:
         """g (B, N, heads) float32 of tokens (B, N, d)."""
@@ -44,6 +55,8 @@ class MixtureOfHeads(SoftmaxAttention):
         logits = self.routed_router(x).float()
         taken = torch.zeros_like(logits).scatter(-1, logits.topk(self.taken_heads, dim=-1).indices, 1).bool()
         routed = logits.masked_fill(~taken, -torch.inf).softmax(-1) * self.taken_heads
+        if self.training and torch.is_grad_enabled():
+            self._balance = (taken.float().mean(1) * logits.softmax(-1).mean(1)).sum(-1).mean()
         kinds = 2 * self.kind_router(x).float().softmax(-1)
         return torch.cat([shared * kinds[..., :1], routed * kinds[..., 1:]], dim=-1)
 

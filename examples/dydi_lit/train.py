@@ -97,7 +97,7 @@ def train(config: TrainConfig) -> Path:
                 with accelerator.no_sync(run.model) if part < config.accumulate else nullcontext():
                     with accelerator.autocast():
                         losses = batch_losses(run.model, diffusion, data, next(batches))
-                    accelerator.backward(losses.total / config.accumulate)
+                    accelerator.backward((losses.total + run.network.balance()) / config.accumulate)
                 parts.append(torch.stack(losses).detach())
             learning_rate = run.learning_rate
             gradient_norm = run.update()

@@ -153,6 +153,43 @@ def test_moh_without_routers_is_softmax_attention(x: Tensor) -> None:
     torch.testing.assert_close(layer(x, GRID), layer.proj(plain))
 
 
+def test_the_balance_of_heads_is_its_formula(x: Tensor) -> None:
+    layer = MixtureOfHeads(DIM, 4, shared_heads=1, taken_heads=2)
+    layer(x, GRID)
+    expected = 0.0
+    for image in x:
+        probabilities = torch.softmax(image @ layer.routed_router.weight.mT, 1)
+        taken = [probabilities.topk(2, 1).indices.flatten().tolist().count(head) / len(image) for head in range(3)]
+        expected += sum(share * float(probabilities[:, head].mean()) for head, share in enumerate(taken)) / len(x)
+    balance = layer.take_balance()
+    assert float(balance) == pytest.approx(expected)
+    balance.backward()
+    assert layer.routed_router.weight.grad is not None and layer.routed_router.weight.grad.any()
+    for unable in (layer.eval(), layer.train()):
+        with torch.set_grad_enabled(unable.training and False):
+            unable(x, GRID)
+        with pytest.raises(RuntimeError, match="there is no balance of heads"):
+            layer.take_balance()
+
+
+def test_the_balance_evens_the_use_of_heads(x: Tensor) -> None:
+    layer = MixtureOfHeads(DIM, 4, shared_heads=1, taken_heads=1)
+    x = x + 1
+    nn.init.zeros_(layer.routed_router.weight)
+    layer.routed_router.weight.data[0] = 0.5  # nearly all tokens take the first routed head
+
+    def used() -> list[int]:
+        return (layer.gates(x)[..., 1:] > 0).sum((0, 1)).tolist()
+
+    before, optimizer = max(used()), torch.optim.SGD([layer.routed_router.weight], lr=0.5)
+    for _ in range(200):
+        optimizer.zero_grad()
+        layer(x, GRID)
+        layer.take_balance().backward()
+        optimizer.step()
+    assert before >= 25 > 18 > max(used())  # of 30 tokens; ten each would be even
+
+
 @pytest.mark.parametrize("shared, taken", [(0, 2), (4, 1), (1, 0), (2, 3)])
 def test_moh_needs_heads_of_both_kinds(shared: int, taken: int) -> None:
     with pytest.raises(ValueError, match=rf"of 4 heads at least one must be shared.*got {shared} and {taken}"):

@@ -185,6 +185,20 @@ def test_every_model_learns(small: TrainConfig, monkeypatch: pytest.MonkeyPatch,
     assert all("router" in name or ("gamma" in name and not before.learned_gamma) for name in fixed)
 
 
+def test_the_balance_of_heads_is_trained_and_not_logged(
+    small: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    one = replace(small, model="moh-dit", steps=1, warmup_steps=0, gradient_clip=None)
+    with_balance = train.train(one)
+    monkeypatch.setattr(train.DiffusionTransformer, "balance", lambda network: 0.0)
+    without = train.train(replace(one, output=tmp_path / "without"))
+    assert read_losses(with_balance) == read_losses(without)
+    ours, theirs = (read_state(folder).moments for folder in (with_balance, without))
+    name = "blocks.0.attention.routed_router.weight.exp_avg"
+    assert not torch.equal(ours[name], theirs[name])
+    assert torch.equal(ours["output.weight.exp_avg"], theirs["output.weight.exp_avg"])
+
+
 def test_without_learned_variance_the_loss_is_the_squared_error(small: TrainConfig) -> None:
     checkpoint = train.train(replace(small, learn_sigma=False, steps=2))
     curves = read_curves(small.output)

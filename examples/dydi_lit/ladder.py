@@ -34,7 +34,7 @@ from examples.dydi_lit.train import TrainConfig, train
 
 COMPARED_WITH: dict[Model, Model] = {
     **dict(zip(LADDER[1:], LADDER, strict=False)),
-    **dict.fromkeys(("dit", "pixart-sigma", "edit", "dig", "lit", "moh-dit"), "sana"),  # type: ignore[dict-item]
+    **dict.fromkeys(("dit", "pixart-sigma", "edit", "dig", "lit", "moh-dit"), "sana"),
     "token-differential-denominator": "dynamic-projection",
     "map-differential": "token-differential",
     "increasing-lambda": "token-differential",

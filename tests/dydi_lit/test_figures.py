@@ -99,8 +99,13 @@ def test_any_name_can_be_written(name: str, tmp_path: Path) -> None:
     """Nothing is a formula, and bytes that are no UTF-8 do not stop it."""
     save_grid(torch.zeros(2, 1, 8, 8), tmp_path / "grid.png", columns=1, titles=[name, name])
     save_loss_curves({name: [1.0, 2.0], "other": [1.0, 2.0]}, tmp_path / "loss.png")
-    folder = checkpoint(tmp_path / "US$_ and AU$", "dydi-lit", class_names=[name] * 10)
-    config = FiguresConfig(folder, output=tmp_path / "figures", compare=(folder,), per_class=1, steps=1)
+
+
+def test_every_figure_takes_any_name(tmp_path: Path) -> None:
+    """Of a class, and of a folder that has to tell two models apart."""
+    names = [r"$\frac$", os.fsdecode(b"caf\xe9")] * 5
+    folder = checkpoint(tmp_path / r"a$\frac$", "dydi-lit", class_names=names)
+    config = FiguresConfig(folder, output=tmp_path / "figures", compare=(folder,), classes=(0, 1), per_class=1, steps=1)
     assert len(figures.draw(config)) == 4
 
 

@@ -191,7 +191,7 @@ def routing_figure(seen: Study) -> Figure:
     for bar in bars:
         bar.ax.tick_params(labelsize=8)
         bar.ax.yaxis.label.set_fontsize(8)
-    figure.suptitle(f"Routing of the dynamic projection: {seen.title}", fontsize=10)
+    figure.suptitle(f"Routing of the dynamic projection: {legible(seen.title)}", fontsize=10)
     return figure
 
 
@@ -221,7 +221,7 @@ def maps_figure(seen: Study, image: Tensor | None) -> Figure:
         axes.set_xlabel(evenness, fontsize=7)
         _box(axes, seen.query)
     place = f"block {seen.block}, time step {seen.timestep}, query token {seen.query}"
-    figure.suptitle(f"Attention maps within one model: {seen.title}\n{place}", fontsize=9)
+    figure.suptitle(f"Attention maps within one model: {legible(seen.title)}\n{place}", fontsize=9)
     return figure
 
 

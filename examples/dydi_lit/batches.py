@@ -122,6 +122,7 @@ def load_batches(
         pin_memory=device.type == "cuda",
     )
     for batch in loader:
+        data.data.warn()
         yield batch.to(device)
 
 

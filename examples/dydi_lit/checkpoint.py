@@ -60,8 +60,10 @@ def save_checkpoint(
 ) -> None:
     """Writes beside `folder` and swaps at the end: a crash while writing leaves the checkpoint from before.
 
-    `training` is the content of training.json. One process calls this, that of rank 0.
+    Where `folder` is a link, this is so of what it leads to. `training` is the content of training.json. One process
+    calls this, that of rank 0.
     """
+    folder = folder.resolve()
     partial, previous = _beside(folder, "partial"), _beside(folder, "previous")
     shutil.rmtree(partial, ignore_errors=True)
     averaged.save_pretrained(partial, model_card_kwargs=card_kwargs(training))
@@ -106,6 +108,9 @@ def read_losses(folder: Path) -> list[float]:
 def read_state(folder: Path) -> State:
     """What resuming needs beside the averaged weights; CheckpointError names the file that is missing or damaged."""
     weights, moments = (_read_tensors(folder / "state" / f"{name}.safetensors") for name in ("weights", "moments"))
+    for file, tensors in (("weights", weights), ("moments", moments)):
+        if name := first_not_finite(tensors):
+            raise CheckpointError(f"cannot resume: {folder / 'state' / file}.safetensors is not all finite, in {name}")
     return State(weights, moments, _read_json(folder, "state/counters.json", dict))
 
 
@@ -126,9 +131,16 @@ def load_network(folder: Path) -> DiffusionTransformer:
         with torch.device("meta"):  # so that nothing is allocated for sizes that the file does not have
             model = DiffusionTransformer(config)
         model.load_state_dict({name: t.float() for name, t in weights.items()}, assign=True)
+        if name := first_not_finite(weights):
+            raise ValueError(f"{name} is not all finite")
     except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"cannot load {folder / 'model.safetensors'} with its config.json: {error}") from error
     return model.eval()
+
+
+def first_not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """The name of the first tensor with an entry that is infinite or not a number; None where there is none."""
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
@@ -153,7 +165,7 @@ def _read_json(folder: Path, name: str, kind: type) -> Any:
 
 def _not_there(folder: Path, name: str) -> str:
     message = f"no checkpoint at {folder}: there is no {folder / name}"
-    previous = _beside(folder, "previous")
+    previous = _beside(folder.resolve(), "previous")
     return f"{message}; a run killed while saving left {previous}, which is whole" if previous.exists() else message
 
 

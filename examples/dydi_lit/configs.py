@@ -1,6 +1,7 @@
 """The models of the paper's tables by name: which attention, which feed-forward, and how large."""
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -16,6 +17,11 @@ Model = Literal[
     "map-differential",
     "increasing-lambda",
     "token-differential-denominator",
+    "pixart-sigma",
+    "edit",
+    "dig",
+    "lit",
+    "moh-dit",
 ]
 Size = Literal["toy", "tiny", "S", "B", "L"]
 
@@ -40,6 +46,11 @@ TITLES: dict[Model, str] = {
     "map-differential": "attention map-wise paradigm",
     "increasing-lambda": "increasing initialization",
     "token-differential-denominator": "token differential operator, with a denominator",
+    "pixart-sigma": "PixArt-Σ",
+    "edit": "EDiT",
+    "dig": "DiG",
+    "lit": "LiT",
+    "moh-dit": "MoH-DiT",
 }
 """What the paper's tables call them, and a control of ours; "dydi-lit" is Table 4's "+ reparameterization"."""
 
@@ -53,11 +64,22 @@ class ModelConfig:
     depth: int
     """Blocks."""
     num_heads: int = 1
-    attention: Literal["softmax", "relu", "dydila"] = "dydila"
-    """Softmax as in DiT, ReLU linear attention as in Sana (Eq. 4), or DyDiLA."""
-    feed_forward: Literal["mlp", "glumbconv"] = "glumbconv"
+    attention: Literal[
+        "softmax", "compressed", "mixture-of-heads", "relu", "convolved", "linear-compressed", "gated", "dydila"
+    ] = "dydila"
+    """Softmax as in DiT, PixArt-Sigma's or MoH-DiT's; linear as in Sana (ReLU, Eq. 4), LiT, EDiT or DiG; or DyDiLA."""
+    feed_forward: Literal["mlp", "glumbconv", "swiglu"] = "glumbconv"
     ffn_ratio: float = 4.0
     """Hidden channels of the feed-forward over d."""
+    block_convolution: bool = False
+    """A depth-wise convolution after each block, as in DiG."""
+    compression: int = 4
+    """R of PixArt-Sigma: keys and values are those of R x R tokens ..."""
+    compressed_blocks: int = 0
+    """... in this many of the last blocks."""
+    shared_heads: int = 1
+    """Heads of MoH-DiT that all tokens have, and how many more each token takes."""
+    taken_heads: int = 1
 
     num_projectors: int = 3
     """n_P of Eq. 2; 0 leaves the dynamic projection out."""
@@ -93,7 +115,7 @@ class ModelConfig:
             raise ValueError(f"dim must be a multiple of 4, for sines and cosines of two axes; got {self.dim}")
         if self.ffn_ratio <= 0:
             raise ValueError(f"ffn_ratio must be positive; got {self.ffn_ratio}")
-        for name in ("depth", "patch_size", "in_channels", "num_classes"):
+        for name in ("depth", "patch_size", "in_channels", "num_classes", "compression"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
 
@@ -111,6 +133,7 @@ _SIZES: dict[Size, dict[str, Any]] = {  # "toy" and "tiny" are ours, for digits 
     "L": {"dim": 768, "depth": 9, "num_projectors": 7, "num_kernel_factors": 21, "num_differential_factors": 21},
 }
 _DIT_DEPTH = {"toy": 4, "tiny": 5, "S": 12, "B": 12, "L": 12}  # DiT's blocks cost less; the paper evens FLOPs
+_DIG_DEPTH = {"toy": 4, "tiny": 4, "S": 15, "B": 14, "L": 15}  # four scans; the others give the paper's GFLOPs
 
 # Eq. 4 has a denominator and Eq. 8 has none: the rows before the token differential are Sana with another kernel.
 _WITHOUT_DIFFERENCE = {"differential": "off", "normalization": "denominator", "dwc_branches": ()}
@@ -129,14 +152,62 @@ _VARIANTS: dict[Model, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def _dit(fields: dict[str, Any], size: Size) -> dict[str, Any]:
+    heads = max(fields["dim"] // 64, 1)
+    return {
+        "depth": _DIT_DEPTH[size], "attention": "softmax", "num_heads": heads, "feed_forward": "mlp", "ffn_ratio": 4.0
+    }  # fmt: skip
+
+
+def _pixart_sigma(fields: dict[str, Any], size: Size) -> dict[str, Any]:
+    options = _dit(fields, size)
+    small = size in ("toy", "tiny")  # whose grids are of 8 x 8 and 4 x 4 tokens
+    compressed = {"compression": 2 if small else 4, "compressed_blocks": options["depth"] // 2}
+    return options | {"attention": "compressed"} | compressed
+
+
+def _moh_dit(fields: dict[str, Any], size: Size) -> dict[str, Any]:
+    """Three of four heads in use, a third of all shared."""
+    heads = max(fields["dim"] // 64, 4)
+    mixture = {"num_heads": heads, "shared_heads": heads // 3, "taken_heads": math.ceil(0.75 * heads) - heads // 3}
+    return _dit(fields, size) | {"attention": "mixture-of-heads"} | mixture
+
+
+def _lit(fields: dict[str, Any], size: Size) -> dict[str, Any]:
+    return _dit(fields, size) | {"attention": "convolved", "num_heads": 2}
+
+
+def _edit(fields: dict[str, Any], size: Size) -> dict[str, Any]:
+    return {"attention": "linear-compressed", "feed_forward": "mlp", "ffn_ratio": 4.0}
+
+
+def _dig(fields: dict[str, Any], size: Size) -> dict[str, Any]:
+    """SwiGLU's hidden channels are 8 d / 3, rounded up to a multiple of 256 as in the authors' code."""
+    hidden = fields["dim"] * 8 // 3
+    if size not in ("toy", "tiny"):
+        hidden = 256 * math.ceil(hidden / 256)
+    widths = {"num_heads": max(fields["dim"] // 64, 1), "ffn_ratio": hidden / fields["dim"]}
+    options = {"depth": _DIG_DEPTH[size], "attention": "gated", "feed_forward": "swiglu", "block_convolution": True}
+    return options | widths
+
+
+_RIVALS: dict[Model, Callable[[dict[str, Any], Size], dict[str, Any]]] = {
+    "dit": _dit,
+    "moh-dit": _moh_dit,
+    "pixart-sigma": _pixart_sigma,
+    "dig": _dig,
+    "edit": _edit,
+    "lit": _lit,
+}
+
+
 def config_of(model: Model = "dydi-lit", size: Size = "S", **changes: Any) -> ModelConfig:
     """The configuration called `model` at `size`, with `changes` to its fields; ValueError where there is none."""
     if size not in _SIZES:
         raise ValueError(f"unknown size {size!r}: choose one of {', '.join(_SIZES)}")
     fields = dict(_SIZES[size])
-    if model == "dit":
-        fields |= {"depth": _DIT_DEPTH[size], "attention": "softmax", "feed_forward": "mlp", "ffn_ratio": 4.0}
-        fields["num_heads"] = max(fields["dim"] // 64, 1)
+    if model in _RIVALS:
+        fields |= _RIVALS[model](fields, size)
     elif model in _VARIANTS:
         fields |= _VARIANTS[model]
     else:

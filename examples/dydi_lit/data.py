@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset, get_worker_info
 from tqdm import tqdm
 
 DataKind = Literal["digits", "images", "latents"]
@@ -30,6 +30,8 @@ _LARGEST_PIXEL = 16
 _HELD_OUT_SHARE = 0.2
 _SPLIT_SEED = 0  # fixed: every run, whatever its own seed, is scored on the same held-out digits
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+_SCALED_TO_16_BITS = {"PNG", "PPM"}  # formats whose samples of more than 8 bits Pillow scales to 16, in mode "I"
+_LONGEST = 16  # longer side over the shorter one, in what is scaled to a square
 _LAYOUT = "expected one sub-folder per class with images in it, as in ImageNet: FOLDER/n01440764/n01440764_18.JPEG"
 
 
@@ -66,6 +68,9 @@ class ImageData(Dataset[tuple[Tensor, int]], ABC):
 
         flip (B,) bool mirrors an image left to right; noise is standard normal, float32, of the result's shape.
         """
+
+    def warn(self) -> None:
+        """Warns of what was found unreadable since the last call, by any worker; it is for their parent to call."""
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint records of its data, in JSON's types; other data, or more or fewer images, differ in it."""
@@ -157,8 +162,8 @@ class FolderData(ImageData):
     """One sub-folder per class; labels follow the sorted names of the sub-folders. Items are (3, size, size) uint8.
 
     Files in folders below a class folder belong to the class; hidden files and other suffixes than an image's are
-    passed over. Raises DataError where there are no classes, a class without images, or, under "refuse", files that
-    cannot be read.
+    passed over. Raises DataError where there are no classes, a class without images, a folder that links lead to twice,
+    or, under "refuse", files that cannot be read.
     """
 
     kind: DataKind = "images"
@@ -169,13 +174,15 @@ class FolderData(ImageData):
             raise DataError(f"the image size must be at least 1 pixel; got {image_size}")
         self.folder, self.size, self.corrupt = folder, image_size, corrupt
         self.class_names = _class_folders(folder, classes)
-        files = {name: find_images(folder / name) for name in self.class_names}
+        seen = {(status.st_dev, status.st_ino): folder for status in [folder.stat()]}
+        files = {name: find_images(folder / name, seen) for name in self.class_names}
         if empty := [name for name, found in files.items() if not found]:
             raise DataError(f"no images in these class folders of {folder}: {', '.join(empty)}; {_LAYOUT}")
         self.labels = np.repeat(np.arange(len(files)), [len(found) for found in files.values()])
         # Arrays rather than lists: a list of a million names is copied by every worker as its reference counts change.
         self._names = np.array([os.fsencode(f"{name}/{file}") for name, found in files.items() for file in found])
         self._unreadable = torch.zeros(len(self), dtype=torch.bool).share_memory_()  # what one worker found, all know
+        self._warned = torch.zeros(len(self), dtype=torch.bool)
         if corrupt == "refuse":
             self._refuse_unreadable()
 
@@ -190,12 +197,19 @@ class FolderData(ImageData):
             if not self._unreadable[candidate]:
                 try:
                     return read_image(self.file(candidate), self.size), int(self.labels[candidate])
-                except DataError as error:
+                except DataError:
                     if self.corrupt == "refuse":
                         raise
                     self._unreadable[candidate] = True
-                    warnings.warn(f"{error}; the next image takes its place", stacklevel=2)
+                    if get_worker_info() is None:
+                        self.warn()
         raise DataError(f"none of the {len(self)} images in {self.folder} can be read")
+
+    def warn(self) -> None:
+        found = (self._unreadable & ~self._warned).nonzero().flatten().tolist()
+        self._warned[found] = True
+        for index in found:
+            warnings.warn(f"{self._fault(index)}; the next image takes its place", stacklevel=3)
 
     def file(self, index: int) -> Path:
         """The file of image `index`."""
@@ -209,28 +223,34 @@ class FolderData(ImageData):
         images = batch.float() / 127.5 - 1
         return torch.where(flip[:, None, None, None], images.flip(-1), images)
 
-    def _refuse_unreadable(self) -> None:
-        def fault(index: int) -> str | None:
-            try:
-                read_image(self.file(index), self.size)
-            except DataError as error:
-                return str(error)
-            return None
+    def _fault(self, index: int) -> str | None:
+        """What is wrong with image `index`."""
+        try:
+            read_image(self.file(index), self.size)
+        except DataError as error:
+            return str(error)
+        return None
 
+    def _refuse_unreadable(self) -> None:
         with ThreadPool() as pool:  # threads, because Pillow decodes without the interpreter's lock
-            checks = pool.imap(fault, range(len(self)), chunksize=64)
+            checks = pool.imap(self._fault, range(len(self)), chunksize=64)
             faults = list(tqdm(checks, "check", len(self), unit="image"))
         if found := [text for text in faults if text]:
             raise DataError(f"{len(found)} of {len(self)} images cannot be read: {'; '.join(found)}")
 
 
-def find_images(folder: Path) -> list[str]:
+def find_images(folder: Path, seen: dict[tuple[int, int], Path] | None = None) -> list[str]:
     """The image files in `folder` and below, by suffix, sorted: their names relative to it, with slashes.
 
-    Hidden files and folders are left out.
+    Links to folders are followed; hidden files and folders are left out. DataError where a folder cannot be read, or
+    is met twice, by a link, which would count its images again: as one of `seen`, by device and inode, to which the
+    folders met here are added.
     """
-    found = []
-    for root, folders, files in os.walk(folder, followlinks=True):
+    found, seen = [], {} if seen is None else seen
+    for root, folders, files in os.walk(folder, onerror=_refuse_folder, followlinks=True):
+        status = os.stat(root)
+        if (first := seen.setdefault((status.st_dev, status.st_ino), Path(root))) != Path(root):
+            raise DataError(f"{root} is a link to {first}, whose images would count twice: remove one of them")
         folders[:] = [name for name in folders if not name.startswith(".")]
         below = Path(root).relative_to(folder).as_posix()
         names = [name for name in files if os.path.splitext(name)[1].lower() in _SUFFIXES and not name.startswith(".")]
@@ -238,11 +258,17 @@ def find_images(folder: Path) -> list[str]:
     return sorted(found)
 
 
+def _refuse_folder(error: OSError) -> None:
+    raise DataError(f"cannot read the folder {error.filename}: {error.strerror}")
+
+
 def read_image(file: Path, size: int | None) -> Tensor:
     """The picture in `file` as (3, size, size) uint8, cropped and scaled; as (3, height, width) where size is None.
 
-    Grey, palette, CMYK and transparent pictures become RGB, without alpha; of several frames the first one counts.
-    EXIF orientation is ignored, as by the pipelines that ImageNet's published figures come from. Raises DataError.
+    Grey, palette, CMYK and transparent pictures become RGB, without alpha; of several frames the first one counts. Of
+    samples of 9 to 16 bits the upper eight count; longer, signed and floating-point ones have no range that all agree
+    on, and are refused. EXIF orientation is ignored, as by the pipelines that ImageNet's published figures come from.
+    Raises DataError.
     """
     try:
         with Image.open(file) as stored:
@@ -253,15 +279,31 @@ def read_image(file: Path, size: int | None) -> Tensor:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # Pillow would clip the 16 bits instead of scaling them
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    tags: Any = getattr(image, "tag_v2", {})  # of a TIFF
+    signed = set(tags.get(TiffImagePlugin.SAMPLEFORMAT, ())) & {2, 3}  # 3 is floating point
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SCALED_TO_16_BITS):
+        (bits, *_) = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))
+        grey = np.asarray(image) >> (bits - 8)  # Pillow would clip instead
+        if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # white is zero
+            grey = 255 - grey
+        image = Image.fromarray(grey.astype(np.uint8))
+    elif signed or image.mode in ("I", "F"):
+        raise ValueError(
+            "samples that are signed, floating-point or of 32 bits have no known range: store 8 or 16 bits"
+        )
     if "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
 
 
 def _centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's and DiT's crop: halved while twice too large, scaled so that the shorter side fits, centre cut out."""
+    """ADM's and DiT's crop: halved while twice too large, scaled so that the shorter side fits, centre cut out.
+
+    Of very long images the ends are cut off first, so that a line of one pixel is not scaled to gigabytes.
+    """
+    longest = _LONGEST * min(image.size)
+    cut = [max(side - longest, 0) // 2 for side in image.size]  # as much at both ends, so that the middle stays
+    image = image.crop((cut[0], cut[1], image.width - cut[0], image.height - cut[1]))
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)

@@ -58,7 +58,8 @@ class Drawer:
 
     def __init__(self, config: DrawConfig) -> None:
         self.config = config
-        self.data = read_training(config.checkpoint)["data"]
+        self.training = read_training(config.checkpoint)
+        self.data = self.training["data"]
         self.model = load_ema_model(config.checkpoint)
         self.device = processes().device
         self.options = {name: getattr(config, name) for name in ("sampler", "steps", "guidance", "guided_channels")}

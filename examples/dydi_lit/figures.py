@@ -32,7 +32,7 @@ from examples.dydi_lit.diffusion import sample, seeds_of
 from examples.dydi_lit.drawing import decode
 from examples.dydi_lit.extract_latents import load_vae
 from examples.dydi_lit.inspection import AttentionMap, Lambdas, Usage, attention_maps, lambdas_of, watching
-from examples.dydi_lit.plots import DPI, save, save_loss_curves
+from examples.dydi_lit.plots import DPI, legible, save, save_loss_curves
 from examples.dydi_lit.sample import classes_to_show
 
 
@@ -157,7 +157,7 @@ def study(folder: Path, config: FiguresConfig) -> Study:
 
 def routing_figure(seen: Study) -> Figure:
     """Fig. 5 for Q' (above) and K': the most frequent projector of each class and block, and every one's share."""
-    names = [seen.data["class_names"][number] for number in seen.classes]
+    names = [legible(seen.data["class_names"][number]) for number in seen.classes]
     shares = {side: seen.usage.shares(f"projection_{side}", seen.classes).numpy() for side in "qk"}
     blocks, _, projectors = shares["q"].shape
     width = (0.28 * blocks + 0.15) * (projectors + 1) + 0.07 * max(map(len, names)) + 1.7
@@ -191,7 +191,7 @@ def routing_figure(seen: Study) -> Figure:
     for bar in bars:
         bar.ax.tick_params(labelsize=8)
         bar.ax.yaxis.label.set_fontsize(8)
-    figure.suptitle(f"Routing of the dynamic projection: {seen.title}", fontsize=10)
+    figure.suptitle(f"Routing of the dynamic projection: {legible(seen.title)}", fontsize=10)
     return figure
 
 
@@ -205,7 +205,7 @@ def maps_figure(seen: Study, image: Tensor | None) -> Figure:
         extent = (-0.5, seen.grid[1] - 0.5, seen.grid[0] - 0.5, -0.5)  # so that a token is one unit wide
         pixels = ((image.float().clamp(-1, 1) + 1) / 2).permute(1, 2, 0).cpu().numpy()
         grid[0, 0].imshow(pixels, cmap="gray", vmin=0, vmax=1, extent=extent)
-        grid[0, 0].set_title(f"image\nof class {seen.data['class_names'][seen.classes[0]]}", fontsize=8)
+        grid[0, 0].set_title(f"image\nof class {legible(seen.data['class_names'][seen.classes[0]])}", fontsize=8)
         _box(grid[0, 0], seen.query)
     for (axes, scale), shown in zip(grid[:, panels - len(seen.maps) :].T, seen.maps, strict=True):
         weights = shown.weights.view(seen.grid).numpy() * 100
@@ -221,7 +221,7 @@ def maps_figure(seen: Study, image: Tensor | None) -> Figure:
         axes.set_xlabel(evenness, fontsize=7)
         _box(axes, seen.query)
     place = f"block {seen.block}, time step {seen.timestep}, query token {seen.query}"
-    figure.suptitle(f"Attention maps within one model: {seen.title}\n{place}", fontsize=9)
+    figure.suptitle(f"Attention maps within one model: {legible(seen.title)}\n{place}", fontsize=9)
     return figure
 
 
@@ -241,7 +241,14 @@ def lambda_figure(studies: list[Study]) -> Figure:
         blocks, colour = range(len(seen.lambdas)), f"C{number}"
         least, greatest = ([getattr(lam, name) for lam in seen.lambdas] for name in ("least", "greatest"))
         axes.fill_between(blocks, least, greatest, color=colour, alpha=0.15, linewidth=0)
-        axes.plot(blocks, [lam.mean for lam in seen.lambdas], color=colour, marker="o", markersize=4, label=seen.title)
+        axes.plot(
+            blocks,
+            [lam.mean for lam in seen.lambdas],
+            color=colour,
+            marker="o",
+            markersize=4,
+            label=legible(seen.title),
+        )
         axes.plot(blocks, [lam.used for lam in seen.lambdas], color=colour, linestyle=":")
     axes.plot([], [], color="0.4", marker="o", markersize=4, label="mean of the table (band: its range)")
     axes.plot([], [], color="0.4", linestyle=":", label="mean over the tokens")
@@ -274,9 +281,13 @@ def draw(config: FiguresConfig) -> list[Path]:
     for seen, folder in zip(studies, (config.checkpoint, *config.compare), strict=True):
         if titles.count(seen.title) > 1:
             seen.title += f" ({folder})"
-    first, files = studies[0], [config.output / "loss.png", config.output / "maps.png"]
+    first, files = studies[0], [config.output / "loss.png"]
     save_loss_curves({seen.title: seen.losses for seen in studies}, files[0])
-    save(maps_figure(first, picture(first, config.vae)), files[1])
+    if first.maps:
+        files.append(config.output / "maps.png")
+        save(maps_figure(first, picture(first, config.vae)), files[-1])
+    else:
+        print(f"left out: maps.png ({first.title} has no weight for each token in block {first.block})")
     if "projection_q" in first.usage.counts:
         files.append(config.output / "routing.png")
         save(routing_figure(first), files[-1])

@@ -3,7 +3,8 @@
 The file is what OpenAI's ADM evaluator reads (guided-diffusion, folder evaluations): `arr_0` (n, height, width, 3)
 uint8, and beside it, as ADM writes them, the labels `arr_1` (n,) int64. Image i is of class i % num_classes, so each
 class has its share in any long run of images, as the evaluator needs, which computes the inception score of 5000
-images at a time. With several processes, on machines that share the folder:
+images at a time. OUTPUT.json tells which model drew them, and how. With several processes, on machines that share the
+folder:
 
     accelerate launch -m examples.dydi_lit.generate CHECKPOINT
 
@@ -76,7 +77,7 @@ def generate(config: GenerateConfig) -> Path:
     state = processes()
     draw = Drawer(config)
     num_classes = draw.data["num_classes"]
-    parts = config.output.with_name(config.output.name + ".parts")
+    parts = config.output.with_name(config.output.name + ".parts").resolve()  # a link cannot be removed as a folder
     settings = settings_of(config, draw)
     if state.is_main_process:
         prepare_parts(parts, settings)
@@ -96,6 +97,7 @@ def generate(config: GenerateConfig) -> Path:
         labels = np.arange(config.samples, dtype=np.int64) % num_classes
         numbers = tqdm(range(len(config.batches)), unit="batch", desc="join")
         save_npz(config.output, (np.load(part_file(parts, number)) for number in numbers), labels)
+        describe(config, draw, settings)
         shutil.rmtree(parts)
     return config.output
 
@@ -106,6 +108,15 @@ def settings_of(config: GenerateConfig, draw: Drawer) -> dict[str, Any]:
     with (config.checkpoint / "model.safetensors").open("rb") as weights:
         settings["weights_sha256"] = sha_fileobj(weights).hex()
     return {**settings, "vae": config.vae or draw.data.get("vae"), "device": draw.device.type}
+
+
+def describe(config: GenerateConfig, draw: Drawer, settings: dict[str, Any]) -> None:
+    """Writes OUTPUT.json: which model drew the images, and how, for `evaluate` and `tables`."""
+    training = draw.training
+    trained = {name: training["train"].get(name) for name in ("model", "size", "seed")}
+    told = {**settings, **trained, "drawing_seed": config.seed, "trained_steps": training["steps_done"]}
+    file = config.output.with_name(config.output.name + ".json")
+    file.write_text(json.dumps({**told, "data": draw.data}, indent=2) + "\n")
 
 
 def prepare_parts(parts: Path, settings: dict[str, Any]) -> None:

@@ -104,8 +104,11 @@ def attention_maps(attention: nn.Module, x: Tensor, query: int) -> list[Attentio
 
     The first map is what linear attention without any component makes of this layer's Q and K. Each next one takes
     one stage more of the same layer: nothing is trained anew. With several heads it is the mean over the heads. No
-    map has the normalization of the layer in it, which scales the whole row, but in a layer of DiT the softmax.
+    map has the normalization of the layer in it, which scales the whole row, but in a layer of DiT the softmax. Layers
+    without one weight for each token, those of PixArt-Sigma, EDiT and DiG, have no map.
     """
+    if not isinstance(attention, SoftmaxAttention | ReLULinearAttention | DyDiLAttention):
+        return []
     x = x[None]
     if isinstance(attention, SoftmaxAttention):
         q, k, _ = attention.qkv(x).chunk(3, dim=-1)
@@ -113,7 +116,6 @@ def attention_maps(attention: nn.Module, x: Tensor, query: int) -> list[Attentio
         logits = q[:, query, None] @ k.mT / q.shape[-1] ** 0.5
         return [_named("softmax attention", "softmax(QK$^T$/√e)", logits.softmax(-1).mean(0)[0])]
 
-    assert isinstance(attention, ReLULinearAttention | DyDiLAttention)
     heads = attention.num_heads
 
     def weights(q: Tensor, k: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import tyro
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from examples.dydi_lit.checkpoint import load_ema_model, plain_errors, read_losses
@@ -28,11 +29,12 @@ from examples.dydi_lit.configs import LADDER, TITLES, Model, Size
 from examples.dydi_lit.data import digits
 from examples.dydi_lit.diffusion import GaussianDiffusion
 from examples.dydi_lit.model import DiffusionTransformer
+from examples.dydi_lit.plots import DPI, save
 from examples.dydi_lit.train import TrainConfig, train
 
 COMPARED_WITH: dict[Model, Model] = {
     **dict(zip(LADDER[1:], LADDER, strict=False)),
-    "dit": "sana",
+    **dict.fromkeys(("dit", "pixart-sigma", "edit", "dig", "lit", "moh-dit"), "sana"),
     "token-differential-denominator": "dynamic-projection",
     "map-differential": "token-differential",
     "increasing-lambda": "token-differential",
@@ -47,7 +49,7 @@ class LadderConfig:
     """Train the rows of Table 4 on digits with paired seeds, and print a table with mean and spread."""
 
     output: Path = Path("runs/ladder")
-    """Folder that receives ladder.csv and, for each run, a folder with its checkpoint."""
+    """Folder that receives ladder.csv, ladder.png and, for each run, a folder with its checkpoint."""
     models: tuple[Model, ...] = (
         *LADDER,
         "token-differential-denominator",
@@ -151,8 +153,7 @@ def table(runs: Iterable[Run]) -> str:
     lines.append("|---|---|---|---|---|---|")
     for model in (name for name in TITLES if name in errors):
         found = errors[model]
-        title = "+ reparameterization (DyDi-LiT)" if model == "dydi-lit" else TITLES[model]
-        cells = [title, str(len(found)), spread(list(found.values())), "", "", ""]
+        cells = [_title(model), str(len(found)), spread(list(found.values())), "", "", ""]
         other = COMPARED_WITH.get(model)
         common = sorted(found.keys() & errors.get(other, {}).keys()) if other else []
         if other and common:
@@ -165,6 +166,31 @@ def table(runs: Iterable[Run]) -> str:
             ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def picture(runs: Iterable[Run]) -> Figure:
+    """Each model a line, best read beside the table: a dot for each seed, the mean, and the standard deviation."""
+    errors: dict[Model, list[float]] = {}
+    for row in runs:
+        errors.setdefault(row.model, []).append(row.held_out * 1000)
+    models = [name for name in TITLES if name in errors]
+    figure = Figure(figsize=(9, 1.1 + 0.32 * len(models)), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    for line, model in enumerate(models):
+        found = errors[model]
+        axes.plot(found, [line] * len(found), "o", color="C0", markersize=4, alpha=0.5)
+        deviation = statistics.stdev(found) if len(found) > 1 else 0
+        axes.errorbar(statistics.fmean(found), line, xerr=deviation, fmt="|", color="C3", markersize=12, capsize=3)
+    axes.set_yticks(range(len(models)), [_title(model) for model in models])
+    axes.invert_yaxis()
+    axes.set(xlabel="held-out error, 1/1000")
+    figure.suptitle("each seed, mean and standard deviation", fontsize=9)
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def _title(model: Model) -> str:
+    return "+ reparameterization (DyDi-LiT)" if model == "dydi-lit" else TITLES[model]
 
 
 def spread(values: list[float], *, signed: bool = False) -> str:
@@ -192,8 +218,10 @@ def ladder(config: LadderConfig) -> list[Run]:
 def main() -> None:
     config = tyro.cli(LadderConfig, prog="python -m examples.dydi_lit.ladder")
     with plain_errors():
-        print(table(ladder(config)))
-    print(f"wrote {config.output / 'ladder.csv'}")
+        rows = ladder(config)
+    print(table(rows))
+    save(picture(rows), config.output / "ladder.png")
+    print(f"wrote {config.output / 'ladder.csv'} and ladder.png")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""One frame for DyDi-LiT, DiT and Sana: DiT's adaLN-Zero blocks around any of the attention layers."""
+"""One frame for DyDi-LiT and its rivals: DiT's adaLN-Zero blocks around any of the attention layers."""
 
+from collections.abc import Callable
 from zlib import crc32
 
 import torch
@@ -11,15 +12,20 @@ from torch.utils.checkpoint import checkpoint
 
 from dydila_kernels import DyDiLAttention
 from examples.dydi_lit.configs import ModelConfig
+from examples.dydi_lit.dig import GatedLinearAttention, IdentityConvolution, SwiGLU
+from examples.dydi_lit.edit import LinearCompressedAttention
 from examples.dydi_lit.layers import GLUMBConv, Mlp, ReLULinearAttention, SoftmaxAttention
+from examples.dydi_lit.lit import ConvolvedLinearAttention
 from examples.dydi_lit.model_card import TEMPLATE
+from examples.dydi_lit.moh_dit import MixtureOfHeads
+from examples.dydi_lit.pixart_sigma import CompressedAttention
 
 
 class Block(nn.Module):
     """One adaLN-Zero block: x += gate * attention(modulate(x)), then the same with the feed-forward.
 
     Shift, scale and gate of both halves are linear in the condition (B, dim). They start at zero, so that a fresh
-    block is the identity.
+    block is the identity. DiG's blocks end with a convolution, which starts as the identity too.
     """
 
     def __init__(self, config: ModelConfig, number: int, seed: int) -> None:
@@ -30,15 +36,18 @@ class Block(nn.Module):
             torch.manual_seed(seed + number)
             self.attention = attention_of(config, number)
         self.norm_ffn = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.ffn = {"mlp": Mlp, "glumbconv": GLUMBConv}[config.feed_forward](dim, int(config.ffn_ratio * dim))
+        kinds: dict[str, Callable[[int, int], nn.Module]] = {"mlp": Mlp, "glumbconv": GLUMBConv, "swiglu": SwiGLU}
+        self.ffn = kinds[config.feed_forward](dim, int(config.ffn_ratio * dim))
         self.modulation = nn.Linear(dim, 6 * dim)
+        self.convolution = IdentityConvolution(dim) if config.block_convolution else None
 
     def forward(self, x: Tensor, condition: Tensor, HW: tuple[int, int]) -> Tensor:
         terms = self.modulation(condition).unsqueeze(1).chunk(6, dim=-1)
         shift_attention, scale_attention, gate_attention, shift_ffn, scale_ffn, gate_ffn = terms
         normed = modulate(self.norm_attention(x), shift_attention, scale_attention)
         x = x + gate_attention * self.attention(normed, HW=HW)
-        return x + gate_ffn * self.ffn(modulate(self.norm_ffn(x), shift_ffn, scale_ffn), HW)
+        x = x + gate_ffn * self.ffn(modulate(self.norm_ffn(x), shift_ffn, scale_ffn), HW)
+        return x if self.convolution is None else self.convolution(x, HW)
 
 
 class DiffusionTransformer(
@@ -119,6 +128,11 @@ class DiffusionTransformer(
                 module.fuse()
         return self
 
+    def balance(self) -> Tensor | float:
+        """MoH-DiT's loss that evens the use of heads in the last pass of training, mean over the blocks; else 0."""
+        layers = [module for module in self.modules() if isinstance(module, MixtureOfHeads)]
+        return 0.01 * torch.stack([layer.take_balance() for layer in layers]).mean() if layers else 0.0
+
     def forward(self, image: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
         patch = self.config.patch_size
         height, width = image.shape[-2:]
@@ -146,10 +160,21 @@ class DiffusionTransformer(
 
 def attention_of(config: ModelConfig, block: int) -> nn.Module:
     """The attention layer of block number `block`, from 0."""
-    if config.attention == "softmax":
-        return SoftmaxAttention(config.dim, config.num_heads)
-    if config.attention == "relu":
-        return ReLULinearAttention(config.dim, config.num_heads)
+    dim, heads, kind = config.dim, config.num_heads, config.attention
+    if kind == "softmax" or (kind == "compressed" and block < config.depth - config.compressed_blocks):
+        return SoftmaxAttention(dim, heads)
+    if kind == "compressed":
+        return CompressedAttention(dim, heads, config.compression)
+    if kind == "mixture-of-heads":
+        return MixtureOfHeads(dim, heads, config.shared_heads, config.taken_heads)
+    if kind == "relu":
+        return ReLULinearAttention(dim, heads)
+    if kind == "linear-compressed":
+        return LinearCompressedAttention(dim, heads)
+    if kind == "convolved":
+        return ConvolvedLinearAttention(dim, heads)
+    if kind == "gated":
+        return GatedLinearAttention(dim, heads, block)
     layer = DyDiLAttention(
         config.dim,
         config.num_heads,
@@ -177,9 +202,14 @@ def initialize_as_dit(name: str, module: nn.Module) -> None:
 
 
 def position_embedding(HW: tuple[int, int], dim: int, device: torch.device) -> Tensor:
-    """Sines and cosines of each token's row (first half of the channels) and column; (N, dim) float32, row-major."""
+    """DiT's table: (N, dim) float32, row-major, N = rows x columns.
+
+    With omega_i = 10000^(-4i / dim), i = 0..dim/4 - 1, the channels are sin(column omega), cos(column omega),
+    sin(row omega) and cos(row omega), a quarter each.
+    """
     rows, columns = torch.meshgrid(*(torch.arange(side, device=device) for side in HW), indexing="ij")
-    return torch.cat([get_timestep_embedding(place.flatten(), dim // 2) for place in (rows, columns)], dim=1)
+    halves = [get_timestep_embedding(place.flatten(), dim // 2, downscale_freq_shift=0) for place in (columns, rows)]
+    return torch.cat(halves, dim=1)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

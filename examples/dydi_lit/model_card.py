@@ -23,11 +23,16 @@ def card_kwargs(training: dict[str, Any]) -> dict[str, Any]:
     }
     return {
         "kind": "checkpoint",
-        "title": f"{TITLES[train['model']]} {train['size']}",
+        "title": title_of(training),
         "steps_done": training["steps_done"],
         "data": data,
         "table": [(name, _cell(value)) for name, value in settings.items()],
     }
+
+
+def title_of(training: dict[str, Any]) -> str:
+    """The model that training.json tells of, as tables call it, and its size."""
+    return f"{TITLES[training['train']['model']]} {training['train']['size']}"
 
 
 def pipeline_card(training: dict[str, Any] | None) -> ModelCard:

@@ -15,7 +15,7 @@ from examples.dydi_lit.diffusion import Losses
 
 
 class Diverged(Exception):
-    """The loss is not a number any more, or infinite."""
+    """A loss, gradient or weight is not a number any more, or infinite."""
 
 
 class Recorder:
@@ -56,18 +56,21 @@ class Recorder:
         self._pending.append(torch.stack([*losses, gradient_norm]))
 
     def flush(self, learning_rate: float) -> None:
-        """Writes what `add` noted since the last time; for all processes at once. Raises Diverged, naming the step."""
+        """Writes what `add` noted since the last time; for all processes at once.
+
+        Raises Diverged, naming the step, where a loss is not finite, or a gradient that has moved the weights: the
+        loss scale of fp16 leaves such steps out.
+        """
         if not self._pending:
             return
         done, count = len(self.losses), len(self._pending)
         rows = self.accelerator.reduce(torch.stack(self._pending), "mean").double().cpu()
         images_per_second = self.batch_size * count / (time.perf_counter() - self._since)
-        for step, (loss, mse, variational, _) in enumerate(rows.tolist(), done + 1):
+        for step, (loss, mse, variational, norm) in enumerate(rows.tolist(), done + 1):
             if not math.isfinite(loss):
-                raise Diverged(
-                    f"the loss of step {step} is {loss} (mse {mse}, variational {variational}): the run has diverged, "
-                    "start again from a checkpoint or with a lower learning rate; nothing was saved since the last one"
-                )
+                raise diverged(f"the loss of step {step} is {loss} (mse {mse}, variational {variational})")
+            if not math.isfinite(norm) and self.accelerator.scaler is None:
+                raise diverged(f"the norm of the gradient of step {step} is {norm}, with a loss of {loss}")
         self.losses += rows[:, 0].tolist()
 
         loss, mse, variational, gradient_norm = rows.mean(0).tolist()
@@ -86,6 +89,14 @@ class Recorder:
     def restart_clock(self) -> None:
         """Leaves the time since the last `flush` out of the throughput."""
         self._since = time.perf_counter()
+
+
+def diverged(fault: str) -> Diverged:
+    """The error that says what is not finite, and what to do now."""
+    return Diverged(
+        f"{fault}: the run has diverged, start again from a checkpoint or with a lower learning rate; nothing was "
+        "saved since the last one"
+    )
 
 
 def memory_in_use(device: torch.device) -> int:

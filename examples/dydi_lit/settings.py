@@ -12,7 +12,7 @@ from examples.dydi_lit.parallel import Parallel
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train DyDi-LiT, DiT or Sana; the defaults train a tiny DyDi-LiT on digits, in minutes on a CPU."""
+    """Train DyDi-LiT or a rival; the defaults train a tiny DyDi-LiT on digits, in minutes on a CPU."""
 
     model: Model = "dydi-lit"
     """The network, by its row in the paper's tables."""

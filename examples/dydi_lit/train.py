@@ -1,4 +1,4 @@
-"""Trains DyDi-LiT, DiT or Sana: python -m examples.dydi_lit.train --help
+"""Trains DyDi-LiT or a rival: python -m examples.dydi_lit.train --help
 
 On many GPUs the same command is launched by `accelerate launch -m` or `torchrun -m`. Ctrl-C (or SIGTERM) ends the run
 with a checkpoint. A run resumed from a checkpoint computes the same losses as one that was never stopped, because
@@ -19,7 +19,7 @@ import numpy
 import torch
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, set_seed
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -30,6 +30,7 @@ from examples.dydi_lit.batches import Batch, RandomisedData, Share, StepSampler,
 from examples.dydi_lit.checkpoint import (
     CheckpointError,
     State,
+    first_not_finite,
     load_ema_model,
     plain_errors,
     read_losses,
@@ -44,8 +45,10 @@ from examples.dydi_lit.diffusion import GaussianDiffusion, Losses
 from examples.dydi_lit.model import DiffusionTransformer
 from examples.dydi_lit.parallel import gather_moments, gather_weights, parallelise, processes, restore_moments, whole
 from examples.dydi_lit.plots import save_loss_curve
-from examples.dydi_lit.recorder import Diverged, Recorder
+from examples.dydi_lit.recorder import Diverged, Recorder, diverged
 from examples.dydi_lit.settings import SettingsError, TrainConfig, check_settings, from_json, refuse_changes, to_json
+
+_FOREIGN = {DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -60,7 +63,8 @@ def train(config: TrainConfig) -> Path:
     """Trains to `config.steps` and returns the checkpoint's folder.
 
     Raises SettingsError, DataError, or CheckpointError where `config.resume` does not fit, all before any work is
-    done; Interrupted, after saving, on SIGINT or SIGTERM; and Diverged where the loss is not finite.
+    done; Interrupted, after saving, on SIGINT or SIGTERM; and Diverged, with the last checkpoint left as it was, where
+    a loss, gradient or weight is not finite.
     """
     check_settings(config)
     accelerator = accelerator_of(config)
@@ -93,7 +97,7 @@ def train(config: TrainConfig) -> Path:
                 with accelerator.no_sync(run.model) if part < config.accumulate else nullcontext():
                     with accelerator.autocast():
                         losses = batch_losses(run.model, diffusion, data, next(batches))
-                    accelerator.backward(losses.total / config.accumulate)
+                    accelerator.backward((losses.total + run.network.balance()) / config.accumulate)
                 parts.append(torch.stack(losses).detach())
             learning_rate = run.learning_rate
             gradient_norm = run.update()
@@ -170,11 +174,17 @@ class Run:
         return norm
 
     def save(self) -> None:
-        """Writes the checkpoint and, where it is due, a copy to keep; for all processes at once."""
+        """Writes the checkpoint and, where it is due, a copy to keep; for all processes at once.
+
+        Raises Diverged, before anything is written, where it would not be finite.
+        """
         optimizer, scaler = self.optimizer.optimizer, self.accelerator.scaler
         averaged = gather_weights(self.average.module)
         counters = {"schedule": self.rates.state_dict(), "loss_scale": scaler.state_dict() if scaler else None}
         state = State(gather_weights(self.network), gather_moments(self.network, optimizer), counters)
+        for kind, tensors in (("weights", state.weights), ("averages", averaged), ("moments", state.moments)):
+            if name := first_not_finite(tensors):
+                raise diverged(f"after step {len(self.losses)} the {kind} of {name} are not all finite")
         if self.accelerator.is_main_process:
             with torch.device("meta"):
                 model = DiffusionTransformer(self.model_config)
@@ -208,12 +218,20 @@ class Run:
 def accelerator_of(config: TrainConfig) -> Accelerator:
     """What accelerate finds: the processes and their devices; SettingsError where they cannot compute as asked."""
     try:
-        # Without being told, accelerate takes processes on CPUs for runs of their own.
-        accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.accelerator.is_available())
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            cpu=not torch.accelerator.is_available(),  # untold, it takes processes on CPUs for runs of their own
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the environment's would divide
+        )
     except ValueError as error:
         raise SettingsError(f"mixed_precision = {config.mixed_precision}: {error}") from None
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would compute in float32
         raise SettingsError("mixed_precision = fp16 needs a GPU: choose bf16 or no")
+    if accelerator.distributed_type in _FOREIGN:
+        raise SettingsError(
+            f"accelerate is configured for {accelerator.distributed_type.value}, which would take the place of "
+            "parallel = ddp or fsdp2: switch it off, in its configuration file or environment"
+        )
     return accelerator
 
 

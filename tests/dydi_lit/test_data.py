@@ -1,9 +1,12 @@
 """Training images: the digits, and folders of images good and bad."""
 
+import errno
+import os
 import pickle
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,23 +16,17 @@ from torch.utils.data import DataLoader
 
 pytest.importorskip("examples.dydi_lit")
 
+from examples.dydi_lit.batches import RandomisedData, Share, StepSampler, load_batches
 from examples.dydi_lit.data import (
     DataError,
     FolderData,
     digits,
     find_images,
     open_data,
-    read_image,
     to_pixels,
     to_uint8,
 )
-
-
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A smooth coloured picture, different for every seed."""
-    across, down = np.meshgrid(np.linspace(0, 3, width), np.linspace(0, 2, height))
-    waves = [np.sin(across * (channel + 1) + down + seed) for channel in range(3)]
-    return Image.fromarray(((np.stack(waves, -1) + 1) * 127).astype(np.uint8))
+from tests.dydi_lit.training import picture
 
 
 def cut_off(file: Path) -> None:
@@ -122,54 +119,6 @@ def test_images_become_the_networks_input(folder: Path) -> None:
     assert to_uint8(torch.tensor([-3.0, 3.0]).view(1, 1, 1, 2)).tolist() == [[[[0], [255]]]]
 
 
-@pytest.mark.parametrize("width, height, size", [(64, 64, 8), (100, 37, 9), (31, 200, 16), (5, 7, 12), (8, 8, 8)])
-def test_centre_crop(tmp_path: Path, width: int, height: int, size: int) -> None:
-    """A ramp from left to right and one from top to bottom keep their slope and their middle."""
-    across, down = np.meshgrid(np.arange(width), np.arange(height))
-    ramps = np.stack([across - (width - 1) / 2, down - (height - 1) / 2, 0 * across], -1) * (200 / max(width, height))
-    Image.fromarray((ramps + 128).round().astype(np.uint8)).save(tmp_path / "ramp.png")
-    image = read_image(tmp_path / "ramp.png", size).double()
-    assert image.shape == (3, size, size)
-    slope = 200 / max(width, height) * min(width, height) / size
-    middle = slice(2, -2)  # bicubic overshoots at the border
-    offset = (torch.arange(size) - (size - 1) / 2)[middle] * slope + 128
-    assert (image[0, middle, middle] - offset).abs().max() < 1 + slope  # crops are of whole pixels
-    assert (image[1, middle, middle] - offset[:, None]).abs().max() < 1 + slope
-
-
-@pytest.mark.parametrize(
-    "mode, suffix",
-    [("L", "png"), ("P", "png"), ("RGBA", "png"), ("CMYK", "jpg"), ("1", "png"), ("LA", "png")],
-)
-def test_any_colour_mode_becomes_rgb(tmp_path: Path, mode: str, suffix: str) -> None:
-    original = picture(16, 16)
-    original.convert(mode).save(tmp_path / f"picture.{suffix}")
-    image = read_image(tmp_path / f"picture.{suffix}", None)
-    assert image.shape == (3, 16, 16) and image.dtype == torch.uint8
-    if mode in ("RGBA", "CMYK", "P"):
-        difference = np.abs(np.asarray(original).astype(int) - image.permute(1, 2, 0).numpy())
-        assert difference.mean() < (20 if mode == "P" else 4)
-
-
-def test_transparency_and_sixteen_bits(tmp_path: Path) -> None:
-    palette = picture(16, 16).convert("P")
-    palette.save(tmp_path / "palette.png", transparency=bytes(range(256)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        image = read_image(tmp_path / "palette.png", None)
-    assert np.array_equal(image.permute(1, 2, 0), palette.convert("RGB"))
-    levels = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
-    Image.fromarray(levels).save(tmp_path / "deep.png")
-    assert np.array_equal(read_image(tmp_path / "deep.png", None)[1], levels // 256)
-
-
-def test_exif_orientation_is_ignored(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by a quarter
-    picture(16, 8).save(tmp_path / "turned.png", exif=exif)
-    assert read_image(tmp_path / "turned.png", None).shape == (3, 8, 16)
-
-
 # --- what can be wrong
 
 
@@ -216,6 +165,16 @@ def test_one_worker_tells_the_others(folder: Path) -> None:
         list(DataLoader(data, batch_size=2))
 
 
+def test_two_workers_warn_of_a_file_once(folder: Path) -> None:
+    """Also when both read it at the same time: the process they load for does."""
+    names = damage(folder)
+    data = RandomisedData(FolderData(folder, 8), 0.0, False)
+    sampler = StepSampler(6, Share(6), 0, 0, 6)
+    with pytest.warns(UserWarning, match="takes its place") as caught:
+        assert len(list(load_batches(data, sampler, 2, torch.device("cpu")))) == 6
+    assert sorted(Path(str(warning.message).split()[2].rstrip(":")).name for warning in caught) == sorted(names)
+
+
 def test_no_image_can_be_read(folder: Path) -> None:
     for name in find_images(folder):
         (folder / name).write_bytes(b"")
@@ -244,6 +203,42 @@ def test_wrong_folders_say_what_was_expected(folder: Path, tmp_path: Path) -> No
         FolderData(folder / "ant" / "deep", 8)
     (folder / "empty").mkdir()
     with pytest.raises(DataError, match=r"no images in these class folders of .*: empty; expected"):
+        FolderData(folder, 8)
+
+
+@pytest.mark.parametrize(
+    "link, target",
+    [
+        ("cat/loop", "cat"), ("cat/loop", "."), ("ant/deep/loop", "ant"), ("ant/loop", "ant/deep"), ("fox", "cat"),
+        ("cat/ants", "ant"), ("fox", "."),
+    ],
+)  # fmt: skip
+def test_links_that_lead_to_a_folder_twice_are_refused(folder: Path, link: str, target: str) -> None:
+    """Into itself, to the class, to all classes, and to another class, whose images would have two labels."""
+    (folder / link).symlink_to(folder / target)
+    with pytest.raises(DataError, match=r"is a link to .*, whose images would count twice: remove one of them"):
+        FolderData(folder, 8)
+
+
+def test_links_to_folders_elsewhere_are_followed(folder: Path, tmp_path: Path) -> None:
+    (folder / "ant" / "deep").rename(tmp_path / "elsewhere")
+    (folder / "ant" / "deep").symlink_to(tmp_path / "elsewhere")
+    assert find_images(folder / "ant") == ["1.jpg", "2.png", "deep/0.png"]
+    (folder / "ant" / "deep" / "loop").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="count twice"):
+        find_images(folder / "ant")
+
+
+def test_a_folder_that_cannot_be_read_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan = os.scandir
+
+    def refuse(path: str) -> Any:
+        if str(path).endswith("deep"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"cannot read the folder .*deep: Permission denied"):
         FolderData(folder, 8)
 
 

@@ -142,7 +142,7 @@ def test_grey_images_stored_as_colour_are_grey(tmp_path: Path) -> None:
 
 
 def test_networks_see_grey_images_in_three_channels() -> None:
-    assert features_of(open_images("digits-held-out"), Moments().eval(), 100).shape == (360, 6)
+    assert features_of(open_images("digits-held-out"), Moments().eval(), 100)["features"].shape == (360, 6)
 
 
 def test_folder_of_images(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Grids, text and curves; what is seen of a model while it draws; the figures of the paper."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -77,6 +78,35 @@ def test_grid_has_titles_and_cuts_values(tmp_path: Path) -> None:
     assert margin > 0 and titled.shape[0] == plain.shape[0]
     assert (titled[:60, : margin - 2] < 128).any()  # letters
     assert (titled[:, 0] == 255).all()  # none is cut off
+
+
+def test_grid_has_headings(tmp_path: Path) -> None:
+    images = torch.full((8, 1, 64, 64), -1.0)
+    save_grid(images, tmp_path / "plain.png", columns=4)
+    save_grid(images, tmp_path / "headed.png", columns=4, headings=["tench", "goldfish"])
+    plain, headed = (np.asarray(Image.open(tmp_path / name).convert("L")) for name in ("plain.png", "headed.png"))
+    margin = headed.shape[0] - plain.shape[0]
+    assert margin > 0 and headed.shape[1] == plain.shape[1]
+    written = (headed[:margin] < 128).any(0).nonzero()[0]
+    left = written[written < headed.shape[1] / 2]
+    assert abs((left[0] + left[-1]) / 2 - headed.shape[1] / 4) < 5  # over the middle of the first two columns
+    with pytest.raises(ValueError, match="headings must divide the 4 columns; got 3"):
+        save_grid(images, tmp_path / "x.png", columns=4, headings=["a", "b", "c"])
+
+
+@pytest.mark.parametrize("name", [r"$\frac$", "a $ and a", r"\$ \frac", os.fsdecode(b"caf\xe9"), "_x^{"])
+def test_any_name_can_be_written(name: str, tmp_path: Path) -> None:
+    """Nothing is a formula, and bytes that are no UTF-8 do not stop it."""
+    save_grid(torch.zeros(2, 1, 8, 8), tmp_path / "grid.png", columns=1, titles=[name, name])
+    save_loss_curves({name: [1.0, 2.0], "other": [1.0, 2.0]}, tmp_path / "loss.png")
+
+
+def test_every_figure_takes_any_name(tmp_path: Path) -> None:
+    """Of a class, and of a folder that has to tell two models apart."""
+    names = [r"$\frac$", os.fsdecode(b"caf\xe9")] * 5
+    folder = checkpoint(tmp_path / r"a$\frac$", "dydi-lit", class_names=names)
+    config = FiguresConfig(folder, output=tmp_path / "figures", compare=(folder,), classes=(0, 1), per_class=1, steps=1)
+    assert len(figures.draw(config)) == 4
 
 
 @pytest.mark.parametrize(
@@ -168,7 +198,11 @@ def test_last_map_is_the_attention_of_the_layer(heads: int) -> None:
     "model, titles",
     [
         ("dit", ["softmax attention"]),
+        ("moh-dit", ["softmax attention"]),
         ("sana", ["linear attention"]),
+        ("lit", ["linear attention"]),
+        ("edit", []),
+        ("dig", []),
         ("focused-kernel", ["linear attention", "dynamic measure kernel"]),
         ("dynamic-projection", ["linear attention", "dynamic projection", "dynamic measure kernel"]),
         ("map-differential", ["linear attention", "dynamic measure kernel", "redundancy", "map differential"]),
@@ -235,15 +269,17 @@ def test_figures_of_a_model_beside_others(
     assert f"wrote {tmp_path / 'out' / 'loss.png'}" in printed
 
 
-@pytest.mark.parametrize("model", ["dit", "dynamic-projection"])
+@pytest.mark.parametrize("model", ["dit", "dynamic-projection", "dig"])
 def test_models_without_a_part_leave_its_figure_out(
     model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = checkpoint(tmp_path / "run", model)
     drawn = figures.draw(FiguresConfig(folder, tmp_path / "out", classes=(0,), per_class=1, steps=1))
     names = {path.name for path in drawn}
-    assert names == {"loss.png", "maps.png"} | ({"routing.png"} if model == "dynamic-projection" else set())
-    assert ("left out: routing.png" in capsys.readouterr().out) == (model == "dit")
+    has = {"dit": {"maps.png"}, "dynamic-projection": {"maps.png", "routing.png"}, "dig": set()}[model]
+    assert names == {"loss.png"} | has
+    printed = capsys.readouterr().out
+    assert all((f"left out: {name}" in printed) == (name not in has) for name in ("maps.png", "routing.png"))
     assert all(path.stat().st_size > 0 for path in drawn)
 
 

@@ -39,6 +39,18 @@ def test_differences_are_taken_between_runs_of_one_seed() -> None:
     assert lines[2].startswith("| attention map-wise paradigm | 1 | 40.0 |  |")  # what it varies has not been run
 
 
+def test_the_picture_shows_every_run_and_the_spread(tmp_path: Path) -> None:
+    rows = [result("sana", seed, error) for seed, error in enumerate([0.050, 0.060, 0.070])]
+    rows += [result("dydi-lit", 0, 0.04)]
+    (axes,) = ladder.picture(rows).axes
+    shown = [sorted(line.get_xdata().tolist()) for line in axes.lines if line.get_marker() == "o"]
+    assert [[round(value, 6) for value in line] for line in shown] == [[50, 60, 70], [40]]
+    bars = [bar.lines[2][0].get_segments()[0][:, 0] for bar in axes.containers]
+    assert [[round(end, 6) for end in bar] for bar in bars] == [[50, 70], [40, 40]]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["Sana", "+ reparameterization (DyDi-LiT)"]
+    assert axes.yaxis_inverted()
+
+
 def test_every_row_but_the_first_is_compared() -> None:
     assert set(TITLES) - set(COMPARED_WITH) == {"sana"}
     assert [COMPARED_WITH[model] for model in LADDER[1:]] == list(LADDER[:-1])
@@ -62,4 +74,4 @@ def test_the_table_of_the_readme_is_that_of_the_committed_runs() -> None:
     assert shown is not None
     rows = ladder.read_runs(COMMITTED)
     assert shown[1] == ladder.table(rows)
-    assert {row.model for row in rows} == set(TITLES) and {row.seed for row in rows} == {0, 1, 2}
+    assert {row.model for row in rows} == set(LadderConfig().models) and {row.seed for row in rows} == {0, 1, 2}

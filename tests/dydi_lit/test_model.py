@@ -17,6 +17,7 @@ from examples.dydi_lit.layers import ReLULinearAttention, SoftmaxAttention
 from examples.dydi_lit.model import DiffusionTransformer, position_embedding
 
 MODELS = tuple(TITLES)
+RIVALS: tuple[Model, ...] = ("pixart-sigma", "edit", "dig", "lit", "moh-dit")
 
 
 def small(model: Model = "dydi-lit", **changes: object) -> ModelConfig:
@@ -118,7 +119,7 @@ def test_every_model_follows_the_image_and_trains_all_of_its_weights(
     assert [name for name, p in network.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
-@pytest.mark.parametrize("model", ["dydi-lit", "map-differential", "dynamic-projection", "sana", "dit"])
+@pytest.mark.parametrize("model", ["dydi-lit", "map-differential", "dynamic-projection", "sana", "dit", *RIVALS])
 def test_inference_form_and_recomputation_change_nothing(model: Model) -> None:
     network, image = awake(small(model)), torch.randn(2, 2, 8, 8)
     plain = call(network, image)
@@ -145,11 +146,11 @@ def test_patches_keep_their_place() -> None:
 def test_position_embedding_tells_rows_from_columns() -> None:
     table = position_embedding((3, 5), 16, torch.device("cpu")).unflatten(0, (3, 5))
     assert len(table.flatten(0, 1).unique(dim=0)) == 15
-    assert torch.equal(table[1, :, :8], table[1, :1, :8].expand(5, 8))  # one row, one first half
-    assert torch.equal(table[:, 2, 8:], table[:1, 2, 8:].expand(3, 8))
+    assert torch.equal(table[:, 2, :8], table[:1, 2, :8].expand(3, 8))  # one column, one first half, as in DiT
+    assert torch.equal(table[1, :, 8:], table[1, :1, 8:].expand(5, 8))
 
 
-@pytest.mark.parametrize("model", ["dydi-lit", "sana", "dit"])
+@pytest.mark.parametrize("model", ["dydi-lit", "sana", "dit", *RIVALS])
 def test_half_precision(model: Model) -> None:
     """Under autocast the blocks add to float32; a model of bfloat16 weights stays in bfloat16."""
     network, image, seen = awake(small(model)), torch.randn(2, 2, 8, 8), []
@@ -237,7 +238,7 @@ def test_linear_attention_without_any_positive_entry_is_zero() -> None:
 # --- huggingface form
 
 
-@pytest.mark.parametrize("model", ["dydi-lit", "increasing-lambda", "dit"])
+@pytest.mark.parametrize("model", ["dydi-lit", "increasing-lambda", "dit", *RIVALS])
 def test_saved_and_loaded_model_is_the_same(model: Model, tmp_path: Path) -> None:
     network, image = awake(small(model)).eval(), torch.randn(2, 2, 8, 8)
     network.save_pretrained(tmp_path)

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
@@ -16,7 +17,8 @@ import torch
 
 pytest.importorskip("examples.dydi_lit")
 
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from examples.dydi_lit import configs, train
@@ -28,24 +30,12 @@ from examples.dydi_lit.checkpoint import (
     read_state,
     read_training,
 )
-from examples.dydi_lit.recorder import Diverged
-from examples.dydi_lit.settings import from_json
+from examples.dydi_lit.settings import SettingsError, from_json
 from examples.dydi_lit.train import Interrupted, TrainConfig
-from tests.dydi_lit.training import FewDigits, interrupt_at, on_call
+from tests.dydi_lit.training import FewDigits, assert_same, interrupt_at, on_call
 
 ROOT = Path(__file__).parents[2]
 CURVES = {"loss", "mse", "variational", "gradient_norm", "learning_rate", "images_per_second"}
-
-
-def assert_same(found: Path, expected: Path) -> None:
-    """Everything in the two checkpoints is equal to the bit."""
-    assert read_losses(found) == read_losses(expected)
-    ours, theirs = read_state(found), read_state(expected)
-    averages = [load_ema_model(folder, fuse=False).state_dict() for folder in (found, expected)]
-    for one, other in ((ours.weights, theirs.weights), (ours.moments, theirs.moments), averages):
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[name], other[name]) for name in one)
-    assert ours.counters == theirs.counters
 
 
 # --- resuming
@@ -71,6 +61,14 @@ def test_resumed_run_equals_an_uninterrupted_one(
     torch.rand(5)  # the resumed process is in another random state
 
     assert_same(train.train(replace(halved, resume=checkpoint)), straight)
+
+
+@pytest.mark.parametrize("model", ["dit", "sana", "pixart-sigma", "edit", "dig", "lit", "moh-dit"])
+def test_every_kind_of_attention_resumes_to_the_bit(small: TrainConfig, tmp_path: Path, model: configs.Model) -> None:
+    straight = train.train(replace(small, model=model, steps=4, save_every=2, archive_every=2))
+    half = small.output / "checkpoint-0000002"
+    resumed = replace(small, model=model, steps=4, save_every=2, archive_every=2, output=tmp_path / "again")
+    assert_same(train.train(replace(resumed, resume=half)), straight)
 
 
 def test_same_seed_same_run(small: TrainConfig, tmp_path: Path) -> None:
@@ -185,6 +183,20 @@ def test_every_model_learns(small: TrainConfig, monkeypatch: pytest.MonkeyPatch,
     before = configs.config_of(model, "tiny", in_channels=1, num_classes=10)
     fixed = {name for name, weight in runs[-1].network.named_parameters() if not weight.requires_grad}
     assert all("router" in name or ("gamma" in name and not before.learned_gamma) for name in fixed)
+
+
+def test_the_balance_of_heads_is_trained_and_not_logged(
+    small: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    one = replace(small, model="moh-dit", steps=1, warmup_steps=0, gradient_clip=None)
+    with_balance = train.train(one)
+    monkeypatch.setattr(train.DiffusionTransformer, "balance", lambda network: 0.0)
+    without = train.train(replace(one, output=tmp_path / "without"))
+    assert read_losses(with_balance) == read_losses(without)
+    ours, theirs = (read_state(folder).moments for folder in (with_balance, without))
+    name = "blocks.0.attention.routed_router.weight.exp_avg"
+    assert not torch.equal(ours[name], theirs[name])
+    assert torch.equal(ours["output.weight.exp_avg"], theirs["output.weight.exp_avg"])
 
 
 def test_without_learned_variance_the_loss_is_the_squared_error(small: TrainConfig) -> None:
@@ -305,10 +317,36 @@ def test_archive_keeps_numbered_checkpoints(small: TrainConfig, tmp_path: Path) 
     assert_same(train.train(replace(small, resume=archive, output=tmp_path / "other")), straight)
 
 
-def test_diverged_run_keeps_the_last_checkpoint(small: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = replace(small, save_every=2)
-    on_call(monkeypatch, 4, lambda losses: losses._replace(total=losses.total * float("nan")))
-    with pytest.raises(Diverged, match="the loss of step 4 is nan"):
+@pytest.mark.parametrize("there", [True, False])
+def test_a_checkpoint_that_is_a_link(small: TrainConfig, tmp_path: Path, there: bool) -> None:
+    """What it leads to is written, as often as one likes."""
+    elsewhere = tmp_path / "elsewhere"
+    if there:
+        elsewhere.mkdir()
+    small.output.mkdir()
+    (small.output / "checkpoint").symlink_to(elsewhere)
+    straight = train.train(replace(small, output=tmp_path / "straight"))
+    linked = train.train(replace(small, save_every=2))
+    assert linked.is_symlink() and linked.resolve() == elsewhere
+    assert_same(linked, straight)
+    assert not list(tmp_path.glob("elsewhere.*"))
+
+
+@pytest.mark.usefixtures("other_precision")
+def test_the_environment_does_not_scale_gradients(
+    small: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = train.train(small)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    GradientState._reset_state()
+    assert_same(train.train(replace(small, output=tmp_path / "other")), straight)
+    monkeypatch.delenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+    GradientState._reset_state()
+
+
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
+def test_accelerates_own_sharding_is_refused(small: TrainConfig, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    foreign = SimpleNamespace(distributed_type=DistributedType[kind], device=torch.device("cpu"))
+    monkeypatch.setattr(train, "Accelerator", lambda **options: foreign)
+    with pytest.raises(SettingsError, match=f"accelerate is configured for {kind}"):
         train.train(small)
-    assert read_training(small.output / "checkpoint")["steps_done"] == 2
-    assert all(weight.isfinite().all() for weight in read_state(small.output / "checkpoint").weights.values())

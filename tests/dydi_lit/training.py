@@ -1,12 +1,16 @@
-"""What the tests of training share: a small run, and ways to disturb it."""
+"""What the tests of data and training share: a picture, a small run, and ways to disturb it."""
 
 import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from examples.dydi_lit import configs, train
+from examples.dydi_lit.checkpoint import load_ema_model, read_losses, read_state
 from examples.dydi_lit.data import DigitData
 from examples.dydi_lit.train import TrainConfig
 
@@ -47,3 +51,21 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
         return losses
 
     on_call(monkeypatch, number, act)
+
+
+def assert_same(found: Path, expected: Path) -> None:
+    """Everything in the two checkpoints is equal to the bit."""
+    assert read_losses(found) == read_losses(expected)
+    ours, theirs = read_state(found), read_state(expected)
+    averages = [load_ema_model(folder, fuse=False).state_dict() for folder in (found, expected)]
+    for one, other in ((ours.weights, theirs.weights), (ours.moments, theirs.moments), averages):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert ours.counters == theirs.counters
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A smooth coloured picture, different for every seed."""
+    across, down = np.meshgrid(np.linspace(0, 3, width), np.linspace(0, 2, height))
+    waves = [np.sin(across * (channel + 1) + down + seed) for channel in range(3)]
+    return Image.fromarray(((np.stack(waves, -1) + 1) * 127).astype(np.uint8))

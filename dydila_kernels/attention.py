@@ -14,10 +14,11 @@ from dydila_kernels.depthwise import DepthwiseConv
 from dydila_kernels.differential import TokenDifferential
 from dydila_kernels.functional import agreeing, backend_of
 from dydila_kernels.measure import DynamicMeasureKernel
+from dydila_kernels.precision import autocast_dtype
 from dydila_kernels.projection import DynamicProjection
 from dydila_kernels.routing import Routing
 from dydila_kernels.stages import core_inputs
-from dydila_kernels.torch_backend import autocast_dtype, takes_plain_path
+from dydila_kernels.torch_backend import takes_plain_path
 from dydila_kernels.types import (
     Backend,
     Convolution,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dydila_kernels import checks
-from dydila_kernels.torch_backend import accumulation_dtype
+from dydila_kernels.precision import accumulation_dtype
 
 SIZES = {"3x3": (3, 3), "1x3": (1, 3), "3x1": (3, 1), "1x1": (1, 1)}
 """Rows and columns of a branch's kernel; "identity" passes the tokens through and has none."""

@@ -26,7 +26,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from dydila_kernels import checks
 from dydila_kernels.attention import CheckedArgs, DyDiLAttention
-from dydila_kernels.torch_backend import accumulation_dtype, autocast_dtype, depthwise, takes_plain_path
+from dydila_kernels.precision import accumulation_dtype, autocast_dtype
+from dydila_kernels.torch_backend import depthwise, takes_plain_path
 from dydila_kernels.types import Convolution, Grid
 
 Module = TypeVar("Module", bound=nn.Module)

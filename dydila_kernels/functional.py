@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dydila_kernels import checks, torch_backend
+from dydila_kernels.precision import autocast_dtype
 from dydila_kernels.types import DIFFERENTIAL_SIDES, Backend, CoreInputs, Options
 
 OLDEST_TRITON = (3, 6)
@@ -235,7 +236,7 @@ def agreeing(inputs: CoreInputs, shape: Sequence[int]) -> CoreInputs:
 
     Raises ValueError where tokens have another shape than this or differ in dtype, or tensors in device.
     """
-    dtype = torch_backend.autocast_dtype(inputs.q.device)
+    dtype = autocast_dtype(inputs.q.device)
     tokens: dict[str, Tensor | None] = dict(zip(CoreInputs._fields[:5], inputs[:5], strict=True))
     if dtype is not None:
         tokens = {name: t if t is None or t.dtype == torch.float64 else t.to(dtype) for name, t in tokens.items()}

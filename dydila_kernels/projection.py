@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dydila_kernels import torch_backend
+from dydila_kernels.precision import autocast_dtype
 from dydila_kernels.routers import init_router_, router_parameter
 from dydila_kernels.types import Backend
 
@@ -88,7 +89,7 @@ class DynamicProjection(nn.Module):
         if not torch.compiler.is_compiling() and recording.decisions is not None:
             noted = self.logits(x) if logits is None else logits
             recording.decisions[self] = Decision(index, noted, self.num_projectors)
-        dtype = torch_backend.autocast_dtype(x.device)
+        dtype = autocast_dtype(x.device)
         if dtype is not None and x.dtype != torch.float64:
             x, weight = x.to(dtype), weight.to(dtype)
         return backend.project(x, weight, index, logits)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dydila_kernels import reference
+from dydila_kernels.precision import accumulation_dtype, no_autocast
 from dydila_kernels.projection import Decision, recorded
-from dydila_kernels.torch_backend import accumulation_dtype, no_autocast
 from dydila_kernels.types import Backend
 
 if TYPE_CHECKING:

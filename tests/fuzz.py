@@ -24,8 +24,9 @@ from torch import Tensor
 
 import tests.interpreter as interpreter  # before the package, which may import Triton
 from dydila_kernels import reference
+from dydila_kernels.precision import accumulation_dtype
 from dydila_kernels.testing import TOKENS, Tensors, cast, relative_error
-from dydila_kernels.torch_backend import accumulation_dtype, blocks
+from dydila_kernels.torch_backend import blocks
 from tests.fuzz_cases import DEVICE, Case, Draw, as_list, draw_core, draw_layer
 
 MARGIN = 8.0

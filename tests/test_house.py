@@ -11,26 +11,27 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dydila_kernels"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-SHARED = {"types", "reference", "stages"}
+SHARED = {"precision", "types", "reference", "stages"}
 """What stands below both backends."""
 MODULES = {"projection", "measure", "differential", "depthwise"}
 """The sub-modules that own the parameters."""
 MAY_IMPORT = {
     "reference": set(),
     "types": set(),
+    "precision": set(),
     "checks": {"types"},
     "stages": {"types"},
     "torch_backend": SHARED,
     "ops": SHARED,
-    "functional": {"checks", "types", "torch_backend", "ops"},
+    "functional": {"checks", "precision", "types", "torch_backend", "ops"},
     "routers": {"checks"},
     "measure": {"routers"},
     "differential": {"routers"},
-    "projection": {"routers", "torch_backend", "types"},
-    "depthwise": {"checks", "torch_backend"},
-    "routing": {"projection", "reference", "types", "torch_backend", "attention"},  # the layer for its type alone
-    "attention": {"checks", "functional", "routing", "stages", "types", "torch_backend", *MODULES},
-    "distributed": {"attention", "checks", "types", "torch_backend"},
+    "projection": {"precision", "routers", "torch_backend", "types"},
+    "depthwise": {"checks", "precision"},
+    "routing": {"precision", "projection", "reference", "types", "attention"},  # the layer for its type alone
+    "attention": {"checks", "functional", "precision", "routing", "stages", "torch_backend", "types", *MODULES},
+    "distributed": {"attention", "checks", "precision", "torch_backend", "types"},
     "convert": {"attention", "checks"},
     "tuning": {"attention", "checks", "functional", "ops"},
     "testing": {"attention", "functional", "reference", "types"},

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dydila_kernels.ops import backward, core, projection
 from dydila_kernels.ops.core import Inputs, SavedForBackward, Settings
+from dydila_kernels.precision import no_autocast
 from dydila_kernels.types import Ranks
 
 INPUTS, SAVED = len(Inputs._fields), len(SavedForBackward._fields)
@@ -25,14 +26,6 @@ INPUTS, SAVED = len(Inputs._fields), len(SavedForBackward._fields)
 def on_device_of(t: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, whatever the tensors are on."""
     return torch.cuda.device(t.device) if t.is_cuda and t.device.index != torch.cuda.current_device() else nullcontext()
-
-
-def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
-    """The kernels choose their dtypes themselves."""
-    kind = t.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
 
 
 def can_bypass_dispatcher(t: Tensor) -> bool:
@@ -63,7 +56,7 @@ def attention_forward(*arguments: Any) -> tuple[Tensor, ...]:
 def attention_over_ranks(ranks: Ranks | None, *arguments: Any) -> tuple[Tensor, ...]:
     """As :func:`attention_forward`, with the processes that hold the other tokens."""
     inputs, settings = Inputs(*arguments[:INPUTS]), Settings(*arguments[INPUTS:])
-    with on_device_of(inputs.q), without_autocast(inputs.q), torch.no_grad():
+    with on_device_of(inputs.q), no_autocast(inputs.q.device), torch.no_grad():
         out, saved = core.forward(inputs, settings, ranks)
     return out, *saved
 
@@ -74,7 +67,7 @@ def attention_backward(grad: Tensor, *arguments: Any, ranks: Ranks | None = None
     ``arguments`` are the fields of :class:`Inputs`, :class:`Settings` and :class:`SavedForBackward`.
     """
     inputs, settings = Inputs(*arguments[:INPUTS]), Settings(*arguments[INPUTS:-SAVED])
-    with on_device_of(grad), without_autocast(grad), torch.no_grad():
+    with on_device_of(grad), no_autocast(grad.device), torch.no_grad():
         return backward.backward(grad, inputs, settings, SavedForBackward(*arguments[-SAVED:]), ranks)
 
 
@@ -137,20 +130,20 @@ class AttentionOverRanks(torch.autograd.Function):
 
 def route_forward(x: Tensor, routers: Sequence[Tensor]) -> Tensor:
     """x (B, N, d), one or two routers (d, n_P) -> (routers, B, N) int8."""
-    with on_device_of(x), without_autocast(x), torch.no_grad():
+    with on_device_of(x), no_autocast(x.device), torch.no_grad():
         return projection.route(x, routers)
 
 
 def projection_forward(x: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x (B, N, d), weight (n_P, d, e), index (B, N) int8 -> (B, N, e) and the :class:`Plan`."""
-    with on_device_of(x), without_autocast(x), torch.no_grad():
+    with on_device_of(x), no_autocast(x.device), torch.no_grad():
         plan = projection.plan(index, len(weight))
         return projection.project(x, weight, plan), *plan
 
 
 def projection_backward(grad: Tensor, x: Tensor, weight: Tensor, order: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of x and weight, from that of the output (B, N, e) and the plan."""
-    with on_device_of(x), without_autocast(x), torch.no_grad():
+    with on_device_of(x), no_autocast(x.device), torch.no_grad():
         plan = projection.Plan(order, ends)
         dx = projection.project_input_gradient(grad, weight, plan)
         return dx, projection.project_weight_gradient(x, grad, plan, weight.dtype)

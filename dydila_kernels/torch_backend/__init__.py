@@ -9,27 +9,18 @@ float64 inputs); only inputs and outputs are in a lower dtype.
 equations of :mod:`dydila_kernels.reference` in one piece instead, in the same arithmetic.
 """
 
-from dydila_kernels.torch_backend.blocks import (
-    accumulation_dtype,
-    autocast_dtype,
-    is_transformed,
-    no_autocast,
-    takes_plain_path,
-)
+from dydila_kernels.torch_backend.blocks import is_transformed, takes_plain_path
 from dydila_kernels.torch_backend.core import attend, decisions
 from dydila_kernels.torch_backend.depthwise import depthwise
 from dydila_kernels.torch_backend.layer import layer
 from dydila_kernels.torch_backend.projection import project, projection_logits, route
 
 __all__ = [
-    "accumulation_dtype",
     "attend",
-    "autocast_dtype",
     "decisions",
     "depthwise",
     "is_transformed",
     "layer",
-    "no_autocast",
     "project",
     "projection_logits",
     "route",

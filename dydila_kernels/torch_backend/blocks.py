@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -98,11 +98,6 @@ def all_blocks(tokens: Tensor, cu_seqlens: Sequence[int] | None = None) -> Itera
         yield from image_blocks(batch, start, stop, rows)
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of norms, logits, powers, states and sums for inputs of ``dtype``."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def takes_plain_path(*tensors: Tensor | None) -> bool:
     """Whether plain operations are called for: by a tracer, torch.func, forward-mode AD, fake or meta tensors."""
     if torch.compiler.is_compiling() or is_transformed() or torch._C._get_dispatch_mode(FAKE) is not None:
@@ -114,14 +109,6 @@ def is_transformed() -> bool:
     """Whether torch.func or forward-mode AD want more than numbers of an operation."""
     # Within a dual_level any tensor may have a tangent, and asking each would take longer than a kernel.
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype that ``nn.Linear`` would cast to on this device now, or None outside autocast."""
-    # Meta tensors have no autocast.  The Dynamo of torch 2.9 and older cannot ask torch.amp.is_autocast_available.
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return None
 
 
 def differentiable_gradients(
@@ -139,11 +126,6 @@ def differentiable_gradients(
         return [None] * len(tensors)
     found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, materialize_grads=True))
     return [next(found) if need else None for need in needed]
-
-
-def no_autocast(device: torch.device) -> AbstractContextManager:
-    """Autocast off: the core chooses its dtypes itself."""
-    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
 
 
 def parts_of_logits(*products: tuple[Tensor, Tensor]) -> Tensor:

@@ -15,13 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dydila_kernels.torch_backend.blocks import (
-    ImageRanges,
-    Workspace,
-    accumulation_dtype,
-    all_blocks,
-    block_rows,
-)
+from dydila_kernels.precision import accumulation_dtype
+from dydila_kernels.torch_backend.blocks import ImageRanges, Workspace, all_blocks, block_rows
 from dydila_kernels.torch_backend.linear_attention import readout, states_of, states_pay, whole_attention
 from dydila_kernels.torch_backend.tokens import Indices, Tables, Tokens, needs_exact_zeros, tokens_of
 from dydila_kernels.types import Options, Ranks, decision_names

@@ -16,13 +16,8 @@ import torch
 from torch import Tensor
 
 from dydila_kernels import reference
-from dydila_kernels.torch_backend.blocks import (
-    accumulation_dtype,
-    differentiable_gradients,
-    no_autocast,
-    takes_plain_path,
-    workspace,
-)
+from dydila_kernels.precision import accumulation_dtype, no_autocast
+from dydila_kernels.torch_backend.blocks import differentiable_gradients, takes_plain_path, workspace
 from dydila_kernels.torch_backend.blockwise import Block, BlockwiseForward, Decisions
 from dydila_kernels.torch_backend.depthwise import depthwise
 from dydila_kernels.torch_backend.tokens import Indices

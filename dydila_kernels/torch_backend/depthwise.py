@@ -17,14 +17,8 @@ from torch import Tensor
 from torch.nn import grad as grad_of
 
 from dydila_kernels import reference
-from dydila_kernels.torch_backend.blocks import (
-    Workspace,
-    accumulation_dtype,
-    block_rows,
-    differentiable_gradients,
-    no_autocast,
-    takes_plain_path,
-)
+from dydila_kernels.precision import accumulation_dtype, no_autocast
+from dydila_kernels.torch_backend.blocks import Workspace, block_rows, differentiable_gradients, takes_plain_path
 from dydila_kernels.types import Convolution, Grid
 
 

@@ -12,14 +12,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from dydila_kernels.precision import accumulation_dtype
 from dydila_kernels.stages import layer_in_stages
-from dydila_kernels.torch_backend.blocks import (
-    Workspace,
-    accumulation_dtype,
-    choices_of_each,
-    side_by_side,
-    workspace,
-)
+from dydila_kernels.torch_backend.blocks import Workspace, choices_of_each, side_by_side, workspace
 from dydila_kernels.torch_backend.blockwise import At, Block, BlockwiseForward
 from dydila_kernels.torch_backend.core import attend
 from dydila_kernels.torch_backend.depthwise import ValueBlocks

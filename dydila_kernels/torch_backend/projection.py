@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from dydila_kernels import reference
+from dydila_kernels.precision import accumulation_dtype, no_autocast
 from dydila_kernels.torch_backend.blocks import (
     Workspace,
-    accumulation_dtype,
     all_blocks,
     choices_of_each,
     differentiable_gradients,
     is_transformed,
-    no_autocast,
     router_logits,
     side_by_side,
     takes_plain_path,

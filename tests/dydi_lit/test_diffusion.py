@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from examples.dydi_lit import diffusion
 from examples.dydi_lit.configs import config_of
-from examples.dydi_lit.diffusion import GaussianDiffusion, sample, seeds_of, timesteps_of
+from examples.dydi_lit.diffusion import GaussianDiffusion, sample
 from examples.dydi_lit.model import DiffusionTransformer
 
 EPS = torch.finfo(torch.float32).eps
@@ -363,27 +363,6 @@ def test_clipped_samples_stay_in_range() -> None:
     assert draw(model, steps=5).abs().max() > 1
     for sampler in ("ddpm", "ddim"):
         assert draw(model, steps=5, sampler=sampler, clip=True).abs().max() <= 1
-
-
-@pytest.mark.parametrize("steps", [2, 10, 200, 250, 999, 1000])
-def test_time_steps(steps: int) -> None:
-    ddpm, ddim = timesteps_of("ddpm", steps), timesteps_of("ddim", steps)
-    assert (ddpm[0], ddpm[-1], ddim[0], ddim[-1]) == (999, 0, 999, round(1000 / steps) - 1)
-    for visited, stride in ((ddpm, 999 / (steps - 1)), (ddim, 1000 / steps)):
-        gaps = -np.diff(visited)
-        assert len(visited) == steps and all(abs(gap - stride) <= 1 and gap >= 1 for gap in gaps)
-
-
-def test_time_steps_of_the_paper() -> None:
-    assert timesteps_of("ddpm", 250)[:4] == [999, 995, 991, 987]  # stride 999 / 249 = 4.012
-    assert timesteps_of("ddpm", 1) == [0] and timesteps_of("ddim", 1) == [999]
-    assert timesteps_of("ddim", 4) == [999, 749, 499, 249]
-
-
-def test_seeds_of_images() -> None:
-    seeds = seeds_of(3, range(1000))
-    assert len(set(seeds)) == 1000 and not set(seeds) & set(seeds_of(4, range(1000)))
-    assert seeds_of(3, [17, 5]) == [seeds[17], seeds[5]]
 
 
 @pytest.mark.parametrize(

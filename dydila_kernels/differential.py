@@ -1,4 +1,7 @@
-"""The token differential operator (TDO), Eqs. 7-8: the differential factors and the routers that choose among them."""
+"""The token differential operator (TDO), Eqs. 7-8: the differential factors and the routers that choose among them.
+
+Computed by :mod:`dydila_kernels.ops.tokens` on a GPU, and by :mod:`dydila_kernels.torch_backend.tokens` elsewhere.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,15 @@
 """What the layer asks of the kernels: a :class:`dydila_kernels.types.Backend`, as the torch backend is.
 
-All functions take validated arguments.  None of them has second derivatives.
+All functions take validated arguments.  None of them has second derivatives.  The kernels of a stage, with its formula,
+its shapes and its launcher, are in one file:
+
+    Eqs. 1-2        :mod:`projection`         route, project
+    Eqs. 5-7        :mod:`tokens`             the statistics of a token
+    Eqs. 8, 10      :mod:`linear_attention`   state and readout; :mod:`gemm` where heads are wide
+    Eq. 9           :mod:`depthwise`          the convolution of V
+    gradients       :mod:`gradients`          of the tokens; :mod:`straight_through` of trained routers
+
+:mod:`core` and :mod:`backward` order the launches; :mod:`autograd` and :mod:`operators` make one function of them.
 """
 
 from __future__ import annotations

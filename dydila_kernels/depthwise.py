@@ -1,6 +1,6 @@
 """The re-parameterised depth-wise convolution (DWC) of Eq. 9: several branches in training, one 3x3 kernel after.
 
-Computed by :mod:`dydila_kernels.ops.depthwise` on a GPU, and by :mod:`dydila_kernels.torch_backend.depthwise` elsewhere.
+Computed by ``ops/depthwise.py`` on a GPU, and by ``torch_backend/depthwise.py`` elsewhere.
 """
 
 from __future__ import annotations

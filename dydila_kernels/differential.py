@@ -1,6 +1,6 @@
 """The token differential operator (TDO), Eqs. 7-8: the differential factors and the routers that choose among them.
 
-Computed by :mod:`dydila_kernels.ops.tokens` on a GPU, and by :mod:`dydila_kernels.torch_backend.tokens` elsewhere.
+Computed by ``ops/tokens.py`` on a GPU, and by ``torch_backend/tokens.py`` elsewhere.
 """
 
 from __future__ import annotations

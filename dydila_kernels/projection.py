@@ -1,6 +1,6 @@
 """The dynamic projection module (DPM), Eqs. 1-2: each token through the projector that its router chooses.
 
-Computed by :mod:`dydila_kernels.ops.projection` on a GPU, and by :mod:`dydila_kernels.torch_backend.projection` elsewhere.
+Computed by ``ops/projection.py`` on a GPU, and by ``torch_backend/projection.py`` elsewhere.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ def attention_maps(attention: nn.Module, x: Tensor, query: int) -> list[Attentio
         return reference.choose(lam, reference.route(pair, differential_routers[number]))
 
     lam_q = factor(qt, qr, 0)
-    if attention.differential_mode == "map":  # Eq. 10
+    if attention.differential_kind == "map":  # Eq. 10
         difference = weights(qt, kt) - lam_q[0, query] * weights(qr, kr)
         return [*maps, _named("map differential", "φ(Q) φ(K)$^T$ − λ φ(Q') φ(K')$^T$", difference)]
     lam_k = factor(kt, kr, 1)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from dydila_kernels import checks, routing
-from dydila_kernels.checks import is_plain
+from dydila_kernels.checks import CheckedArgs, is_plain
 from dydila_kernels.depthwise import DepthwiseConv
 from dydila_kernels.differential import TokenDifferential
 from dydila_kernels.functional import agreeing, backend_of
 from dydila_kernels.measure import DynamicMeasureKernel
+from dydila_kernels.norms import ACROSS, NORMS, norm_of, normed
 from dydila_kernels.projection import DynamicProjection
 from dydila_kernels.routing import Routing
 from dydila_kernels.stages import core_inputs
@@ -25,23 +27,11 @@ from dydila_kernels.types import (
     Grid,
     LayerWeights,
     Linear,
+    Norms,
     Options,
     Projector,
     Tables,
 )
-
-
-class CheckedArgs(NamedTuple):
-    """The arguments of a call after the checks; ``x`` is zero where the mask has no token."""
-
-    x: Tensor
-    mask: Tensor | None
-    grids: list[Grid]
-    cu_seqlens: list[int] | None
-
-    def visible(self, y: Tensor) -> Tensor:
-        """y (B, N, ...) with zeros where the mask has no token."""
-        return y if self.mask is None else y.masked_fill(~self.mask[..., None], 0)
 
 
 class DyDiLAttention(nn.Module):
@@ -68,6 +58,11 @@ class DyDiLAttention(nn.Module):
             projectors, or with ``num_projectors=0`` the shared Q and K.
         dwc_branches: branches of the depth-wise convolution of Eq. 9, among "3x3", "1x3", "3x1", "1x1" and
             "identity"; ``()`` leaves it out.
+        qk_norm: "rms" or "layer": torch's norm of queries and of keys before they are measured; None for none.  The
+            redundant ones, Q' and K', go through the same norms.
+        qk_norm_across: what is normed: each "head", or the whole "token".
+        qk_norm_eps: finite and positive.  timm's vision transformers, Stable Diffusion 3.5 and Wan have 1e-6,
+            diffusers' Sana 1.5 and SANA-Video 1e-5.
         num_prefix_tokens: class or register tokens before the grid; they attend, and the convolution skips them.
         backend: "auto", "triton" or "torch".
         device, dtype: of the parameters.
@@ -97,6 +92,9 @@ class DyDiLAttention(nn.Module):
         router_gradient: str = "none",
         differential: str = "token",
         dwc_branches: Sequence[str] = ("3x3", "1x3", "3x1"),
+        qk_norm: str | None = None,
+        qk_norm_across: str = "head",
+        qk_norm_eps: float = 1e-6,
         num_prefix_tokens: int = 0,
         backend: str = "auto",
         device: torch.device | str | None = None,
@@ -118,11 +116,15 @@ class DyDiLAttention(nn.Module):
         checks.choice("normalization", normalization, checks.NORMALIZATIONS)
         checks.choice("router_gradient", router_gradient, checks.ROUTER_GRADIENTS)
         checks.branches("dwc_branches", dwc_branches)
+        checks.choice("qk_norm", qk_norm, (None, *NORMS))
+        checks.choice("qk_norm_across", qk_norm_across, ACROSS)
+        checks.number("qk_norm_eps", qk_norm_eps, above=0)
         num_prefix_tokens = checks.integer("num_prefix_tokens", num_prefix_tokens, 0)
         checks.choice("backend", backend, checks.BACKENDS)
         super().__init__()
         self.dim, self.num_heads, self.num_prefix_tokens = dim, num_heads, num_prefix_tokens
         self.normalization, self.router_gradient, self.differential_kind = normalization, router_gradient, differential
+        self.qk_norm, self.qk_norm_across = qk_norm, qk_norm_across
         self.backend, self.fused = backend, False
         self.max_table_size = max(
             num_projectors, num_kernel_factors, num_differential_factors if differential != "off" else 1
@@ -131,6 +133,9 @@ class DyDiLAttention(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         routed: dict[str, Any] = {"trainable_routers": router_gradient == "straight_through", **factory}
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
+        self.q_norm, self.k_norm = (
+            norm_of(qk_norm, qk_norm_across, dim, num_heads, qk_norm_eps, **factory) if qk_norm else None for _ in "qk"
+        )
         self.projection_q = DynamicProjection(dim, num_projectors, **routed) if num_projectors else None
         self.projection_k = DynamicProjection(dim, num_projectors, **routed) if num_projectors else None
         self.measure = DynamicMeasureKernel(
@@ -178,14 +183,8 @@ class DyDiLAttention(nn.Module):
             TypeError, ValueError: an argument is not as described, or the attention is to be causal.
             RuntimeError: ``backend="triton"`` where it cannot run; gradients are asked of a fused layer.
         """
-        checks.unused(others)
-        if is_causal:
-            raise ValueError("is_causal must be False: DyDiLA is bidirectional; got True")
-        if attn_mask is not None:
-            if mask is not None:
-                raise ValueError("attn_mask is another name for mask; got both")
-            mask = attn_mask
-        call = self._checked(x, mask, HW, cu_seqlens)
+        checks.unused(others, is_causal)
+        call = self._checked(x, checks.mask_of(mask, attn_mask), HW, cu_seqlens)
         backend = self._backend(call.x)
         weights = self._plain_weights(call)
         if weights is None:
@@ -220,14 +219,15 @@ class DyDiLAttention(nn.Module):
         return routing.balance_loss_of(self, call.x, call.mask, self._backend(call.x))
 
     def load_attention(self, state_dict: Mapping[str, Tensor]) -> list[str]:
-        """Loads ``qkv`` and ``proj`` of a timm or DiT attention, and names the parameters that stay new.
+        """Loads ``qkv``, ``proj`` and the norms of a timm or DiT attention, and names the parameters that stay new.
 
-        Strict: the state_dict must hold all of the weights and biases that ``qkv`` and ``proj`` of this layer have, in
-        their shapes, and nothing else.
+        Strict: the state_dict must hold all of the weights and biases that ``qkv``, ``proj``, ``q_norm`` and ``k_norm``
+        of this layer have, in their shapes, and nothing else.
 
         Args:
             state_dict: ``qkv.weight`` (3d, d), ``proj.weight`` (d, d) and, where this layer has them, ``qkv.bias``
-                (3d,) and ``proj.bias`` (d,), of any floating dtype: they take that of the layer.
+                (3d,), ``proj.bias`` (d,), ``q_norm.weight``, ``k_norm.weight`` and their biases (d/H or d,), of any
+                floating dtype: they take that of the layer.
 
         Returns:
             The names of the parameters of this layer that were not loaded.
@@ -237,21 +237,9 @@ class DyDiLAttention(nn.Module):
             TypeError: a value is no tensor of a floating dtype.
             RuntimeError: a shape differs.
         """
-        wanted = {name for name in self.state_dict() if name.startswith(("qkv.", "proj."))}
-        missing, unexpected = sorted(wanted - state_dict.keys()), sorted(state_dict.keys() - wanted)
-        if missing or unexpected:
-            raise ValueError(
-                f"state_dict must hold exactly {', '.join(sorted(wanted))}; "
-                f"it lacks {', '.join(missing) or 'nothing'} and has beside them {', '.join(unexpected) or 'nothing'}"
-            )
-        own = self.state_dict()
-        for name in sorted(wanted):  # all before any is loaded
-            checks.floating(f"state_dict[{name!r}]", state_dict[name])
-            if state_dict[name].shape != own[name].shape:
-                raise RuntimeError(
-                    f"size mismatch for {name}: it must have the shape {tuple(own[name].shape)}; "
-                    f"got {tuple(state_dict[name].shape)}"
-                )
+        parts = ("qkv.", "proj.", "q_norm.", "k_norm.")
+        wanted = {name: t for name, t in self.state_dict().items() if name.startswith(parts)}
+        checks.weights("state_dict", state_dict, wanted)
         return list(self.load_state_dict(state_dict, strict=False).missing_keys)
 
     def fuse(self) -> DyDiLAttention:
@@ -283,6 +271,8 @@ class DyDiLAttention(nn.Module):
             f"router_gradient={self.router_gradient!r}, differential={self.differential_kind!r}, "
             f"num_prefix_tokens={self.num_prefix_tokens}, backend={self.backend!r}"
         )
+        if self.qk_norm is not None:
+            text += f", qk_norm={self.qk_norm!r}, qk_norm_across={self.qk_norm_across!r}"
         return text + ", fused" if self.fused else text
 
     def _checked(
@@ -336,12 +326,16 @@ class DyDiLAttention(nn.Module):
             return None
         if not all(is_plain(projection, DynamicProjection) for projection in projections):
             return None
+        norms = [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
+        if not all(any(is_plain(norm, kind) for kind in NORMS.values()) for norm in norms):
+            return None
         multiplied = [linear.weight for linear in linears] + [projection.weight for projection in projections]
         if any(weight.dtype != x.dtype for weight in multiplied):
             return None
         return LayerWeights(
             Linear(self.qkv.weight, self.qkv.bias),
             tuple(Projector(projection.weight, projection.router) for projection in projections),
+            self._norms(),
             self._tables(),
             self._convolution(call.grids),
             Linear(self.proj.weight, self.proj.bias),
@@ -355,17 +349,27 @@ class DyDiLAttention(nn.Module):
     def _core_inputs(self, x: Tensor, backend: Backend) -> CoreInputs:
         """Q, K, V, Q', K' of Eqs. 1-2, and the tables."""
         tokens = self.qkv(x).chunk(3, dim=-1)
-        inputs = core_inputs(tokens, self._redundant(x, backend), self._tables(), self.differential_kind)
+        inputs = core_inputs(tokens, self._redundant(x, backend), self._norms(), self._tables(), self.differential_kind)
         return agreeing(inputs, x.shape)
 
     def _redundant(self, x: Tensor, backend: Backend) -> list[Tensor]:
-        """Q', K' of Eq. 2, or nothing where the layer has no projectors."""
+        """Q', K' of Eq. 2 after their norms, or nothing where the layer has no projectors."""
         projections = [p for p in (self.projection_q, self.projection_k) if p is not None]
+        norms = self._norms() or (None, None)
         if projections and all(is_plain(p, DynamicProjection) for p in projections):
             indices = backend.route(x, [p.router for p in projections])  # in one pass over x
-            return [p(x, index, backend) for p, index in zip(projections, indices, strict=True)]
-        # A replaced forward knows of x alone.
-        return [p(x) if checks.is_replaced(p, DynamicProjection) else p(x, None, backend) for p in projections]
+            return [p(x, index, backend, norm) for p, index, norm in zip(projections, indices, norms, strict=True)]
+        redundant = []
+        for p, norm in zip(projections, norms, strict=False):
+            if not checks.is_replaced(p, DynamicProjection):
+                redundant.append(p(x, None, backend, norm))
+            else:  # which knows of x alone
+                redundant.append(p(x) if norm is None else norm(p(x)))
+        return redundant
+
+    def _norms(self) -> Norms:
+        heads = self.num_heads if self.qk_norm_across == "head" else 1
+        return tuple(partial(normed, norm, heads) for norm in (self.q_norm, self.k_norm) if norm is not None)
 
     def _tables(self) -> Tables:
         lam, differential_routers = (None, None) if self.differential is None else self.differential()

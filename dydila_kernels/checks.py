@@ -6,7 +6,7 @@ import math
 import operator
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,19 @@ MOST_PREFIX_TOKENS = 16
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+class CheckedArgs(NamedTuple):
+    """The arguments of a call after the checks; ``x`` is zero where the mask has no token."""
+
+    x: Tensor
+    mask: Tensor | None
+    grids: list[Grid]
+    cu_seqlens: list[int] | None
+
+    def visible(self, y: Tensor) -> Tensor:
+        """y (B, N, ...) with zeros where the mask has no token."""
+        return y if self.mask is None else y.masked_fill(~self.mask[..., None], 0)
+
+
 def not_traced() -> None:
     """torch.jit.trace turns every number that Python sees into a constant: the routing, and with it the output."""
     if torch.jit.is_tracing():
@@ -33,7 +46,7 @@ def not_traced() -> None:
         )
 
 
-def choice(name: str, value: object, allowed: Sequence[str]) -> None:
+def choice(name: str, value: object, allowed: Sequence[object]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
@@ -212,6 +225,23 @@ def same(attribute: str, tensors: Mapping[str, Tensor | None]) -> None:
         raise ValueError(f"{', '.join(found)} must share one {attribute}; got {listed}")
 
 
+def weights(name: str, value: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """All that is wanted and nothing else, in its shapes.  A wrong shape is a RuntimeError, as it is torch's."""
+    missing, unexpected = sorted(wanted.keys() - value.keys()), sorted(value.keys() - wanted.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"{name} must hold exactly {', '.join(sorted(wanted))}; "
+            f"it lacks {', '.join(missing) or 'nothing'} and has beside them {', '.join(unexpected) or 'nothing'}"
+        )
+    for key in sorted(wanted):
+        floating(f"{name}[{key!r}]", value[key])
+        if value[key].shape != wanted[key].shape:
+            raise RuntimeError(
+                f"size mismatch for {key}: it must have the shape {tuple(wanted[key].shape)}; "
+                f"got {tuple(value[key].shape)}"
+            )
+
+
 def warn_of_mask_beside_packing(mask: Tensor | None) -> None:
     """``cu_seqlens`` says which tokens there are; a mask beside it is dropped, and that is said."""
     if mask is not None:
@@ -231,12 +261,21 @@ EXPLAINED = {
 """Why a layer has no use for arguments that others take."""
 
 
-def unused(arguments: Mapping[str, object]) -> None:
+def mask_of(mask: Tensor | None, attn_mask: Tensor | None) -> Tensor | None:
+    """The mask under either of its names."""
+    if mask is not None and attn_mask is not None:
+        raise ValueError("attn_mask is another name for mask; got both")
+    return attn_mask if mask is None else mask
+
+
+def unused(arguments: Mapping[str, object], is_causal: bool) -> None:
     """Arguments by name that are not the layer's: None, or False for ``need_weights``, asks for nothing."""
     for name, value in arguments.items():
         if value is not None and not (name == "need_weights" and value is False):
             reason = EXPLAINED.get(name, "DyDiLAttention has no such argument")
             raise TypeError(f"{name} must be None: {reason}; got {type(value).__name__}")
+    if is_causal:
+        raise ValueError("is_causal must be False: DyDiLA is bidirectional; got True")
 
 
 def is_replaced(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -25,7 +25,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from dydila_kernels import checks
-from dydila_kernels.attention import CheckedArgs, DyDiLAttention
+from dydila_kernels.attention import DyDiLAttention
+from dydila_kernels.checks import CheckedArgs
 from dydila_kernels.torch_backend import accumulation_dtype, autocast_dtype, depthwise, takes_plain_path
 from dydila_kernels.types import Convolution, Grid
 
@@ -196,16 +197,12 @@ class SequenceParallelAttention(DyDiLAttention):
         """
         call, refusal = None, None
         try:
-            checks.unused(others)
-            if is_causal:
-                raise ValueError("is_causal must be False: DyDiLA is bidirectional; got True")
+            checks.unused(others, is_causal)
             if cu_seqlens is not None:
                 raise ValueError("cu_seqlens must be None where the tokens of an image are spread over ranks")
-            if attn_mask is not None and mask is not None:
-                raise ValueError("attn_mask is another name for mask; got both")
             if takes_plain_path(x):
                 raise RuntimeError("tokens on several ranks take no torch.func, forward-mode AD or meta tensors")
-            call = self._checked(x, attn_mask if mask is None else mask, needs_grid=False)
+            call = self._checked(x, checks.mask_of(mask, attn_mask), needs_grid=False)
         except (TypeError, ValueError, RuntimeError) as error:
             refusal = error
         if lengths is None:

@@ -174,11 +174,12 @@ def equations(
     """
     x = inputs["x"] if mask is None else inputs["x"].masked_fill(~mask[..., None], 0)
     q, k, v = torch.nn.functional.linear(x, inputs["qkv.weight"], inputs.get("qkv.bias")).chunk(3, -1)
+    q, k = normed_tokens(attn, inputs, "q", q), normed_tokens(attn, inputs, "k", k)
     redundant = {}
     for side in "qk" if attn.projection_q is not None else "":
         weight, router = inputs[f"projection_{side}.weight"], inputs[f"projection_{side}.router"]
         index = reference.route(x, router) if indices is None else indices[f"projection_{side}"]
-        redundant[side] = reference.project(x, weight, index)
+        redundant[side] = normed_tokens(attn, inputs, side, reference.project(x, weight, index))
         if attn.router_gradient == "straight_through":
             redundant[side] = redundant[side] * reference.straight_through_one(x @ router, index)
     if attn.differential is None:
@@ -213,6 +214,18 @@ def equations(
         out = out + _convolution(attn, inputs, values, HW, [0, x.shape[1]] if cu_seqlens is None else cu_seqlens)
     out = torch.nn.functional.linear(out, inputs["proj.weight"], inputs.get("proj.bias"))
     return out if mask is None else out.masked_fill(~mask[..., None], 0)
+
+
+def normed_tokens(attn: DyDiLAttention, inputs: Mapping[str, Tensor], side: str, tokens: Tensor) -> Tensor:
+    """Queries or keys after their norm, where there is one, by torch's function."""
+    norm: Any = attn.q_norm
+    if norm is None:
+        return tokens
+    weight, bias = inputs[f"{side}_norm.weight"], inputs.get(f"{side}_norm.bias")
+    parts, shape = tokens.unflatten(-1, (-1, len(weight))), (len(weight),)
+    if attn.qk_norm == "rms":
+        return torch.nn.functional.rms_norm(parts, shape, weight, norm.eps).flatten(-2)
+    return torch.nn.functional.layer_norm(parts, shape, weight, bias, norm.eps).flatten(-2)
 
 
 def _convolution(

@@ -5,7 +5,7 @@ Symbols: B batch, N tokens, d channels, e = d/H channels of a head; tokens are (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
@@ -79,11 +79,16 @@ Tables = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 """gamma, lam, kernel_routers, differential_routers, as in :class:`CoreInputs`."""
 
 
+Norms = tuple[Callable[[Tensor], Tensor], ...]
+"""What queries and keys (B, N, d), redundant ones too, go through before they are measured; or nothing."""
+
+
 class LayerWeights(NamedTuple):
     """All that a layer without gradients computes with.  ``projectors``: of Q' and K', or none."""
 
     qkv: Linear
     projectors: tuple[Projector, ...]
+    norms: Norms
     tables: Tables
     convolution: Convolution | None
     proj: Linear

@@ -16,7 +16,17 @@ from torch import Tensor
 import tests.interpreter  # noqa: F401  (before the package, which may import Triton)
 from dydila_kernels import DyDiLAttention, dydila_attention, reference
 from dydila_kernels.checks import BRANCHES, DIFFERENTIALS, NORMALIZATIONS, ROUTER_GRADIENTS
-from dydila_kernels.testing import TOKENS, Tensors, call_layer, core_inputs, decisions, equations, layer_inputs
+from dydila_kernels.norms import ACROSS, NORMS
+from dydila_kernels.testing import (
+    TOKENS,
+    Tensors,
+    call_layer,
+    core_inputs,
+    decisions,
+    equations,
+    layer_inputs,
+    normed_tokens,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float64, torch.float32, torch.float32, torch.bfloat16, torch.float16)
@@ -138,6 +148,8 @@ def draw_layer(draw: Draw, backend: str) -> Case:
         "normalization": draw.choice(NORMALIZATIONS),
         "router_gradient": draw.choice(ROUTER_GRADIENTS),
         "differential": differential,
+        "qk_norm": draw.choice([None, None, *NORMS]),
+        "qk_norm_across": draw.choice(ACROSS),
         "num_prefix_tokens": draw.choice([0, 0, 1, 3]),
         "backend": backend,
     }
@@ -157,6 +169,8 @@ def draw_layer(draw: Draw, backend: str) -> Case:
         for name, parameter in attn.named_parameters():
             if "router" in name:
                 spoil_routers(draw, parameter)
+            elif "norm" in name:
+                parameter.add_(0.3 * draw.normal(*parameter.shape))
     attn.to(DEVICE, dtype)
 
     prefix = attn.num_prefix_tokens
@@ -307,10 +321,12 @@ def logits_of_core(t: Tensors, indices: Tensors) -> Tensors:
 def logits_of_layer(attn: DyDiLAttention, t: Tensors, indices: Tensors, mask: Tensor | None) -> Tensors:
     x = masked({"q": t["x"]}, mask)["q"]
     q, k, _ = torch.nn.functional.linear(x, t["qkv.weight"], t.get("qkv.bias")).chunk(3, -1)
+    q, k = normed_tokens(attn, t, "q", q), normed_tokens(attn, t, "k", k)
     core, logits = {"q": q, "k": k, "gamma": t["measure.gamma"]}, {}
     for side in "qk" if attn.projection_q is not None else "":
         logits[f"projection_{side}"] = x @ t[f"projection_{side}.router"]
         redundant = reference.project(x, t[f"projection_{side}.weight"], indices[f"projection_{side}"])
+        redundant = normed_tokens(attn, t, side, redundant)
         core[side if attn.differential is None else f"{side}_redundant"] = redundant
     for name, stage in (("kernel_routers", attn.measure), ("differential_routers", attn.differential)):
         if stage is not None:

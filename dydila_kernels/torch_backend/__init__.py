@@ -19,7 +19,7 @@ from dydila_kernels.torch_backend.blocks import (
 from dydila_kernels.torch_backend.core import attend, decisions
 from dydila_kernels.torch_backend.depthwise import depthwise
 from dydila_kernels.torch_backend.layer import layer
-from dydila_kernels.torch_backend.projection import project, projection_logits, route
+from dydila_kernels.torch_backend.projection import project, projection_logits, route, straight_through
 
 __all__ = [
     "accumulation_dtype",
@@ -33,5 +33,6 @@ __all__ = [
     "project",
     "projection_logits",
     "route",
+    "straight_through",
     "takes_plain_path",
 ]

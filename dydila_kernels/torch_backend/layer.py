@@ -118,7 +118,7 @@ class LazyTokens:
     def shared(self, part: int, side: str, at: At) -> Tensor:
         out = self.take("tokens", side, at)
         linear_into(out, self.x[at], self.linears[part])
-        return out
+        return self.normed(out, side)
 
     def value(self, at: At) -> Tensor:
         v = self.take("values", "v", at) if self.values is None else self.values.take(*at)
@@ -138,4 +138,7 @@ class LazyTokens:
             self.choices[where] = dict(zip("qk", indices, strict=True))
         out, index = self.take("redundant", side, at), self.choices[where].pop(side)
         project_block(out, self.x[at], self.weights.projectors[number].weight, index, self.memory)
-        return out
+        return self.normed(out, side)
+
+    def normed(self, tokens: Tensor, side: str) -> Tensor:
+        return self.weights.norms["qk".index(side)](tokens) if self.weights.norms else tokens

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from dydila_kernels import checks, routing
+from dydila_kernels import checks, routing, torch_backend
 from dydila_kernels.checks import CheckedArgs, is_plain
 from dydila_kernels.depthwise import DepthwiseConv
 from dydila_kernels.differential import TokenDifferential
@@ -19,18 +19,19 @@ from dydila_kernels.norms import ACROSS, NORMS, norm_of, normed
 from dydila_kernels.projection import DynamicProjection
 from dydila_kernels.routing import Routing
 from dydila_kernels.stages import core_inputs
-from dydila_kernels.torch_backend import autocast_dtype, takes_plain_path
+from dydila_kernels.torch_backend import autocast_dtype, depthwise, takes_plain_path
 from dydila_kernels.types import (
     Backend,
     Convolution,
     CoreInputs,
-    Grid,
+    Grids,
     LayerWeights,
     Linear,
     Norms,
     Options,
     Projector,
     Tables,
+    Video,
 )
 
 
@@ -155,7 +156,7 @@ class DyDiLAttention(nn.Module):
         self,
         x: Tensor,
         mask: Tensor | None = None,
-        HW: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
+        HW: Sequence[int] | Sequence[Sequence[int]] | None = None,
         *,
         cu_seqlens: Tensor | Sequence[int] | None = None,
         attn_mask: Tensor | None = None,
@@ -166,9 +167,11 @@ class DyDiLAttention(nn.Module):
 
         Args:
             x: (B, N, d), in the dtype of the weights (any floating dtype under autocast): the prefix tokens, then the
-                grid in row-major order.
+                grid in row-major order, or the grids of the frames of a video.
             mask: (B, N) bool, True for a real token.  Others are not attended to and get zeros, whatever they hold.
-            HW: (rows, columns) of the grid; None for a square one.  With ``cu_seqlens`` a list, one for each image.
+            HW: (rows, columns) of the grid; None for a square one.  (frames, rows, columns) for a video: all its tokens
+                attend to each other, and the convolution is that of each frame.  With ``cu_seqlens`` a list, one for
+                each image or video.
             cu_seqlens: bounds (S + 1,) of S images packed in the one row of B = 1; a list of ints compiles.  A mask
                 beside it is ignored with a warning.
             attn_mask: another name for ``mask``.
@@ -186,7 +189,7 @@ class DyDiLAttention(nn.Module):
         checks.unused(others, is_causal)
         call = self._checked(x, checks.mask_of(mask, attn_mask), HW, cu_seqlens)
         backend = self._backend(call.x)
-        weights = self._plain_weights(call)
+        weights = None if self._convolves_apart(call, backend) else self._plain_weights(call)
         if weights is None:
             y = self.proj(self._attention(call, backend))
         else:
@@ -301,7 +304,7 @@ class DyDiLAttention(nn.Module):
             bounds = checks.cu_seqlens(cu_seqlens, x)
             checks.warn_of_mask_beside_packing(mask)
             mask = None
-        grids = []
+        grids: Grids = []
         if needs_grid and (HW is not None or self.dwc is not None):
             grids = checks.grids(HW, x.shape[1], bounds, self.num_prefix_tokens)
         return CheckedArgs(x if mask is None else x.masked_fill(~mask[..., None], 0), mask, grids, bounds)
@@ -341,10 +344,17 @@ class DyDiLAttention(nn.Module):
             Linear(self.proj.weight, self.proj.bias),
         )
 
+    def _convolves_apart(self, call: CheckedArgs, backend: Backend) -> bool:
+        """Whether torch convolves, after the kernels: they do not know of frames."""
+        return backend is not torch_backend and any(isinstance(grid, Video) for grid in call.grids)
+
     def _attention(self, call: CheckedArgs, backend: Backend) -> Tensor:
         """Eqs. 1-9: (B, N, d)."""
         inputs, convolution = self._core_inputs(call.x, backend), self._convolution(call.grids)
-        return backend.attend(inputs, self.options, mask=call.mask, cu_seqlens=call.cu_seqlens, convolution=convolution)
+        apart = self._convolves_apart(call, backend)
+        within = None if apart else convolution
+        out = backend.attend(inputs, self.options, mask=call.mask, cu_seqlens=call.cu_seqlens, convolution=within)
+        return depthwise(out, call.visible(inputs.v), convolution) if apart and convolution is not None else out
 
     def _core_inputs(self, x: Tensor, backend: Backend) -> CoreInputs:
         """Q, K, V, Q', K' of Eqs. 1-2, and the tables."""
@@ -376,7 +386,7 @@ class DyDiLAttention(nn.Module):
         gamma, kernel_routers = self.measure()
         return gamma, lam, kernel_routers, differential_routers
 
-    def _convolution(self, grids: list[Grid]) -> Convolution | None:
+    def _convolution(self, grids: Grids) -> Convolution | None:
         if self.dwc is None:
             return None
         weight, bias = self.dwc()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from dydila_kernels.types import Grid
+from dydila_kernels.types import Grid, Grids, Video
 
 NORMALIZATIONS = ("length", "none", "denominator")
 ROUTER_GRADIENTS = ("none", "straight_through")
@@ -29,7 +29,7 @@ class CheckedArgs(NamedTuple):
 
     x: Tensor
     mask: Tensor | None
-    grids: list[Grid]
+    grids: Grids
     cu_seqlens: list[int] | None
 
     def visible(self, y: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def shaped(name: str, value: object, shape: tuple[int, ...], meaning: str) -> No
 
 def mask(value: object, like: Tensor) -> None:
     """A bool tensor (B, N), True where there is a token."""
-    if isinstance(value, Sequence) and len(value) == 2 and all(isinstance(n, int) for n in value):
+    if isinstance(value, Sequence) and len(value) in (2, 3) and all(isinstance(n, int) for n in value):
         raise TypeError(f"mask must be a bool tensor (B, N); got {value!r}, which looks like HW: say HW={value!r}")
     if not isinstance(value, Tensor):
         raise TypeError(f"mask must be a bool tensor (B, N); got {type(value).__name__}")
@@ -158,8 +158,8 @@ def cu_seqlens(value: Tensor | Sequence[int], like: Tensor) -> list[int]:
     return bounds
 
 
-def grid(value: object, length: int, num_prefix_tokens: int, where: str = "") -> tuple[int, int]:
-    """HW as (rows, columns) of the ``length - num_prefix_tokens`` grid tokens; None means a square."""
+def grid(value: object, length: int, num_prefix_tokens: int, where: str = "") -> tuple[int, ...]:
+    """HW as (rows, columns) or (frames, rows, columns) of the tokens after the prefix tokens; None means a square."""
     count = length - num_prefix_tokens
     prefix = f" after {num_prefix_tokens} prefix tokens" if num_prefix_tokens else ""
     if count < 0:
@@ -175,25 +175,34 @@ def grid(value: object, length: int, num_prefix_tokens: int, where: str = "") ->
                 hint = f"; {side} x {side} and {extra} class or register tokens need num_prefix_tokens={extra}"
             raise ValueError(f"HW=(rows, columns) is needed where N is no square; got N = {count}{prefix}{where}{hint}")
         return side, side
-    if isinstance(value, str) or not hasattr(value, "__len__") or len(value) != 2:
-        raise TypeError(f"HW must be (rows, columns){where}; got {value!r}")
-    rows, columns = integer("HW[0]", value[0], 0), integer("HW[1]", value[1], 0)  # type: ignore[index]
-    if rows * columns != count:
-        raise ValueError(f"HW must multiply to N = {count}{prefix}{where}; got {rows} x {columns} = {rows * columns}")
-    return rows, columns
+    if isinstance(value, str) or not hasattr(value, "__len__") or len(value) not in (2, 3):
+        raise TypeError(f"HW must be (rows, columns), or (frames, rows, columns) of a video{where}; got {value!r}")
+    sides = tuple(integer(f"HW[{i}]", value[i], 0) for i in range(len(value)))  # type: ignore[index]
+    product = sides[-2] * sides[-1] if len(sides) == 2 else sides[0] * sides[1] * sides[2]
+    if product != count:
+        found = " x ".join(map(str, sides))
+        raise ValueError(f"HW must multiply to N = {count}{prefix}{where}; got {found} = {product}")
+    return sides
 
 
-def grids(HW: Any, length: int, bounds: Sequence[int] | None, num_prefix_tokens: int) -> list[Grid]:
+def grids(HW: Any, length: int, bounds: Sequence[int] | None, num_prefix_tokens: int) -> list[Grid | Video]:
     """The grid of the image, or of each of the images packed between ``bounds``, after its prefix tokens."""
+
+    def located(start: int, sides: tuple[int, ...]) -> Grid | Video:
+        return Grid(start, *sides) if len(sides) == 2 else Video(start, *sides)
+
     if bounds is None:
-        return [Grid(num_prefix_tokens, *grid(HW, length, num_prefix_tokens))]
+        return [located(num_prefix_tokens, grid(HW, length, num_prefix_tokens))]
     count = len(bounds) - 1
     if HW is not None and (not hasattr(HW, "__len__") or len(HW) != count or any(isinstance(g, int) for g in HW)):
-        raise ValueError(f"HW must be a list of {count} (rows, columns), one for each image of cu_seqlens; got {HW!r}")
+        raise ValueError(
+            f"HW must be a list of {count} (rows, columns) or (frames, rows, columns), one for each image of "
+            f"cu_seqlens; got {HW!r}"
+        )
     found = []
     for i, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        rows_columns = grid(None if HW is None else HW[i], stop - start, num_prefix_tokens, f" in image {i}")
-        found.append(Grid(start + num_prefix_tokens, *rows_columns))
+        sides = grid(None if HW is None else HW[i], stop - start, num_prefix_tokens, f" in image {i}")
+        found.append(located(start + num_prefix_tokens, sides))
     return found
 
 

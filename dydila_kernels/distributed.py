@@ -28,7 +28,7 @@ from dydila_kernels import checks
 from dydila_kernels.attention import DyDiLAttention
 from dydila_kernels.checks import CheckedArgs
 from dydila_kernels.torch_backend import accumulation_dtype, autocast_dtype, depthwise, takes_plain_path
-from dydila_kernels.types import Convolution, Grid
+from dydila_kernels.types import Convolution, Grid, Video, frames_of
 
 Module = TypeVar("Module", bound=nn.Module)
 Range = tuple[int, int]
@@ -146,12 +146,14 @@ class Fetch(torch.autograd.Function):
         return total, None, None, None
 
 
-def rows_around(tokens: Range, grid: Grid) -> Range:
-    """The rows of the grid that a 3x3 convolution reads for those tokens of a range that are in the grid."""
+def rows_around(tokens: Range, grid: Grid | Video) -> Range:
+    """The rows of the grids that a 3x3 convolution reads for those tokens of a range that are in a grid."""
     first, last = max(tokens[0], grid.start) - grid.start, min(tokens[1], grid.stop) - grid.start
     if first >= last:
         return tokens[0], tokens[0]
-    top, bottom = max(first // grid.columns - 1, 0), min(-(-last // grid.columns) + 1, grid.rows)
+    # Rows are counted through all frames, and none is read across the border of one.
+    top, bottom, rows = first // grid.columns, -(-last // grid.columns), grid.rows
+    top, bottom = max(top - 1, top // rows * rows), min(bottom + 1, -(-bottom // rows) * rows)
     return grid.start + top * grid.columns, grid.start + bottom * grid.columns
 
 
@@ -166,7 +168,7 @@ class SequenceParallelAttention(DyDiLAttention):
         self,
         x: Tensor,
         mask: Tensor | None = None,
-        HW: tuple[int, int] | None = None,
+        HW: Sequence[int] | None = None,
         *,
         lengths: Sequence[int] | None = None,
         attn_mask: Tensor | None = None,
@@ -180,7 +182,7 @@ class SequenceParallelAttention(DyDiLAttention):
             x: (B, n, d), this rank's tokens, a range of the N = sum of n that an image has: prefix tokens first, then
                 the grid in row-major order.  n may differ between ranks and may be 0; a cut within a row is fine.
             mask: (B, n) bool, True for a real token, on all ranks or on none.
-            HW: (rows, columns) of the whole grid; None for a square one.
+            HW: (rows, columns) of the whole grid; None for a square one; (frames, rows, columns) of a whole video.
             lengths: n of all ranks.  Without it they tell each other, along with what must be the same on all, which
                 costs a message of a few bytes and on a GPU a wait for the device.
             attn_mask: another name for ``mask``.
@@ -232,7 +234,7 @@ class SequenceParallelAttention(DyDiLAttention):
         out = backend.attend(inputs, self.options, mask=mask, ranks=ranks)[:, :n]
         return out if self.dwc is None else self._convolved(out, call.visible(inputs.v[:, :n]), held, call.grids[0])
 
-    def _convolved(self, out: Tensor, v: Tensor, held: Sequence[Range], grid: Grid) -> Tensor:
+    def _convolved(self, out: Tensor, v: Tensor, held: Sequence[Range], grid: Grid | Video) -> Tensor:
         """Eq. 9: ``out + DWC(V)`` for this rank's tokens."""
         assert self.dwc is not None
         wanted = [rows_around(tokens, grid) for tokens in held]
@@ -242,7 +244,10 @@ class SequenceParallelAttention(DyDiLAttention):
         prefix, before = overlap(own, (0, grid.start)).stop, max(own[0] - start, 0)
         rows = F.pad(rows, (0, 0, prefix, 0)) if prefix else rows
         padded = F.pad(out, (0, 0, before, rows.shape[1] - before - out.shape[1]))
-        grids = [Grid(prefix, (stop - start) // max(1, grid.columns), grid.columns)]
+        grids = []
+        for frame in frames_of([grid]):
+            there = overlap((start, stop), (frame.start, frame.stop))
+            grids.append(Grid(prefix + there.start, (there.stop - there.start) // max(1, frame.columns), frame.columns))
         weight, bias = self.dwc()
         return depthwise(padded, rows, Convolution(weight, bias, grids))[:, before : before + out.shape[1]]
 

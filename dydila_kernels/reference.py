@@ -117,13 +117,16 @@ def linear_attention(
     return rearrange(out, "b h n e -> b n (h e)")
 
 
-def depthwise(v: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int]) -> Tensor:
+def depthwise(v: Tensor, weight: Tensor, bias: Tensor | None, grid: Sequence[int]) -> Tensor:
     """DWC of Eq. 9: depth-wise 3x3 convolution with zero padding of tokens (B, R*C, d) on the R x C grid.
 
-    weight (d, 1, 3, 3), bias (d,) or None -> (B, R*C, d).
+    weight (d, 1, 3, 3), bias (d,) or None -> (B, R*C, d).  With a ``grid`` of three, F x R x C, on each of F frames of
+    tokens (B, F*R*C, d).
     """
-    image = rearrange(v, "b (r c) d -> b d r c", r=grid[0], c=grid[1])
-    return rearrange(F.conv2d(image, weight, bias, padding=1, groups=weight.shape[0]), "b d r c -> b (r c) d")
+    frames, rows, columns = grid if len(grid) == 3 else (1, *grid)
+    image = rearrange(v, "b (f r c) d -> (b f) d r c", f=frames, r=rows, c=columns)
+    out = F.conv2d(image, weight, bias, padding=1, groups=weight.shape[0])
+    return rearrange(out, "(b f) d r c -> b (f r c) d", f=frames)
 
 
 def dydila_attention(

@@ -241,15 +241,15 @@ def _convolution(
             images.append(v[:, start:stop] * 0)
             continue
         side = math.isqrt(tokens.shape[1])
-        rows, columns = (side, side) if HW is None else HW if len(bounds) == 2 and isinstance(HW[0], int) else HW[i]
-        image = tokens.unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
+        *frames, rows, columns = (side, side) if HW is None else HW if isinstance(HW[0], int) else HW[i]
+        image = tokens.unflatten(1, (*(frames or [1]), rows, columns)).permute(0, 1, 4, 2, 3).flatten(0, 1)
         total = image if "identity" in attn.dwc.names else torch.zeros_like(image)
         for name in attn.dwc.names:
             if name != "identity":
                 weight = inputs[f"dwc.branches.{name}"]
                 padding = (weight.shape[2] // 2, weight.shape[3] // 2)
                 total = total + torch.nn.functional.conv2d(image, weight, padding=padding, groups=attn.dim)
-        convolved = total.permute(0, 2, 3, 1).flatten(1, 2)
+        convolved = total.permute(0, 2, 3, 1).reshape(tokens.shape)
         images.append(torch.nn.functional.pad(convolved, (0, 0, prefix, 0)))
     return torch.cat(images, 1)
 

@@ -5,7 +5,7 @@ Symbols: B batch, N tokens, d channels, e = d/H channels of a head; tokens are (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
@@ -35,6 +35,34 @@ class Grid(NamedTuple):
         return self.start + self.rows * self.columns
 
 
+class Video(NamedTuple):
+    """A video among the N tokens of a row: ``frames`` grids of ``rows * columns`` tokens, one after the other."""
+
+    start: int
+    frames: int
+    rows: int
+    columns: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.frames * self.rows * self.columns
+
+
+Grids = Sequence[Grid | Video]
+
+
+def frames_of(grids: Grids) -> Iterator[Grid]:
+    """The grids in their order, and of a video the grid of each frame; one empty grid for a video without tokens."""
+    for grid in grids:
+        if isinstance(grid, Grid):
+            yield grid
+        elif grid.start == grid.stop:
+            yield Grid(grid.start, 0, 0)
+        else:
+            size = grid.rows * grid.columns
+            yield from (Grid(start, grid.rows, grid.columns) for start in range(grid.start, grid.stop, size))
+
+
 class CoreInputs(NamedTuple):
     """The tensors of Eqs. 5-8 and 10, already validated.
 
@@ -54,11 +82,11 @@ class CoreInputs(NamedTuple):
 
 
 class Convolution(NamedTuple):
-    """DWC of Eq. 9: weight (d, 1, 3, 3), bias (d,) or None, and the grids of the images."""
+    """DWC of Eq. 9: weight (d, 1, 3, 3), bias (d,) or None, and the grids of the images, and of videos."""
 
     weight: Tensor
     bias: Tensor | None
-    grids: Sequence[Grid]
+    grids: Grids
 
 
 class Linear(NamedTuple):

@@ -82,6 +82,12 @@ def draw_side(draw: Draw) -> int:
     return draw.choice([0, 1, 1, 2, 2, 3, 3, 4, 5, 6])
 
 
+def draw_grid(draw: Draw) -> tuple[int, ...]:
+    """(rows, columns), or those of a video after the number of its frames."""
+    grid = draw_side(draw), draw_side(draw)
+    return (draw.choice([0, 1, 2, 3]), *grid) if draw.chance(0.3) else grid
+
+
 def draw_mask(draw: Draw, batch: int, length: int) -> Tensor:
     """Any share of tokens, images without one, and images in full."""
     mask = draw.normal(batch, length) < draw.choice([-1.0, 0.0, 1.0])
@@ -176,13 +182,14 @@ def draw_layer(draw: Draw, backend: str) -> Case:
     prefix = attn.num_prefix_tokens
     arguments: dict[str, Any] = {}
     if draw.chance(0.25):
-        batch, grids = 1, [(draw_side(draw), draw_side(draw)) for _ in range(draw.randint(1, 3))]
-        arguments = {"HW": grids, "cu_seqlens": draw_bounds(draw, [prefix + r * c for r, c in grids])}
+        batch, grids = 1, [draw_grid(draw) for _ in range(draw.randint(1, 3))]
+        arguments = {"HW": grids, "cu_seqlens": draw_bounds(draw, [prefix + math.prod(grid) for grid in grids])}
         length = int(arguments["cu_seqlens"][-1])
     else:
-        batch, grid = draw.choice([0, 1, 1, 2, 2, 2, 3, 3]), (draw_side(draw), draw_side(draw))
-        length = prefix + grid[0] * grid[1]
-        arguments["HW"] = None if grid[0] == grid[1] and draw.chance(0.7) else grid
+        batch, grid = draw.choice([0, 1, 1, 2, 2, 2, 3, 3]), draw_grid(draw)
+        length = prefix + math.prod(grid)
+        square = len(grid) == 2 and grid[0] == grid[1]
+        arguments["HW"] = None if square and draw.chance(0.7) else grid
         if draw.chance(0.35):
             arguments["mask"] = draw_mask(draw, batch, length).to(DEVICE)
     # Straight through, logits are large where tokens are, and a softmax knows them to their rounding only.

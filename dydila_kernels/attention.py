@@ -15,7 +15,7 @@ from dydila_kernels.depthwise import DepthwiseConv
 from dydila_kernels.differential import TokenDifferential
 from dydila_kernels.functional import agreeing, backend_of
 from dydila_kernels.measure import DynamicMeasureKernel
-from dydila_kernels.norms import ACROSS, NORMS, norm_of, normed
+from dydila_kernels.norms import NORMS, check_norm, norm_of, normed
 from dydila_kernels.projection import DynamicProjection
 from dydila_kernels.routing import Routing
 from dydila_kernels.stages import core_inputs
@@ -117,9 +117,7 @@ class DyDiLAttention(nn.Module):
         checks.choice("normalization", normalization, checks.NORMALIZATIONS)
         checks.choice("router_gradient", router_gradient, checks.ROUTER_GRADIENTS)
         checks.branches("dwc_branches", dwc_branches)
-        checks.choice("qk_norm", qk_norm, (None, *NORMS))
-        checks.choice("qk_norm_across", qk_norm_across, ACROSS)
-        checks.number("qk_norm_eps", qk_norm_eps, above=0)
+        check_norm(qk_norm, qk_norm_across, qk_norm_eps)
         num_prefix_tokens = checks.integer("num_prefix_tokens", num_prefix_tokens, 0)
         checks.choice("backend", backend, checks.BACKENDS)
         super().__init__()
@@ -127,9 +125,8 @@ class DyDiLAttention(nn.Module):
         self.normalization, self.router_gradient, self.differential_kind = normalization, router_gradient, differential
         self.qk_norm, self.qk_norm_across = qk_norm, qk_norm_across
         self.backend, self.fused = backend, False
-        self.max_table_size = max(
-            num_projectors, num_kernel_factors, num_differential_factors if differential != "off" else 1
-        )
+        factors = (num_kernel_factors, 1 if differential == "off" else num_differential_factors)
+        self.max_table_size = max(num_projectors, *factors)
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         routed: dict[str, Any] = {"trainable_routers": router_gradient == "straight_through", **factory}
@@ -143,11 +140,8 @@ class DyDiLAttention(nn.Module):
             dim, num_kernel_factors, gamma_init=gamma_init, redundant=differential != "off", **routed
         )
         sides = {"token": ("q", "k"), "map": ("q",), "off": ()}[differential]
-        self.differential = (
-            TokenDifferential(dim, num_differential_factors, lambda_init=lambda_init, sides=sides, **routed)
-            if sides
-            else None
-        )
+        routed |= {"lambda_init": lambda_init, "sides": sides}
+        self.differential = TokenDifferential(dim, num_differential_factors, **routed) if sides else None
         self.dwc = DepthwiseConv(dim, dwc_branches, **factory) if dwc_branches else None
         self.proj = nn.Linear(dim, dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -159,6 +153,8 @@ class DyDiLAttention(nn.Module):
         HW: Sequence[int] | Sequence[Sequence[int]] | None = None,
         *,
         cu_seqlens: Tensor | Sequence[int] | None = None,
+        rotary: tuple[Tensor, Tensor] | Tensor | None = None,
+        rotary_pairing: str = "interleaved",
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
         **others: None,
@@ -174,6 +170,8 @@ class DyDiLAttention(nn.Module):
                 each image or video.
             cu_seqlens: bounds (S + 1,) of S images packed in the one row of B = 1; a list of ints compiles.  A mask
                 beside it is ignored with a warning.
+            rotary, rotary_pairing: rotary embeddings of all N tokens, as in :func:`dydila_kernels.dydila_attention`; a
+                prefix token with cos 1 and sin 0 stays as it is.
             attn_mask: another name for ``mask``.
             is_causal: must be False; the attention is bidirectional.
             others: what callers of other layers pass by name; must be None.
@@ -184,16 +182,17 @@ class DyDiLAttention(nn.Module):
 
         Raises:
             TypeError, ValueError: an argument is not as described, or the attention is to be causal.
-            RuntimeError: ``backend="triton"`` where it cannot run; gradients are asked of a fused layer.
+            RuntimeError: ``backend="triton"`` where it cannot run, or with ``rotary``; gradients are asked of a fused
+                layer.
         """
         checks.unused(others, is_causal)
-        call = self._checked(x, checks.mask_of(mask, attn_mask), HW, cu_seqlens)
-        backend = self._backend(call.x)
+        call = self._checked(x, checks.mask_of(mask, attn_mask), HW, cu_seqlens, rotary, rotary_pairing)
+        backend = self._backend(call)
         weights = None if self._convolves_apart(call, backend) else self._plain_weights(call)
         if weights is None:
             y = self.proj(self._attention(call, backend))
         else:
-            y = backend.layer(call.x, weights, self.options, mask=call.mask, cu_seqlens=call.cu_seqlens)
+            y = backend.layer(call.x, weights, self._options(call), mask=call.mask, cu_seqlens=call.cu_seqlens)
         return call.visible(self.proj_drop(y))
 
     def routing(self, x: Tensor, mask: Tensor | None = None) -> Routing:
@@ -203,7 +202,7 @@ class DyDiLAttention(nn.Module):
         """
         call = self._checked(x, mask, needs_grid=False)
         with torch.no_grad():
-            return routing.routing_of(self, call.x, call.mask, self._backend(call.x))
+            return routing.routing_of(self, call.x, call.mask, self._backend(call))
 
     def balance_loss(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """A loss () that evens the usage of the routers; add a small multiple, say 0.01, to the training loss.
@@ -214,12 +213,8 @@ class DyDiLAttention(nn.Module):
         Raises:
             RuntimeError: ``router_gradient`` is "none", so the routers are fixed.
         """
-        if self.router_gradient == "none":
-            raise RuntimeError(
-                "balance_loss needs router_gradient='straight_through'; got 'none', whose routers are fixed"
-            )
         call = self._checked(x, mask, needs_grid=False)
-        return routing.balance_loss_of(self, call.x, call.mask, self._backend(call.x))
+        return routing.balance_loss_of(self, call.x, call.mask, self._backend(call))
 
     def load_attention(self, state_dict: Mapping[str, Tensor]) -> list[str]:
         """Loads ``qkv``, ``proj`` and the norms of a timm or DiT attention, and names the parameters that stay new.
@@ -284,6 +279,8 @@ class DyDiLAttention(nn.Module):
         mask: Tensor | None,
         HW: Any = None,
         cu_seqlens: Tensor | Sequence[int] | None = None,
+        rotary: Any = None,
+        rotary_pairing: str = "interleaved",
         *,
         needs_grid: bool = True,
     ) -> CheckedArgs:
@@ -307,16 +304,22 @@ class DyDiLAttention(nn.Module):
         grids: Grids = []
         if needs_grid and (HW is not None or self.dwc is not None):
             grids = checks.grids(HW, x.shape[1], bounds, self.num_prefix_tokens)
-        return CheckedArgs(x if mask is None else x.masked_fill(~mask[..., None], 0), mask, grids, bounds)
+        tables = checks.rotary(rotary, rotary_pairing, x, self.num_heads)
+        x = x if mask is None else x.masked_fill(~mask[..., None], 0)
+        return CheckedArgs(x, mask, grids, bounds, tables, rotary_pairing)
 
     @property
     def options(self) -> Options:
         """What the core is told beside tensors."""
         return Options(self.num_heads, self.normalization, self.router_gradient, self.differential_kind)
 
-    def _backend(self, x: Tensor) -> Backend:
+    def _options(self, call: CheckedArgs) -> Options:
+        return Options(*self.options[:4], call.rotary, call.rotary_pairing)
+
+    def _backend(self, call: CheckedArgs) -> Backend:
         """Raises RuntimeError where "triton" was asked for and cannot run."""
-        return backend_of(self.backend, x.device, autocast_dtype(x.device) or x.dtype, self.max_table_size)
+        device, dtype = call.x.device, autocast_dtype(call.x.device) or call.x.dtype
+        return backend_of(self.backend, device, dtype, self.max_table_size, call.rotary is not None)
 
     def _plain_weights(self, call: CheckedArgs) -> LayerWeights | None:
         """All weights, where nothing asks for the tensors in between: no gradient, autocast, tracer, or module whose
@@ -351,10 +354,10 @@ class DyDiLAttention(nn.Module):
     def _attention(self, call: CheckedArgs, backend: Backend) -> Tensor:
         """Eqs. 1-9: (B, N, d)."""
         inputs, convolution = self._core_inputs(call.x, backend), self._convolution(call.grids)
-        apart = self._convolves_apart(call, backend)
-        within = None if apart else convolution
-        out = backend.attend(inputs, self.options, mask=call.mask, cu_seqlens=call.cu_seqlens, convolution=within)
-        return depthwise(out, call.visible(inputs.v), convolution) if apart and convolution is not None else out
+        attend = partial(backend.attend, inputs, self._options(call), mask=call.mask, cu_seqlens=call.cu_seqlens)
+        if convolution is not None and self._convolves_apart(call, backend):
+            return depthwise(attend(), call.visible(inputs.v), convolution)
+        return attend(convolution=convolution)
 
     def _core_inputs(self, x: Tensor, backend: Backend) -> CoreInputs:
         """Q, K, V, Q', K' of Eqs. 1-2, and the tables."""

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from dydila_kernels.types import Grid, Grids, Video
+from dydila_kernels.types import Grid, Grids, RotaryTables, Video
 
 NORMALIZATIONS = ("length", "none", "denominator")
 ROUTER_GRADIENTS = ("none", "straight_through")
 DIFFERENTIALS = ("token", "map", "off")
 BACKENDS = ("auto", "triton", "torch")
+PAIRINGS = ("interleaved", "halves")
 BRANCHES = ("3x3", "1x3", "3x1", "1x1", "identity")
 MOST_PREFIX_TOKENS = 16
 """So many tokens beyond a square are taken for prefix tokens in the words of an error."""
@@ -31,6 +32,8 @@ class CheckedArgs(NamedTuple):
     mask: Tensor | None
     grids: Grids
     cu_seqlens: list[int] | None
+    rotary: RotaryTables | None = None
+    rotary_pairing: str = "interleaved"
 
     def visible(self, y: Tensor) -> Tensor:
         """y (B, N, ...) with zeros where the mask has no token."""
@@ -206,6 +209,38 @@ def grids(HW: Any, length: int, bounds: Sequence[int] | None, num_prefix_tokens:
     return found
 
 
+def rotary(value: Any, pairing: object, like: Tensor, num_heads: int) -> RotaryTables | None:
+    """cos and sin (B, N, e) from (N, e) or (B, N, e) each, or from a complex cos + i sin (N, e/2) or (B, N, e/2)."""
+    choice("rotary_pairing", pairing, PAIRINGS)
+    if value is None:
+        return None
+    batch, length, channels = *like.shape[:2], like.shape[2] // num_heads
+    if channels % 2:
+        raise ValueError(f"rotary turns pairs of channels, but a head has an odd number of them, d/H = {channels}")
+    if isinstance(value, Tensor) and value.is_complex():
+        if value.shape[-1:] != (channels // 2,):
+            raise ValueError(
+                f"rotary must have the shape (N, d/H/2) or (B, N, d/H/2) where it is complex, with d/H/2 = "
+                f"{channels // 2}; got {tuple(value.shape)}"
+            )
+        parts = (value.real, value.imag)
+        value = [torch.cat([t, t], -1) if pairing == "halves" else t.repeat_interleave(2, -1) for t in parts]
+    if isinstance(value, Tensor) or not isinstance(value, Sequence) or len(value) != 2:
+        raise TypeError(f"rotary must be (cos, sin) or a complex tensor; got {type(value).__name__}")
+    for i, t in enumerate(value):
+        floating(f"rotary[{i}]", t)
+        images = t.shape[0] if t.dim() == 3 else 1
+        if t.dim() not in (2, 3) or t.shape[-2:] != (length, channels) or images not in (1, batch):
+            raise ValueError(
+                f"rotary[{i}] must have the shape (N, d/H) = {(length, channels)} or (B, N, d/H) = "
+                f"{(batch, length, channels)}; got {tuple(t.shape)}"
+            )
+        if t.device != like.device:
+            raise ValueError(f"rotary[{i}] must be on {like.device} as the tokens are; got {t.device}")
+    cos, sin = (t.expand(batch, length, channels) for t in value)
+    return cos, sin
+
+
 def branches(name: str, value: object) -> None:
     """Different names of convolution branches, at least one with a kernel, or none at all."""
     if isinstance(value, str) or not isinstance(value, Sequence):
@@ -263,8 +298,9 @@ EXPLAINED = {
     "key_padding_mask": "say mask, True for a token that counts: mask=~key_padding_mask",
     "need_weights": "there is no matrix of weights, and the output is one tensor",
     "average_attn_weights": "there is no matrix of weights, and the output is one tensor",
-    "rope": "rotary embeddings are not supported",
-    "image_rotary_emb": "rotary embeddings are not supported",
+    "rope": "say rotary=(cos, sin)",
+    "image_rotary_emb": "say rotary=(cos, sin)",
+    "rotary_emb": "say rotary=(cos, sin)",
     "encoder_hidden_states": "the layer attends to its own tokens alone",
 }
 """Why a layer has no use for arguments that others take."""

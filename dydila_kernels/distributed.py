@@ -171,6 +171,8 @@ class SequenceParallelAttention(DyDiLAttention):
         HW: Sequence[int] | None = None,
         *,
         lengths: Sequence[int] | None = None,
+        rotary: tuple[Tensor, Tensor] | Tensor | None = None,
+        rotary_pairing: str = "interleaved",
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
         cu_seqlens: None = None,
@@ -185,6 +187,7 @@ class SequenceParallelAttention(DyDiLAttention):
             HW: (rows, columns) of the whole grid; None for a square one; (frames, rows, columns) of a whole video.
             lengths: n of all ranks.  Without it they tell each other, along with what must be the same on all, which
                 costs a message of a few bytes and on a GPU a wait for the device.
+            rotary, rotary_pairing: as of one process, the rows of this rank's tokens.
             attn_mask: another name for ``mask``.
             is_causal: must be False; the attention is bidirectional.
             cu_seqlens: must be None; packed images cannot be spread.
@@ -204,7 +207,8 @@ class SequenceParallelAttention(DyDiLAttention):
                 raise ValueError("cu_seqlens must be None where the tokens of an image are spread over ranks")
             if takes_plain_path(x):
                 raise RuntimeError("tokens on several ranks take no torch.func, forward-mode AD or meta tensors")
-            call = self._checked(x, checks.mask_of(mask, attn_mask), needs_grid=False)
+            mask = checks.mask_of(mask, attn_mask)
+            call = self._checked(x, mask, rotary=rotary, rotary_pairing=rotary_pairing, needs_grid=False)
         except (TypeError, ValueError, RuntimeError) as error:
             refusal = error
         if lengths is None:
@@ -226,12 +230,15 @@ class SequenceParallelAttention(DyDiLAttention):
 
     def _over_ranks(self, call: CheckedArgs, ranks: SharedTokens, held: Sequence[Range]) -> Tensor:
         """Eqs. 1-9 for this rank's tokens."""
-        x, mask, n, backend = call.x, call.mask, call.x.shape[1], self._backend(call.x)
+        x, mask, n, backend, options = call.x, call.mask, call.x.shape[1], self._backend(call), self._options(call)
         if not n:
             # A token that does not count, so that no stage has to do without any.
             x, mask = F.pad(x, (0, 0, 0, 1)), x.new_zeros((x.shape[0], 1), dtype=torch.bool)
+            if options.rotary is not None:
+                cos, sin = (F.pad(t, (0, 0, 0, 1)) for t in options.rotary)
+                options = options._replace(rotary=(cos, sin))
         inputs = self._core_inputs(x, backend)
-        out = backend.attend(inputs, self.options, mask=mask, ranks=ranks)[:, :n]
+        out = backend.attend(inputs, options, mask=mask, ranks=ranks)[:, :n]
         return out if self.dwc is None else self._convolved(out, call.visible(inputs.v[:, :n]), held, call.grids[0])
 
     def _convolved(self, out: Tensor, v: Tensor, held: Sequence[Range], grid: Grid | Video) -> Tensor:
@@ -253,7 +260,17 @@ class SequenceParallelAttention(DyDiLAttention):
 
     def _facts(self, call: Any, HW: Any) -> dict[str, object]:
         """What all ranks must have the same of, by the name that an error uses; all None where the call is refused."""
-        names = ("batch size", "dtype", "autocast dtype", "mask or none", "HW", "need of gradients", "layer")
+        names = (
+            "batch size",
+            "dtype",
+            "autocast dtype",
+            "mask or none",
+            "HW",
+            "rotary or none",
+            "rotary_pairing",
+            "need of gradients",
+            "layer",
+        )
         if call is None:
             return dict.fromkeys(names)
         trained = call.x.requires_grad or any(p.requires_grad for p in self.parameters())
@@ -263,6 +280,8 @@ class SequenceParallelAttention(DyDiLAttention):
             autocast_dtype(call.x.device),
             call.mask is not None,
             tuple(HW) if isinstance(HW, Sequence) else HW,
+            call.rotary is not None,
+            call.rotary_pairing,
             torch.is_grad_enabled() and trained,
             self,
         )

@@ -6,8 +6,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dydila_kernels import checks
+
 NORMS = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
 ACROSS = ("head", "token")
+
+
+def check_norm(kind: str | None, across: str, eps: float) -> None:
+    """The arguments ``qk_norm``, ``qk_norm_across`` and ``qk_norm_eps`` of the layer."""
+    checks.choice("qk_norm", kind, (None, *NORMS))
+    checks.choice("qk_norm_across", across, ACROSS)
+    checks.number("qk_norm_eps", eps, above=0)
 
 
 def norm_of(kind: str, across: str, dim: int, num_heads: int, eps: float, **factory: Any) -> nn.Module:

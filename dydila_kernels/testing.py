@@ -166,6 +166,8 @@ def equations(
     mask: Tensor | None = None,
     HW: Any = None,
     cu_seqlens: Sequence[int] | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    rotary_pairing: str = "interleaved",
     indices: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Eqs. 1-10 of the configuration of an unfused ``attn`` without dropout, composed of the reference functions.
@@ -207,6 +209,8 @@ def equations(
         differential=attn.differential_kind,
         mask=mask,
         cu_seqlens=cu_seqlens,
+        rotary=rotary and (rotary[0].to(x.dtype), rotary[1].to(x.dtype)),
+        rotary_pairing=rotary_pairing,
         indices=indices,
     )
     if attn.dwc is not None:

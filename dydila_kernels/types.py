@@ -14,13 +14,19 @@ DIFFERENTIAL_SIDES = {"token": 2, "map": 1, "off": 0}
 """How many routers choose a differential factor: for Q and K (Eq. 7), for Q alone (Eq. 10), none."""
 
 
+RotaryTables = tuple[Tensor, Tensor]
+"""cos and sin (B, N, e), see :func:`dydila_kernels.reference.rotate`."""
+
+
 class Options(NamedTuple):
-    """The choices of a call to the core, already validated."""
+    """The choices of a call to the core, already validated, and the tables of its rotary embeddings, if it has any."""
 
     num_heads: int
     normalization: str
     router_gradient: str
     differential: str
+    rotary: RotaryTables | None = None
+    rotary_pairing: str = "interleaved"
 
 
 class Grid(NamedTuple):

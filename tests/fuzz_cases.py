@@ -15,7 +15,7 @@ from torch import Tensor
 
 import tests.interpreter  # noqa: F401  (before the package, which may import Triton)
 from dydila_kernels import DyDiLAttention, dydila_attention, reference
-from dydila_kernels.checks import BRANCHES, DIFFERENTIALS, NORMALIZATIONS, ROUTER_GRADIENTS
+from dydila_kernels.checks import BRANCHES, DIFFERENTIALS, NORMALIZATIONS, PAIRINGS, ROUTER_GRADIENTS
 from dydila_kernels.norms import ACROSS, NORMS
 from dydila_kernels.testing import (
     TOKENS,
@@ -86,6 +86,17 @@ def draw_grid(draw: Draw) -> tuple[int, ...]:
     """(rows, columns), or those of a video after the number of its frames."""
     grid = draw_side(draw), draw_side(draw)
     return (draw.choice([0, 1, 2, 3]), *grid) if draw.chance(0.3) else grid
+
+
+def draw_rotary(draw: Draw, batch: int, length: int, channels: int) -> dict[str, Any]:
+    """Tables of all images or of each, in any dtype, of any angles."""
+    if channels % 2 or draw.chance(0.7):
+        return {}
+    shape = (batch, length, channels) if draw.chance(0.5) else (length, channels)
+    angles = draw.normal(*shape) * draw.choice([0.0, 1.0, 100.0])
+    dtype = draw.choice([torch.float32, torch.float64])
+    tables = (angles.cos().to(DEVICE, dtype), angles.sin().to(DEVICE, dtype))
+    return {"rotary": tables, "rotary_pairing": draw.choice(PAIRINGS)}
 
 
 def draw_mask(draw: Draw, batch: int, length: int) -> Tensor:
@@ -192,6 +203,8 @@ def draw_layer(draw: Draw, backend: str) -> Case:
         arguments["HW"] = None if square and draw.chance(0.7) else grid
         if draw.chance(0.35):
             arguments["mask"] = draw_mask(draw, batch, length).to(DEVICE)
+    if backend == "torch":
+        arguments |= draw_rotary(draw, batch, length, dim // heads)
     # Straight through, logits are large where tokens are, and a softmax knows them to their rounding only.
     mild = half or configuration["router_gradient"] == "straight_through"
     x = draw.normal(batch, length, dim) * (draw.between(0.1, 10) if mild else draw.between(1e-8, 1e8))
@@ -258,6 +271,8 @@ def draw_core(draw: Draw, backend: str) -> Case:
         options["cu_seqlens"], length = draw_bounds(draw, lengths), sum(lengths)
     elif draw.chance(0.35):
         options["mask"] = draw_mask(draw, batch, length).to(DEVICE)
+    if backend == "torch":
+        options |= draw_rotary(draw, batch, length, dim // heads)
     inputs = core_inputs(
         batch,
         length,
@@ -295,13 +310,19 @@ def draw_core(draw: Draw, backend: str) -> Case:
         {**options, "dtype": dtype, "shape": (batch, length, dim), "scaled": scaled},
         inputs,
         lambda t: dydila_attention(**t, **options),
-        lambda t, indices: reference.dydila_attention(**t, **given, indices=indices),
+        lambda t, indices: reference.dydila_attention(**t, **in_dtype(given, t["q"].dtype), indices=indices),
         lambda t, indices: logits_of_core(masked(t, options.get("mask")), indices),
         lambda: decisions(inputs, **options),
         torch.finfo(dtype).eps,
         [name for name in inputs if draw.chance(0.8)],
         {"no_grad": without_gradients},
     )
+
+
+def in_dtype(options: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The same, the rotary tables in this dtype."""
+    rotary = options.get("rotary")
+    return dict(options) if rotary is None else {**options, "rotary": (rotary[0].to(dtype), rotary[1].to(dtype))}
 
 
 def as_list(bounds: Any) -> list[int] | None:

@@ -52,9 +52,8 @@ def layer(
                 tokens.add_(y[block.at])
             linear_into(y[block.at], tokens, weights.proj)
 
-        call = BlockwiseForward(
-            options, mask, cu_seqlens, blocks.inputs(), weights.tables, x, workspace=memory, lazy=True
-        )
+        tokens = [*blocks.inputs(), *(options.rotary or (None, None))]
+        call = BlockwiseForward(options, mask, cu_seqlens, tokens, weights.tables, x, workspace=memory, lazy=True)
         call.forward(finish, lambda block, indices: None)
     return y
 

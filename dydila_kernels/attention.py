@@ -3,46 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from dydila_kernels import checks, routing
-from dydila_kernels.checks import is_plain
+from dydila_kernels import checks, routing, torch_backend
+from dydila_kernels.checks import CheckedArgs, is_plain
 from dydila_kernels.depthwise import DepthwiseConv
 from dydila_kernels.differential import TokenDifferential
 from dydila_kernels.functional import agreeing, backend_of
 from dydila_kernels.measure import DynamicMeasureKernel
+from dydila_kernels.norms import NORMS, check_norm, norm_of, normed
 from dydila_kernels.precision import autocast_dtype
 from dydila_kernels.projection import DynamicProjection
 from dydila_kernels.routing import Routing
 from dydila_kernels.stages import core_inputs
-from dydila_kernels.torch_backend import takes_plain_path
+from dydila_kernels.torch_backend import depthwise, takes_plain_path
 from dydila_kernels.types import (
     Backend,
     Convolution,
     CoreInputs,
-    Grid,
+    Grids,
     LayerWeights,
     Linear,
+    Norms,
     Options,
     Projector,
     Tables,
+    Video,
 )
-
-
-class CheckedArgs(NamedTuple):
-    """The arguments of a call after the checks; ``x`` is zero where the mask has no token."""
-
-    x: Tensor
-    mask: Tensor | None
-    grids: list[Grid]
-    cu_seqlens: list[int] | None
-
-    def visible(self, y: Tensor) -> Tensor:
-        """y (B, N, ...) with zeros where the mask has no token."""
-        return y if self.mask is None else y.masked_fill(~self.mask[..., None], 0)
 
 
 class DyDiLAttention(nn.Module):
@@ -69,6 +60,11 @@ class DyDiLAttention(nn.Module):
             projectors, or with ``num_projectors=0`` the shared Q and K.
         dwc_branches: branches of the depth-wise convolution of Eq. 9, among "3x3", "1x3", "3x1", "1x1" and
             "identity"; ``()`` leaves it out.
+        qk_norm: "rms" or "layer": torch's norm of queries and of keys before they are measured; None for none.  The
+            redundant ones, Q' and K', go through the same norms.
+        qk_norm_across: what is normed: each "head", or the whole "token".
+        qk_norm_eps: finite and positive.  timm's vision transformers, Stable Diffusion 3.5 and Wan have 1e-6,
+            diffusers' Sana 1.5 and SANA-Video 1e-5.
         num_prefix_tokens: class or register tokens before the grid; they attend, and the convolution skips them.
         backend: "auto", "triton" or "torch".
         device, dtype: of the parameters.
@@ -98,6 +94,9 @@ class DyDiLAttention(nn.Module):
         router_gradient: str = "none",
         differential: str = "token",
         dwc_branches: Sequence[str] = ("3x3", "1x3", "3x1"),
+        qk_norm: str | None = None,
+        qk_norm_across: str = "head",
+        qk_norm_eps: float = 1e-6,
         num_prefix_tokens: int = 0,
         backend: str = "auto",
         device: torch.device | str | None = None,
@@ -119,30 +118,31 @@ class DyDiLAttention(nn.Module):
         checks.choice("normalization", normalization, checks.NORMALIZATIONS)
         checks.choice("router_gradient", router_gradient, checks.ROUTER_GRADIENTS)
         checks.branches("dwc_branches", dwc_branches)
+        check_norm(qk_norm, qk_norm_across, qk_norm_eps)
         num_prefix_tokens = checks.integer("num_prefix_tokens", num_prefix_tokens, 0)
         checks.choice("backend", backend, checks.BACKENDS)
         super().__init__()
         self.dim, self.num_heads, self.num_prefix_tokens = dim, num_heads, num_prefix_tokens
         self.normalization, self.router_gradient, self.differential_kind = normalization, router_gradient, differential
+        self.qk_norm, self.qk_norm_across = qk_norm, qk_norm_across
         self.backend, self.fused = backend, False
-        self.max_table_size = max(
-            num_projectors, num_kernel_factors, num_differential_factors if differential != "off" else 1
-        )
+        factors = (num_kernel_factors, 1 if differential == "off" else num_differential_factors)
+        self.max_table_size = max(num_projectors, *factors)
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         routed: dict[str, Any] = {"trainable_routers": router_gradient == "straight_through", **factory}
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
+        self.q_norm, self.k_norm = (
+            norm_of(qk_norm, qk_norm_across, dim, num_heads, qk_norm_eps, **factory) if qk_norm else None for _ in "qk"
+        )
         self.projection_q = DynamicProjection(dim, num_projectors, **routed) if num_projectors else None
         self.projection_k = DynamicProjection(dim, num_projectors, **routed) if num_projectors else None
         self.measure = DynamicMeasureKernel(
             dim, num_kernel_factors, gamma_init=gamma_init, redundant=differential != "off", **routed
         )
         sides = {"token": ("q", "k"), "map": ("q",), "off": ()}[differential]
-        self.differential = (
-            TokenDifferential(dim, num_differential_factors, lambda_init=lambda_init, sides=sides, **routed)
-            if sides
-            else None
-        )
+        routed |= {"lambda_init": lambda_init, "sides": sides}
+        self.differential = TokenDifferential(dim, num_differential_factors, **routed) if sides else None
         self.dwc = DepthwiseConv(dim, dwc_branches, **factory) if dwc_branches else None
         self.proj = nn.Linear(dim, dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -151,9 +151,11 @@ class DyDiLAttention(nn.Module):
         self,
         x: Tensor,
         mask: Tensor | None = None,
-        HW: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
+        HW: Sequence[int] | Sequence[Sequence[int]] | None = None,
         *,
         cu_seqlens: Tensor | Sequence[int] | None = None,
+        rotary: tuple[Tensor, Tensor] | Tensor | None = None,
+        rotary_pairing: str = "interleaved",
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
         **others: None,
@@ -162,11 +164,15 @@ class DyDiLAttention(nn.Module):
 
         Args:
             x: (B, N, d), in the dtype of the weights (any floating dtype under autocast): the prefix tokens, then the
-                grid in row-major order.
+                grid in row-major order, or the grids of the frames of a video.
             mask: (B, N) bool, True for a real token.  Others are not attended to and get zeros, whatever they hold.
-            HW: (rows, columns) of the grid; None for a square one.  With ``cu_seqlens`` a list, one for each image.
+            HW: (rows, columns) of the grid; None for a square one.  (frames, rows, columns) for a video: all its tokens
+                attend to each other, and the convolution is that of each frame.  With ``cu_seqlens`` a list, one for
+                each image or video.
             cu_seqlens: bounds (S + 1,) of S images packed in the one row of B = 1; a list of ints compiles.  A mask
                 beside it is ignored with a warning.
+            rotary, rotary_pairing: rotary embeddings of all N tokens, as in :func:`dydila_kernels.dydila_attention`; a
+                prefix token with cos 1 and sin 0 stays as it is.
             attn_mask: another name for ``mask``.
             is_causal: must be False; the attention is bidirectional.
             others: what callers of other layers pass by name; must be None.
@@ -177,22 +183,17 @@ class DyDiLAttention(nn.Module):
 
         Raises:
             TypeError, ValueError: an argument is not as described, or the attention is to be causal.
-            RuntimeError: ``backend="triton"`` where it cannot run; gradients are asked of a fused layer.
+            RuntimeError: ``backend="triton"`` where it cannot run, or with ``rotary``; gradients are asked of a fused
+                layer.
         """
-        checks.unused(others)
-        if is_causal:
-            raise ValueError("is_causal must be False: DyDiLA is bidirectional; got True")
-        if attn_mask is not None:
-            if mask is not None:
-                raise ValueError("attn_mask is another name for mask; got both")
-            mask = attn_mask
-        call = self._checked(x, mask, HW, cu_seqlens)
-        backend = self._backend(call.x)
-        weights = self._plain_weights(call)
+        checks.unused(others, is_causal)
+        call = self._checked(x, checks.mask_of(mask, attn_mask), HW, cu_seqlens, rotary, rotary_pairing)
+        backend = self._backend(call)
+        weights = None if self._convolves_apart(call, backend) else self._plain_weights(call)
         if weights is None:
             y = self.proj(self._attention(call, backend))
         else:
-            y = backend.layer(call.x, weights, self.options, mask=call.mask, cu_seqlens=call.cu_seqlens)
+            y = backend.layer(call.x, weights, self._options(call), mask=call.mask, cu_seqlens=call.cu_seqlens)
         return call.visible(self.proj_drop(y))
 
     def routing(self, x: Tensor, mask: Tensor | None = None) -> Routing:
@@ -202,7 +203,7 @@ class DyDiLAttention(nn.Module):
         """
         call = self._checked(x, mask, needs_grid=False)
         with torch.no_grad():
-            return routing.routing_of(self, call.x, call.mask, self._backend(call.x))
+            return routing.routing_of(self, call.x, call.mask, self._backend(call))
 
     def balance_loss(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """A loss () that evens the usage of the routers; add a small multiple, say 0.01, to the training loss.
@@ -213,22 +214,19 @@ class DyDiLAttention(nn.Module):
         Raises:
             RuntimeError: ``router_gradient`` is "none", so the routers are fixed.
         """
-        if self.router_gradient == "none":
-            raise RuntimeError(
-                "balance_loss needs router_gradient='straight_through'; got 'none', whose routers are fixed"
-            )
         call = self._checked(x, mask, needs_grid=False)
-        return routing.balance_loss_of(self, call.x, call.mask, self._backend(call.x))
+        return routing.balance_loss_of(self, call.x, call.mask, self._backend(call))
 
     def load_attention(self, state_dict: Mapping[str, Tensor]) -> list[str]:
-        """Loads ``qkv`` and ``proj`` of a timm or DiT attention, and names the parameters that stay new.
+        """Loads ``qkv``, ``proj`` and the norms of a timm or DiT attention, and names the parameters that stay new.
 
-        Strict: the state_dict must hold all of the weights and biases that ``qkv`` and ``proj`` of this layer have, in
-        their shapes, and nothing else.
+        Strict: the state_dict must hold all of the weights and biases that ``qkv``, ``proj``, ``q_norm`` and ``k_norm``
+        of this layer have, in their shapes, and nothing else.
 
         Args:
             state_dict: ``qkv.weight`` (3d, d), ``proj.weight`` (d, d) and, where this layer has them, ``qkv.bias``
-                (3d,) and ``proj.bias`` (d,), of any floating dtype: they take that of the layer.
+                (3d,), ``proj.bias`` (d,), ``q_norm.weight``, ``k_norm.weight`` and their biases (d/H or d,), of any
+                floating dtype: they take that of the layer.
 
         Returns:
             The names of the parameters of this layer that were not loaded.
@@ -238,21 +236,9 @@ class DyDiLAttention(nn.Module):
             TypeError: a value is no tensor of a floating dtype.
             RuntimeError: a shape differs.
         """
-        wanted = {name for name in self.state_dict() if name.startswith(("qkv.", "proj."))}
-        missing, unexpected = sorted(wanted - state_dict.keys()), sorted(state_dict.keys() - wanted)
-        if missing or unexpected:
-            raise ValueError(
-                f"state_dict must hold exactly {', '.join(sorted(wanted))}; "
-                f"it lacks {', '.join(missing) or 'nothing'} and has beside them {', '.join(unexpected) or 'nothing'}"
-            )
-        own = self.state_dict()
-        for name in sorted(wanted):  # all before any is loaded
-            checks.floating(f"state_dict[{name!r}]", state_dict[name])
-            if state_dict[name].shape != own[name].shape:
-                raise RuntimeError(
-                    f"size mismatch for {name}: it must have the shape {tuple(own[name].shape)}; "
-                    f"got {tuple(state_dict[name].shape)}"
-                )
+        parts = ("qkv.", "proj.", "q_norm.", "k_norm.")
+        wanted = {name: t for name, t in self.state_dict().items() if name.startswith(parts)}
+        checks.weights("state_dict", state_dict, wanted)
         return list(self.load_state_dict(state_dict, strict=False).missing_keys)
 
     def fuse(self) -> DyDiLAttention:
@@ -284,6 +270,8 @@ class DyDiLAttention(nn.Module):
             f"router_gradient={self.router_gradient!r}, differential={self.differential_kind!r}, "
             f"num_prefix_tokens={self.num_prefix_tokens}, backend={self.backend!r}"
         )
+        if self.qk_norm is not None:
+            text += f", qk_norm={self.qk_norm!r}, qk_norm_across={self.qk_norm_across!r}"
         return text + ", fused" if self.fused else text
 
     def _checked(
@@ -292,6 +280,8 @@ class DyDiLAttention(nn.Module):
         mask: Tensor | None,
         HW: Any = None,
         cu_seqlens: Tensor | Sequence[int] | None = None,
+        rotary: Any = None,
+        rotary_pairing: str = "interleaved",
         *,
         needs_grid: bool = True,
     ) -> CheckedArgs:
@@ -312,19 +302,25 @@ class DyDiLAttention(nn.Module):
             bounds = checks.cu_seqlens(cu_seqlens, x)
             checks.warn_of_mask_beside_packing(mask)
             mask = None
-        grids = []
+        grids: Grids = []
         if needs_grid and (HW is not None or self.dwc is not None):
             grids = checks.grids(HW, x.shape[1], bounds, self.num_prefix_tokens)
-        return CheckedArgs(x if mask is None else x.masked_fill(~mask[..., None], 0), mask, grids, bounds)
+        tables = checks.rotary(rotary, rotary_pairing, x, self.num_heads)
+        x = x if mask is None else x.masked_fill(~mask[..., None], 0)
+        return CheckedArgs(x, mask, grids, bounds, tables, rotary_pairing)
 
     @property
     def options(self) -> Options:
         """What the core is told beside tensors."""
         return Options(self.num_heads, self.normalization, self.router_gradient, self.differential_kind)
 
-    def _backend(self, x: Tensor) -> Backend:
+    def _options(self, call: CheckedArgs) -> Options:
+        return Options(*self.options[:4], call.rotary, call.rotary_pairing)
+
+    def _backend(self, call: CheckedArgs) -> Backend:
         """Raises RuntimeError where "triton" was asked for and cannot run."""
-        return backend_of(self.backend, x.device, autocast_dtype(x.device) or x.dtype, self.max_table_size)
+        device, dtype = call.x.device, autocast_dtype(call.x.device) or call.x.dtype
+        return backend_of(self.backend, device, dtype, self.max_table_size, call.rotary is not None)
 
     def _plain_weights(self, call: CheckedArgs) -> LayerWeights | None:
         """All weights, where nothing asks for the tensors in between: no gradient, autocast, tracer, or module whose
@@ -337,43 +333,64 @@ class DyDiLAttention(nn.Module):
             return None
         if not all(is_plain(projection, DynamicProjection) for projection in projections):
             return None
+        norms = [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
+        if not all(any(is_plain(norm, kind) for kind in NORMS.values()) for norm in norms):
+            return None
         multiplied = [linear.weight for linear in linears] + [projection.weight for projection in projections]
         if any(weight.dtype != x.dtype for weight in multiplied):
             return None
         return LayerWeights(
             Linear(self.qkv.weight, self.qkv.bias),
             tuple(Projector(projection.weight, projection.router) for projection in projections),
+            self._norms(),
             self._tables(),
             self._convolution(call.grids),
             Linear(self.proj.weight, self.proj.bias),
         )
 
+    def _convolves_apart(self, call: CheckedArgs, backend: Backend) -> bool:
+        """Whether torch convolves, after the kernels: they do not know of frames."""
+        return backend is not torch_backend and any(isinstance(grid, Video) for grid in call.grids)
+
     def _attention(self, call: CheckedArgs, backend: Backend) -> Tensor:
         """Eqs. 1-9: (B, N, d)."""
         inputs, convolution = self._core_inputs(call.x, backend), self._convolution(call.grids)
-        return backend.attend(inputs, self.options, mask=call.mask, cu_seqlens=call.cu_seqlens, convolution=convolution)
+        attend = partial(backend.attend, inputs, self._options(call), mask=call.mask, cu_seqlens=call.cu_seqlens)
+        if convolution is not None and self._convolves_apart(call, backend):
+            return depthwise(attend(), call.visible(inputs.v), convolution)
+        return attend(convolution=convolution)
 
     def _core_inputs(self, x: Tensor, backend: Backend) -> CoreInputs:
         """Q, K, V, Q', K' of Eqs. 1-2, and the tables."""
         tokens = self.qkv(x).chunk(3, dim=-1)
-        inputs = core_inputs(tokens, self._redundant(x, backend), self._tables(), self.differential_kind)
+        inputs = core_inputs(tokens, self._redundant(x, backend), self._norms(), self._tables(), self.differential_kind)
         return agreeing(inputs, x.shape)
 
     def _redundant(self, x: Tensor, backend: Backend) -> list[Tensor]:
-        """Q', K' of Eq. 2, or nothing where the layer has no projectors."""
+        """Q', K' of Eq. 2 after their norms, or nothing where the layer has no projectors."""
         projections = [p for p in (self.projection_q, self.projection_k) if p is not None]
+        norms = self._norms() or (None, None)
         if projections and all(is_plain(p, DynamicProjection) for p in projections):
             indices = backend.route(x, [p.router for p in projections])  # in one pass over x
-            return [p(x, index, backend) for p, index in zip(projections, indices, strict=True)]
-        # A replaced forward knows of x alone.
-        return [p(x) if checks.is_replaced(p, DynamicProjection) else p(x, None, backend) for p in projections]
+            return [p(x, index, backend, norm) for p, index, norm in zip(projections, indices, norms, strict=True)]
+        redundant = []
+        for p, norm in zip(projections, norms, strict=False):
+            if not checks.is_replaced(p, DynamicProjection):
+                redundant.append(p(x, None, backend, norm))
+            else:  # which knows of x alone
+                redundant.append(p(x) if norm is None else norm(p(x)))
+        return redundant
+
+    def _norms(self) -> Norms:
+        heads = self.num_heads if self.qk_norm_across == "head" else 1
+        return tuple(partial(normed, norm, heads) for norm in (self.q_norm, self.k_norm) if norm is not None)
 
     def _tables(self) -> Tables:
         lam, differential_routers = (None, None) if self.differential is None else self.differential()
         gamma, kernel_routers = self.measure()
         return gamma, lam, kernel_routers, differential_routers
 
-    def _convolution(self, grids: list[Grid]) -> Convolution | None:
+    def _convolution(self, grids: Grids) -> Convolution | None:
         if self.dwc is None:
             return None
         weight, bias = self.dwc()

@@ -7,22 +7,38 @@ import numbers
 import operator
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from dydila_kernels.types import Grid
+from dydila_kernels.types import Grid, Grids, RotaryTables, Video
 
 NORMALIZATIONS = ("length", "none", "denominator")
 ROUTER_GRADIENTS = ("none", "straight_through")
 DIFFERENTIALS = ("token", "map", "off")
 BACKENDS = ("auto", "triton", "torch")
+PAIRINGS = ("interleaved", "halves")
 BRANCHES = ("3x3", "1x3", "3x1", "1x1", "identity")
 MOST_PREFIX_TOKENS = 16
 """So many tokens beyond a square are taken for prefix tokens in the words of an error."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class CheckedArgs(NamedTuple):
+    """The arguments of a call after the checks; ``x`` is zero where the mask has no token."""
+
+    x: Tensor
+    mask: Tensor | None
+    grids: Grids
+    cu_seqlens: list[int] | None
+    rotary: RotaryTables | None = None
+    rotary_pairing: str = "interleaved"
+
+    def visible(self, y: Tensor) -> Tensor:
+        """y (B, N, ...) with zeros where the mask has no token."""
+        return y if self.mask is None else y.masked_fill(~self.mask[..., None], 0)
 
 
 def not_traced() -> None:
@@ -34,7 +50,7 @@ def not_traced() -> None:
         )
 
 
-def choice(name: str, value: object, allowed: Sequence[str]) -> None:
+def choice(name: str, value: object, allowed: Sequence[object]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
@@ -105,7 +121,7 @@ def shaped(name: str, value: object, shape: tuple[int, ...], meaning: str) -> No
 
 def mask(value: object, like: Tensor) -> None:
     """A bool tensor (B, N), True where there is a token."""
-    if isinstance(value, Sequence) and len(value) == 2 and all(isinstance(n, int) for n in value):
+    if isinstance(value, Sequence) and len(value) in (2, 3) and all(isinstance(n, int) for n in value):
         raise TypeError(f"mask must be a bool tensor (B, N); got {value!r}, which looks like HW: say HW={value!r}")
     if isinstance(value, Tensor) and (value.is_nested or value.layout != torch.strided):
         raise TypeError(f"mask must be a dense bool tensor (B, N); got one of the layout {value.layout}")
@@ -149,8 +165,8 @@ def cu_seqlens(value: Tensor | Sequence[int], like: Tensor) -> list[int]:
     return bounds
 
 
-def grid(value: object, length: int, num_prefix_tokens: int, where: str = "") -> tuple[int, int]:
-    """HW as (rows, columns) of the ``length - num_prefix_tokens`` grid tokens; None means a square."""
+def grid(value: object, length: int, num_prefix_tokens: int, where: str = "") -> tuple[int, ...]:
+    """HW as (rows, columns) or (frames, rows, columns) of the tokens after the prefix tokens; None means a square."""
     count = length - num_prefix_tokens
     prefix = f" after {num_prefix_tokens} prefix tokens" if num_prefix_tokens else ""
     if count < 0:
@@ -166,10 +182,15 @@ def grid(value: object, length: int, num_prefix_tokens: int, where: str = "") ->
                 hint = f"; {side} x {side} and {extra} class or register tokens need num_prefix_tokens={extra}"
             raise ValueError(f"HW=(rows, columns) is needed where N is no square; got N = {count}{prefix}{where}{hint}")
         return side, side
-    rows, columns = pair("HW", value, where)
-    if rows * columns != count:
-        raise ValueError(f"HW must multiply to N = {count}{prefix}{where}; got {rows} x {columns} = {rows * columns}")
-    return rows, columns
+    listed = as_list(value)
+    if listed is None or len(listed) not in (2, 3):
+        raise TypeError(f"HW must be (rows, columns), or (frames, rows, columns) of a video{where}; got {value!r}")
+    sides = tuple(integer(f"HW[{i}]", side, 0) for i, side in enumerate(listed))
+    product = sides[-2] * sides[-1] if len(sides) == 2 else sides[0] * sides[1] * sides[2]
+    if product != count:
+        found = " x ".join(map(str, sides))
+        raise ValueError(f"HW must multiply to N = {count}{prefix}{where}; got {found} = {product}")
+    return sides
 
 
 def pair(name: str, value: Any, where: str = "") -> tuple[int, int]:
@@ -187,19 +208,58 @@ def as_list(value: Any) -> list[Any] | None:
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray) else None
 
 
-def grids(HW: Any, length: int, bounds: Sequence[int] | None, num_prefix_tokens: int) -> list[Grid]:
+def grids(HW: Any, length: int, bounds: Sequence[int] | None, num_prefix_tokens: int) -> list[Grid | Video]:
     """The grid of the image, or of each of the images packed between ``bounds``, after its prefix tokens."""
+
+    def located(start: int, sides: tuple[int, ...]) -> Grid | Video:
+        return Grid(start, *sides) if len(sides) == 2 else Video(start, *sides)
+
     if bounds is None:
-        return [Grid(num_prefix_tokens, *grid(HW, length, num_prefix_tokens))]
+        return [located(num_prefix_tokens, grid(HW, length, num_prefix_tokens))]
     count = len(bounds) - 1
     listed = None if HW is None else as_list(HW)
     if HW is not None and (listed is None or len(listed) != count or any(isinstance(g, int) for g in listed)):
-        raise ValueError(f"HW must be a list of {count} (rows, columns), one for each image of cu_seqlens; got {HW!r}")
+        raise ValueError(
+            f"HW must be a list of {count} (rows, columns) or (frames, rows, columns), one for each image of "
+            f"cu_seqlens; got {HW!r}"
+        )
     found = []
     for i, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        rows_columns = grid(None if listed is None else listed[i], stop - start, num_prefix_tokens, f" in image {i}")
-        found.append(Grid(start + num_prefix_tokens, *rows_columns))
+        sides = grid(None if listed is None else listed[i], stop - start, num_prefix_tokens, f" in image {i}")
+        found.append(located(start + num_prefix_tokens, sides))
     return found
+
+
+def rotary(value: Any, pairing: object, like: Tensor, num_heads: int) -> RotaryTables | None:
+    """cos and sin (B, N, e) from (N, e) or (B, N, e) each, or from a complex cos + i sin (N, e/2) or (B, N, e/2)."""
+    choice("rotary_pairing", pairing, PAIRINGS)
+    if value is None:
+        return None
+    batch, length, channels = *like.shape[:2], like.shape[2] // num_heads
+    if channels % 2:
+        raise ValueError(f"rotary turns pairs of channels, but a head has an odd number of them, d/H = {channels}")
+    if isinstance(value, Tensor) and value.is_complex():
+        if value.shape[-1:] != (channels // 2,):
+            raise ValueError(
+                f"rotary must have the shape (N, d/H/2) or (B, N, d/H/2) where it is complex, with d/H/2 = "
+                f"{channels // 2}; got {tuple(value.shape)}"
+            )
+        parts = (value.real, value.imag)
+        value = [torch.cat([t, t], -1) if pairing == "halves" else t.repeat_interleave(2, -1) for t in parts]
+    if isinstance(value, Tensor) or not isinstance(value, Sequence) or len(value) != 2:
+        raise TypeError(f"rotary must be (cos, sin) or a complex tensor; got {type(value).__name__}")
+    for i, t in enumerate(value):
+        floating(f"rotary[{i}]", t)
+        images = t.shape[0] if t.dim() == 3 else 1
+        if t.dim() not in (2, 3) or t.shape[-2:] != (length, channels) or images not in (1, batch):
+            raise ValueError(
+                f"rotary[{i}] must have the shape (N, d/H) = {(length, channels)} or (B, N, d/H) = "
+                f"{(batch, length, channels)}; got {tuple(t.shape)}"
+            )
+        if t.device != like.device:
+            raise ValueError(f"rotary[{i}] must be on {like.device} as the tokens are; got {t.device}")
+    cos, sin = (t.expand(batch, length, channels) for t in value)
+    return cos, sin
 
 
 def branches(name: str, value: object) -> None:
@@ -230,6 +290,23 @@ def same(attribute: str, tensors: Mapping[str, Tensor | None]) -> None:
         raise ValueError(f"{', '.join(found)} must share one {attribute}; got {listed}")
 
 
+def weights(name: str, value: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """All that is wanted and nothing else, in its shapes.  A wrong shape is a RuntimeError, as it is torch's."""
+    missing, unexpected = sorted(wanted.keys() - value.keys()), sorted(value.keys() - wanted.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"{name} must hold exactly {', '.join(sorted(wanted))}; "
+            f"it lacks {', '.join(missing) or 'nothing'} and has beside them {', '.join(unexpected) or 'nothing'}"
+        )
+    for key in sorted(wanted):
+        floating(f"{name}[{key!r}]", value[key])
+        if value[key].shape != wanted[key].shape:
+            raise RuntimeError(
+                f"size mismatch for {key}: it must have the shape {tuple(wanted[key].shape)}; "
+                f"got {tuple(value[key].shape)}"
+            )
+
+
 def warn_of_mask_beside_packing(mask: Tensor | None) -> None:
     """``cu_seqlens`` says which tokens there are; a mask beside it is dropped, and that is said."""
     if mask is not None:
@@ -242,19 +319,29 @@ EXPLAINED = {
     "key_padding_mask": "say mask, True for a token that counts: mask=~key_padding_mask",
     "need_weights": "there is no matrix of weights, and the output is one tensor",
     "average_attn_weights": "there is no matrix of weights, and the output is one tensor",
-    "rope": "rotary embeddings are not supported",
-    "image_rotary_emb": "rotary embeddings are not supported",
+    "rope": "say rotary=(cos, sin)",
+    "image_rotary_emb": "say rotary=(cos, sin)",
+    "rotary_emb": "say rotary=(cos, sin)",
     "encoder_hidden_states": "the layer attends to its own tokens alone",
 }
 """Why a layer has no use for arguments that others take."""
 
 
-def unused(arguments: Mapping[str, object]) -> None:
+def mask_of(mask: Tensor | None, attn_mask: Tensor | None) -> Tensor | None:
+    """The mask under either of its names."""
+    if mask is not None and attn_mask is not None:
+        raise ValueError("attn_mask is another name for mask; got both")
+    return attn_mask if mask is None else mask
+
+
+def unused(arguments: Mapping[str, object], is_causal: bool) -> None:
     """Arguments by name that are not the layer's: None, or False for a matrix of weights, asks for nothing."""
     for name, value in arguments.items():
         if value is not None and not (name in ("need_weights", "average_attn_weights") and value is False):
             reason = EXPLAINED.get(name, "DyDiLAttention has no such argument")
             raise TypeError(f"{name} must be None: {reason}; got {type(value).__name__}")
+    if is_causal:
+        raise ValueError("is_causal must be False: DyDiLA is bidirectional; got True")
 
 
 def is_replaced(module: nn.Module, kind: type[nn.Module]) -> bool:

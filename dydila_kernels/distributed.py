@@ -25,10 +25,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from dydila_kernels import checks
-from dydila_kernels.attention import CheckedArgs, DyDiLAttention
+from dydila_kernels.attention import DyDiLAttention
+from dydila_kernels.checks import CheckedArgs
 from dydila_kernels.precision import accumulation_dtype, autocast_dtype
 from dydila_kernels.torch_backend import depthwise, takes_plain_path
-from dydila_kernels.types import Convolution, Grid
+from dydila_kernels.types import Convolution, Grid, Video, frames_of
 
 Module = TypeVar("Module", bound=nn.Module)
 Range = tuple[int, int]
@@ -146,12 +147,14 @@ class Fetch(torch.autograd.Function):
         return total, None, None, None
 
 
-def rows_around(tokens: Range, grid: Grid) -> Range:
-    """The rows of the grid that a 3x3 convolution reads for those tokens of a range that are in the grid."""
+def rows_around(tokens: Range, grid: Grid | Video) -> Range:
+    """The rows of the grids that a 3x3 convolution reads for those tokens of a range that are in a grid."""
     first, last = max(tokens[0], grid.start) - grid.start, min(tokens[1], grid.stop) - grid.start
     if first >= last:
         return tokens[0], tokens[0]
-    top, bottom = max(first // grid.columns - 1, 0), min(-(-last // grid.columns) + 1, grid.rows)
+    # Rows are counted through all frames, and none is read across the border of one.
+    top, bottom, rows = first // grid.columns, -(-last // grid.columns), grid.rows
+    top, bottom = max(top - 1, top // rows * rows), min(bottom + 1, -(-bottom // rows) * rows)
     return grid.start + top * grid.columns, grid.start + bottom * grid.columns
 
 
@@ -166,9 +169,11 @@ class SequenceParallelAttention(DyDiLAttention):
         self,
         x: Tensor,
         mask: Tensor | None = None,
-        HW: tuple[int, int] | None = None,
+        HW: Sequence[int] | None = None,
         *,
         lengths: Sequence[int] | None = None,
+        rotary: tuple[Tensor, Tensor] | Tensor | None = None,
+        rotary_pairing: str = "interleaved",
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
         cu_seqlens: None = None,
@@ -180,9 +185,10 @@ class SequenceParallelAttention(DyDiLAttention):
             x: (B, n, d), this rank's tokens, a range of the N = sum of n that an image has: prefix tokens first, then
                 the grid in row-major order.  n may differ between ranks and may be 0; a cut within a row is fine.
             mask: (B, n) bool, True for a real token, on all ranks or on none.
-            HW: (rows, columns) of the whole grid; None for a square one.
+            HW: (rows, columns) of the whole grid; None for a square one; (frames, rows, columns) of a whole video.
             lengths: n of all ranks.  Without it they tell each other, along with what must be the same on all, which
                 costs a message of a few bytes and on a GPU a wait for the device.
+            rotary, rotary_pairing: as of one process, the rows of this rank's tokens.
             attn_mask: another name for ``mask``.
             is_causal: must be False; the attention is bidirectional.
             cu_seqlens: must be None; packed images cannot be spread.
@@ -197,16 +203,13 @@ class SequenceParallelAttention(DyDiLAttention):
         """
         call, refusal = None, None
         try:
-            checks.unused(others)
-            if is_causal:
-                raise ValueError("is_causal must be False: DyDiLA is bidirectional; got True")
+            checks.unused(others, is_causal)
             if cu_seqlens is not None:
                 raise ValueError("cu_seqlens must be None where the tokens of an image are spread over ranks")
-            if attn_mask is not None and mask is not None:
-                raise ValueError("attn_mask is another name for mask; got both")
             if takes_plain_path(x):
                 raise RuntimeError("tokens on several ranks take no torch.func, forward-mode AD or meta tensors")
-            call = self._checked(x, attn_mask if mask is None else mask, needs_grid=False)
+            mask = checks.mask_of(mask, attn_mask)
+            call = self._checked(x, mask, rotary=rotary, rotary_pairing=rotary_pairing, needs_grid=False)
         except (TypeError, ValueError, RuntimeError) as error:
             refusal = error
         if lengths is None:
@@ -228,15 +231,18 @@ class SequenceParallelAttention(DyDiLAttention):
 
     def _over_ranks(self, call: CheckedArgs, ranks: SharedTokens, held: Sequence[Range]) -> Tensor:
         """Eqs. 1-9 for this rank's tokens."""
-        x, mask, n, backend = call.x, call.mask, call.x.shape[1], self._backend(call.x)
+        x, mask, n, backend, options = call.x, call.mask, call.x.shape[1], self._backend(call), self._options(call)
         if not n:
             # A token that does not count, so that no stage has to do without any.
             x, mask = F.pad(x, (0, 0, 0, 1)), x.new_zeros((x.shape[0], 1), dtype=torch.bool)
+            if options.rotary is not None:
+                cos, sin = (F.pad(t, (0, 0, 0, 1)) for t in options.rotary)
+                options = options._replace(rotary=(cos, sin))
         inputs = self._core_inputs(x, backend)
-        out = backend.attend(inputs, self.options, mask=mask, ranks=ranks)[:, :n]
+        out = backend.attend(inputs, options, mask=mask, ranks=ranks)[:, :n]
         return out if self.dwc is None else self._convolved(out, call.visible(inputs.v[:, :n]), held, call.grids[0])
 
-    def _convolved(self, out: Tensor, v: Tensor, held: Sequence[Range], grid: Grid) -> Tensor:
+    def _convolved(self, out: Tensor, v: Tensor, held: Sequence[Range], grid: Grid | Video) -> Tensor:
         """Eq. 9: ``out + DWC(V)`` for this rank's tokens."""
         assert self.dwc is not None
         wanted = [rows_around(tokens, grid) for tokens in held]
@@ -246,13 +252,26 @@ class SequenceParallelAttention(DyDiLAttention):
         prefix, before = overlap(own, (0, grid.start)).stop, max(own[0] - start, 0)
         rows = F.pad(rows, (0, 0, prefix, 0)) if prefix else rows
         padded = F.pad(out, (0, 0, before, rows.shape[1] - before - out.shape[1]))
-        grids = [Grid(prefix, (stop - start) // max(1, grid.columns), grid.columns)]
+        grids = []
+        for frame in frames_of([grid]):
+            there = overlap((start, stop), (frame.start, frame.stop))
+            grids.append(Grid(prefix + there.start, (there.stop - there.start) // max(1, frame.columns), frame.columns))
         weight, bias = self.dwc()
         return depthwise(padded, rows, Convolution(weight, bias, grids))[:, before : before + out.shape[1]]
 
     def _facts(self, call: Any, HW: Any) -> dict[str, object]:
         """What all ranks must have the same of, by the name that an error uses; all None where the call is refused."""
-        names = ("batch size", "dtype", "autocast dtype", "mask or none", "HW", "need of gradients", "layer")
+        names = (
+            "batch size",
+            "dtype",
+            "autocast dtype",
+            "mask or none",
+            "HW",
+            "rotary or none",
+            "rotary_pairing",
+            "need of gradients",
+            "layer",
+        )
         if call is None:
             return dict.fromkeys(names)
         trained = call.x.requires_grad or any(p.requires_grad for p in self.parameters())
@@ -262,6 +281,8 @@ class SequenceParallelAttention(DyDiLAttention):
             autocast_dtype(call.x.device),
             call.mask is not None,
             tuple(HW) if isinstance(HW, Sequence) else HW,
+            call.rotary is not None,
+            call.rotary_pairing,
             torch.is_grad_enabled() and trained,
             self,
         )

@@ -35,8 +35,11 @@ _said: set[str] = set()
 """Reasons for the torch backend that a warning has told."""
 
 
-def why_not_triton(device: torch.device, dtype: torch.dtype, table_size: int = 1) -> str | None:
-    """Why the Triton backend cannot run on this device with this dtype and tables of this size; None: it can."""
+def why_not_triton(device: torch.device, dtype: torch.dtype, table_size: int = 1, rotary: bool = False) -> str | None:
+    """Why the Triton backend cannot run on this device with this dtype, tables of this size and rotary embeddings or
+    none; None: it can."""
+    if rotary:
+        return "the kernels have no rotary embeddings"
     if TRITON is None:
         return "Triton is not installed (pip install dydila-kernels[triton])"
     if TRITON < OLDEST_TRITON:
@@ -57,7 +60,9 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, table_size: int = 1
     return None
 
 
-def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, table_size: int = 1) -> str:
+def choose_backend(
+    backend: str, device: torch.device, dtype: torch.dtype, table_size: int = 1, rotary: bool = False
+) -> str:
     """ "triton" or "torch".  Raises RuntimeError where "triton" was asked for and cannot run.
 
     "auto" takes Triton on a GPU, and where that cannot run it warns once and takes torch.  Triton's interpreter
@@ -67,7 +72,7 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, table
     checks.choice("backend", backend, checks.BACKENDS)
     if backend == "torch" or (backend == "auto" and device.type != "cuda"):
         return "torch"
-    reason = why_not_triton(device, dtype, table_size)
+    reason = why_not_triton(device, dtype, table_size, rotary)
     if backend == "triton" and reason is not None:
         raise RuntimeError(f"backend='triton' cannot run on {device} with {dtype}: {reason}; backend='torch' can")
     if reason is not None and reason not in _said and not torch.compiler.is_compiling():
@@ -76,9 +81,11 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, table
     return "torch" if reason is not None else "triton"
 
 
-def backend_of(name: str, device: torch.device, dtype: torch.dtype, table_size: int = 1) -> Backend:
+def backend_of(
+    name: str, device: torch.device, dtype: torch.dtype, table_size: int = 1, rotary: bool = False
+) -> Backend:
     """The backend of a call: as :func:`choose_backend` says, but torch.func and forward-mode AD are the torch one's."""
-    if choose_backend(name, device, dtype, table_size) == "torch" or torch_backend.is_transformed():
+    if choose_backend(name, device, dtype, table_size, rotary) == "torch" or torch_backend.is_transformed():
         return torch_backend
     from dydila_kernels.ops import backend
 
@@ -102,6 +109,8 @@ def dydila_attention(
     differential: str = "token",
     mask: Tensor | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
+    rotary: tuple[Tensor, Tensor] | Tensor | None = None,
+    rotary_pairing: str = "interleaved",
     backend: str = "auto",
 ) -> Tensor:
     """Dynamic differential linear attention of projected tokens: Eqs. 5-8 (or 10) of arXiv 2601.13683.
@@ -128,6 +137,11 @@ def dydila_attention(
         mask: (B, N) bool, True for a token that counts.  Others are not attended to, and their output is zero.
         cu_seqlens: bounds (S + 1,) of S images packed in the one row of B = 1, each attending to itself.  A list of
             ints costs no synchronisation with the device and compiles.  It takes the place of a mask.
+        rotary: cos and sin, (N, d/H) or (B, N, d/H) each with an entry for each channel of a head, of any floating
+            dtype; or their complex cos + i sin, (N, d/H/2) or (B, N, d/H/2).  Measured and subtracted queries and keys
+            are rotated per head; the mass under "denominator" is of those that are not.  The torch backend alone.
+        rotary_pairing: the channels of a head that are a pair: "interleaved", 2i and 2i + 1, or "halves", i and
+            i + d/H/2.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -135,7 +149,7 @@ def dydila_attention(
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it, its value and what was expected.
-        RuntimeError: ``backend="triton"`` where it cannot run.
+        RuntimeError: ``backend="triton"`` where it cannot run, or with ``rotary``.
     """
     core = validated(
         q,
@@ -153,6 +167,8 @@ def dydila_attention(
         differential=differential,
         mask=mask,
         cu_seqlens=cu_seqlens,
+        rotary=rotary,
+        rotary_pairing=rotary_pairing,
         backend=backend,
     )
     return core.backend.attend(core.inputs, core.options, mask=core.mask, cu_seqlens=core.cu_seqlens)
@@ -189,6 +205,8 @@ def validated(
     differential: str = "token",
     mask: Tensor | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
+    rotary: tuple[Tensor, Tensor] | Tensor | None = None,
+    rotary_pairing: str = "interleaved",
     backend: str = "auto",
 ) -> CoreCall:
     """The arguments of :func:`dydila_attention`, checked, in the autocast dtype where there is one."""
@@ -222,13 +240,15 @@ def validated(
         bounds = checks.cu_seqlens(cu_seqlens, q)
         checks.warn_of_mask_beside_packing(mask)
         mask = None
+    tables = checks.rotary(rotary, rotary_pairing, q, num_heads)
 
     inputs = agreeing(
         CoreInputs(q, k, v, q_redundant, k_redundant, gamma, lam, kernel_routers, differential_routers), q.shape
     )
     table_size = max(len(gamma), 0 if lam is None else len(lam))
-    chosen = backend_of(backend, q.device, inputs.q.dtype, table_size)
-    return CoreCall(chosen, inputs, Options(num_heads, normalization, router_gradient, differential), mask, bounds)
+    chosen = backend_of(backend, q.device, inputs.q.dtype, table_size, tables is not None)
+    options = Options(num_heads, normalization, router_gradient, differential, tables, rotary_pairing)
+    return CoreCall(chosen, inputs, options, mask, bounds)
 
 
 def agreeing(inputs: CoreInputs, shape: Sequence[int]) -> CoreInputs:

@@ -6,7 +6,7 @@ Computed by ``ops/projection.py`` on a GPU, and by ``torch_backend/projection.py
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -80,10 +80,18 @@ class DynamicProjection(nn.Module):
         """The router's logits (B, N, n_P), in float32 at least; their argmax is Eq. 1."""
         return torch_backend.projection_logits(x, self.router)
 
-    def forward(self, x: Tensor, index: Tensor | None = None, backend: Backend = torch_backend) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        index: Tensor | None = None,
+        backend: Backend = torch_backend,
+        norm: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """x (B, N, d) -> (B, N, d) in the dtype that ``nn.Linear`` would give.
 
-        ``index`` (B, N): what ``backend.route`` chose with this router, where that is known.
+        ``index`` (B, N): what ``backend.route`` chose with this router, where that is known.  ``norm``: of the tokens
+        once they are projected, or None.  A trained router chooses among normed tokens: a norm takes away the scale of
+        a token, which is what carries the router's gradient.
         """
         weight: Tensor = self.weight
         logits = self.logits(x) if self.trainable_routers else None
@@ -95,7 +103,10 @@ class DynamicProjection(nn.Module):
         dtype = autocast_dtype(x.device)
         if dtype is not None and x.dtype != torch.float64:
             x, weight = x.to(dtype), weight.to(dtype)
-        return backend.project(x, weight, index, logits)
+        if norm is None:
+            return backend.project(x, weight, index, logits)
+        out = norm(backend.project(x, weight, index))
+        return out if logits is None else torch_backend.straight_through(out, logits, index.long())
 
     def extra_repr(self) -> str:
         return f"{self.dim}, num_projectors={self.num_projectors}"

@@ -77,6 +77,22 @@ def difference(tokens: Tensor, redundant: Tensor, lam: Tensor) -> Tensor:
     return tokens - lam[..., None] * redundant
 
 
+def rotate(tokens: Tensor, cos: Tensor, sin: Tensor, pairing: str = "interleaved", num_heads: int = 1) -> Tensor:
+    """R of rotary embeddings: each head of a token with its pairs of channels (a, b) turned, to
+    (a cos - b sin, a sin + b cos).
+
+    tokens (B, N, d); cos and sin (N, e) or (B, N, e), an entry for each channel.  Pairs are the channels 2i and 2i + 1
+    of a head ("interleaved"), or i and i + e/2 ("halves").
+    """
+    z = rearrange(tokens, "b n (h e) -> b n h e", h=num_heads)
+    if pairing == "interleaved":
+        turned = torch.stack([-z[..., 1::2], z[..., 0::2]], -1).flatten(-2)
+    else:
+        first, second = z.chunk(2, -1)
+        turned = torch.cat([-second, first], -1)
+    return rearrange(z * cos[..., None, :] + turned * sin[..., None, :], "b n h e -> b n (h e)")
+
+
 def linear_attention(
     q: Tensor,
     k: Tensor,
@@ -91,8 +107,9 @@ def linear_attention(
     """Eq. 8 (Eq. 4 with ``"denominator"``): ``Q (K^T V)`` per head, never forming an N x N matrix.
 
     q, k, v (B, N, d) -> (B, N, d).  ``count`` is the number of attended tokens, an int or (B,), by default N.
-    ``q_mass`` and ``k_mass`` are the tokens with their redundancy added instead of subtracted; ``"denominator"``
-    divides by ``q_mass . sum_j k_mass_j``, which is zero only where the numerator is.
+    ``q_mass`` and ``k_mass`` are the tokens with their redundancy added instead of subtracted, and not rotated;
+    ``"denominator"`` divides by ``q_mass . sum_j k_mass_j``.  Unless tokens are rotated, that is zero only where the
+    numerator is; where it is zero the result is.
     """
     q, k, v = (rearrange(t, "b n (h e) -> b h n e", h=num_heads) for t in (q, k, v))
     if normalization == "denominator":
@@ -117,13 +134,16 @@ def linear_attention(
     return rearrange(out, "b h n e -> b n (h e)")
 
 
-def depthwise(v: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int]) -> Tensor:
+def depthwise(v: Tensor, weight: Tensor, bias: Tensor | None, grid: Sequence[int]) -> Tensor:
     """DWC of Eq. 9: depth-wise 3x3 convolution with zero padding of tokens (B, R*C, d) on the R x C grid.
 
-    weight (d, 1, 3, 3), bias (d,) or None -> (B, R*C, d).
+    weight (d, 1, 3, 3), bias (d,) or None -> (B, R*C, d).  With a ``grid`` of three, F x R x C, on each of F frames of
+    tokens (B, F*R*C, d).
     """
-    image = rearrange(v, "b (r c) d -> b d r c", r=grid[0], c=grid[1])
-    return rearrange(F.conv2d(image, weight, bias, padding=1, groups=weight.shape[0]), "b d r c -> b (r c) d")
+    frames, rows, columns = grid if len(grid) == 3 else (1, *grid)
+    image = rearrange(v, "b (f r c) d -> (b f) d r c", f=frames, r=rows, c=columns)
+    out = F.conv2d(image, weight, bias, padding=1, groups=weight.shape[0])
+    return rearrange(out, "(b f) d r c -> b (f r c) d", f=frames)
 
 
 def dydila_attention(
@@ -143,11 +163,14 @@ def dydila_attention(
     differential: str = "token",
     mask: Tensor | None = None,
     cu_seqlens: Sequence[int] | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    rotary_pairing: str = "interleaved",
     indices: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Eqs. 5-8, or Eq. 10 with ``differential="map"``, or Eq. 6 alone with ``"off"``; without the convolution.
 
-    The arguments are those of :func:`dydila_kernels.dydila_attention`; here ``cu_seqlens`` is a sequence of ints.
+    The arguments are those of :func:`dydila_kernels.dydila_attention`; here ``cu_seqlens`` is a sequence of ints, and
+    ``rotary`` is cos and sin of :func:`rotate`.
     ``indices`` imposes routing decisions, under the names of :class:`dydila_kernels.Routing`, instead of taking the
     argmax.
     """
@@ -166,6 +189,8 @@ def dydila_attention(
                     normalization=normalization,
                     router_gradient=router_gradient,
                     differential=differential,
+                    rotary=rotary and (rotary[0][..., start:end, :], rotary[1][..., start:end, :]),
+                    rotary_pairing=rotary_pairing,
                     indices=indices and {name: index[:, start:end] for name, index in indices.items()},
                 )
             )
@@ -176,6 +201,8 @@ def dydila_attention(
         q, k, v = (t.masked_fill(~mask[..., None], 0) for t in (q, k, v))
         if q_redundant is not None and k_redundant is not None:
             q_redundant, k_redundant = (t.masked_fill(~mask[..., None], 0) for t in (q_redundant, k_redundant))
+        if rotary is not None:
+            rotary = (rotary[0].where(mask[..., None], 0), rotary[1].where(mask[..., None], 0))
         count = mask.sum(-1).clamp(min=1)
 
     straight_through = router_gradient == "straight_through"
@@ -187,10 +214,20 @@ def dydila_attention(
     def measure(name: str, tokens: Tensor, router: Tensor) -> Tensor:  # Eq. 6
         return power(tokens, choose(gamma, *decide(name, tokens, router)))
 
+    def rotated(tokens: Tensor) -> Tensor:
+        return tokens if rotary is None else rotate(tokens, *rotary, rotary_pairing, num_heads)
+
     qt, kt = measure("measure_q", q, kernel_routers[0]), measure("measure_k", k, kernel_routers[1])
     if differential == "off":
         return linear_attention(
-            qt, kt, v, num_heads=num_heads, normalization=normalization, count=count, q_mass=qt, k_mass=kt
+            rotated(qt),
+            rotated(kt),
+            v,
+            num_heads=num_heads,
+            normalization=normalization,
+            count=count,
+            q_mass=qt,
+            k_mass=kt,
         )
 
     assert q_redundant is not None and k_redundant is not None and lam is not None and differential_routers is not None
@@ -199,15 +236,24 @@ def dydila_attention(
     lam_q = choose(lam, *decide("differential_q", torch.cat([qt, qr], -1), differential_routers[0]))  # Eq. 7
     if differential == "map":  # Eq. 10
         first, second = (
-            linear_attention(a, b, v, num_heads=num_heads, normalization=normalization, count=count, q_mass=a, k_mass=b)
+            linear_attention(
+                rotated(a),
+                rotated(b),
+                v,
+                num_heads=num_heads,
+                normalization=normalization,
+                count=count,
+                q_mass=a,
+                k_mass=b,
+            )
             for a, b in ((qt, kt), (qr, kr))
         )
         return difference(first, second, lam_q)
 
     lam_k = choose(lam, *decide("differential_k", torch.cat([kt, kr], -1), differential_routers[1]))
     return linear_attention(  # Eq. 8
-        difference(qt, qr, lam_q),
-        difference(kt, kr, lam_k),
+        rotated(difference(qt, qr, lam_q)),
+        rotated(difference(kt, kr, lam_k)),
         v,
         num_heads=num_heads,
         normalization=normalization,

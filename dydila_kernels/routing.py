@@ -101,7 +101,12 @@ def logits_of(attn: DyDiLAttention, x: Tensor, backend: Backend) -> dict[str, Te
 
 
 def balance_loss_of(attn: DyDiLAttention, x: Tensor, mask: Tensor | None, backend: Backend) -> Tensor:
-    """The mean over the routers of n sum_f usage_f probability_f, where the gradient goes through the probabilities."""
+    """The mean over the routers of n sum_f usage_f probability_f, where the gradient goes through the probabilities.
+
+    Raises RuntimeError where the routers are fixed.
+    """
+    if attn.router_gradient == "none":
+        raise RuntimeError("balance_loss needs router_gradient='straight_through'; got 'none', whose routers are fixed")
     with no_autocast(x.device):
         losses = []
         for logits in logits_of(attn, x, backend).values():

@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from dydila_kernels.types import CoreInputs, LayerWeights, Options, Tables
+from dydila_kernels.types import CoreInputs, LayerWeights, Norms, Options, Tables
 
 
-def core_inputs(tokens: Sequence[Tensor], redundant: Sequence[Tensor], tables: Tables, differential: str) -> CoreInputs:
-    """What the core takes of q, k, v, of Q' and K' (or none), and of the tables.
+def core_inputs(
+    tokens: Sequence[Tensor], redundant: Sequence[Tensor], norms: Norms, tables: Tables, differential: str
+) -> CoreInputs:
+    """What the core takes of q, k, v and the norms of q and k, of Q' and K' after theirs (or none), and of the tables.
 
     Without a difference the measured tokens are those of the routed projectors, where there are any.
     """
@@ -20,6 +22,8 @@ def core_inputs(tokens: Sequence[Tensor], redundant: Sequence[Tensor], tables: T
     if differential == "off" and redundant:
         q, k = redundant
         q_redundant, k_redundant = None, None
+    elif norms:
+        q, k = (norm(t) for norm, t in zip(norms, (q, k), strict=True))
     return CoreInputs(q, k, v, q_redundant, k_redundant, *tables)
 
 
@@ -38,7 +42,9 @@ def layer_in_stages(
     if weights.projectors:
         indices = route(x, [p.router for p in weights.projectors])
         redundant = [project(x, p.weight, index) for p, index in zip(weights.projectors, indices, strict=True)]
+        if weights.norms:
+            redundant = [norm(t) for norm, t in zip(weights.norms, redundant, strict=True)]
     tokens = F.linear(x, *weights.qkv).chunk(3, -1)
-    inputs = core_inputs(tokens, redundant, weights.tables, options.differential)
+    inputs = core_inputs(tokens, redundant, weights.norms, weights.tables, options.differential)
     out = attend(inputs, options, mask=mask, cu_seqlens=cu_seqlens, convolution=weights.convolution)
     return F.linear(out, *weights.proj)

@@ -166,6 +166,8 @@ def equations(
     mask: Tensor | None = None,
     HW: Any = None,
     cu_seqlens: Sequence[int] | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    rotary_pairing: str = "interleaved",
     indices: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Eqs. 1-10 of the configuration of an unfused ``attn`` without dropout, composed of the reference functions.
@@ -174,11 +176,12 @@ def equations(
     """
     x = inputs["x"] if mask is None else inputs["x"].masked_fill(~mask[..., None], 0)
     q, k, v = torch.nn.functional.linear(x, inputs["qkv.weight"], inputs.get("qkv.bias")).chunk(3, -1)
+    q, k = normed_tokens(attn, inputs, "q", q), normed_tokens(attn, inputs, "k", k)
     redundant = {}
     for side in "qk" if attn.projection_q is not None else "":
         weight, router = inputs[f"projection_{side}.weight"], inputs[f"projection_{side}.router"]
         index = reference.route(x, router) if indices is None else indices[f"projection_{side}"]
-        redundant[side] = reference.project(x, weight, index)
+        redundant[side] = normed_tokens(attn, inputs, side, reference.project(x, weight, index))
         if attn.router_gradient == "straight_through":
             redundant[side] = redundant[side] * reference.straight_through_one(x @ router, index)
     if attn.differential is None:
@@ -206,6 +209,8 @@ def equations(
         differential=attn.differential_kind,
         mask=mask,
         cu_seqlens=cu_seqlens,
+        rotary=rotary and (rotary[0].to(x.dtype), rotary[1].to(x.dtype)),
+        rotary_pairing=rotary_pairing,
         indices=indices,
     )
     if attn.dwc is not None:
@@ -213,6 +218,18 @@ def equations(
         out = out + _convolution(attn, inputs, values, HW, [0, x.shape[1]] if cu_seqlens is None else cu_seqlens)
     out = torch.nn.functional.linear(out, inputs["proj.weight"], inputs.get("proj.bias"))
     return out if mask is None else out.masked_fill(~mask[..., None], 0)
+
+
+def normed_tokens(attn: DyDiLAttention, inputs: Mapping[str, Tensor], side: str, tokens: Tensor) -> Tensor:
+    """Queries or keys after their norm, where there is one, by torch's function."""
+    norm: Any = attn.q_norm
+    if norm is None:
+        return tokens
+    weight, bias = inputs[f"{side}_norm.weight"], inputs.get(f"{side}_norm.bias")
+    parts, shape = tokens.unflatten(-1, (-1, len(weight))), (len(weight),)
+    if attn.qk_norm == "rms":
+        return torch.nn.functional.rms_norm(parts, shape, weight, norm.eps).flatten(-2)
+    return torch.nn.functional.layer_norm(parts, shape, weight, bias, norm.eps).flatten(-2)
 
 
 def _convolution(
@@ -228,15 +245,15 @@ def _convolution(
             images.append(v[:, start:stop] * 0)
             continue
         side = math.isqrt(tokens.shape[1])
-        rows, columns = (side, side) if HW is None else HW if len(bounds) == 2 and isinstance(HW[0], int) else HW[i]
-        image = tokens.unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
+        *frames, rows, columns = (side, side) if HW is None else HW if isinstance(HW[0], int) else HW[i]
+        image = tokens.unflatten(1, (*(frames or [1]), rows, columns)).permute(0, 1, 4, 2, 3).flatten(0, 1)
         total = image if "identity" in attn.dwc.names else torch.zeros_like(image)
         for name in attn.dwc.names:
             if name != "identity":
                 weight = inputs[f"dwc.branches.{name}"]
                 padding = (weight.shape[2] // 2, weight.shape[3] // 2)
                 total = total + torch.nn.functional.conv2d(image, weight, padding=padding, groups=attn.dim)
-        convolved = total.permute(0, 2, 3, 1).flatten(1, 2)
+        convolved = total.permute(0, 2, 3, 1).reshape(tokens.shape)
         images.append(torch.nn.functional.pad(convolved, (0, 0, prefix, 0)))
     return torch.cat(images, 1)
 

@@ -5,7 +5,7 @@ Symbols: B batch, N tokens, d channels, e = d/H channels of a head; tokens are (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
@@ -14,13 +14,19 @@ DIFFERENTIAL_SIDES = {"token": 2, "map": 1, "off": 0}
 """How many routers choose a differential factor: for Q and K (Eq. 7), for Q alone (Eq. 10), none."""
 
 
+RotaryTables = tuple[Tensor, Tensor]
+"""cos and sin (B, N, e), see :func:`dydila_kernels.reference.rotate`."""
+
+
 class Options(NamedTuple):
-    """The choices of a call to the core, already validated."""
+    """The choices of a call to the core, already validated, and the tables of its rotary embeddings, if it has any."""
 
     num_heads: int
     normalization: str
     router_gradient: str
     differential: str
+    rotary: RotaryTables | None = None
+    rotary_pairing: str = "interleaved"
 
 
 class Grid(NamedTuple):
@@ -33,6 +39,34 @@ class Grid(NamedTuple):
     @property
     def stop(self) -> int:
         return self.start + self.rows * self.columns
+
+
+class Video(NamedTuple):
+    """A video among the N tokens of a row: ``frames`` grids of ``rows * columns`` tokens, one after the other."""
+
+    start: int
+    frames: int
+    rows: int
+    columns: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.frames * self.rows * self.columns
+
+
+Grids = Sequence[Grid | Video]
+
+
+def frames_of(grids: Grids) -> Iterator[Grid]:
+    """The grids in their order, and of a video the grid of each frame; one empty grid for a video without tokens."""
+    for grid in grids:
+        if isinstance(grid, Grid):
+            yield grid
+        elif grid.start == grid.stop:
+            yield Grid(grid.start, 0, 0)
+        else:
+            size = grid.rows * grid.columns
+            yield from (Grid(start, grid.rows, grid.columns) for start in range(grid.start, grid.stop, size))
 
 
 class CoreInputs(NamedTuple):
@@ -54,11 +88,11 @@ class CoreInputs(NamedTuple):
 
 
 class Convolution(NamedTuple):
-    """DWC of Eq. 9: weight (d, 1, 3, 3), bias (d,) or None, and the grids of the images."""
+    """DWC of Eq. 9: weight (d, 1, 3, 3), bias (d,) or None, and the grids of the images, and of videos."""
 
     weight: Tensor
     bias: Tensor | None
-    grids: Sequence[Grid]
+    grids: Grids
 
 
 class Linear(NamedTuple):
@@ -79,11 +113,16 @@ Tables = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 """gamma, lam, kernel_routers, differential_routers, as in :class:`CoreInputs`."""
 
 
+Norms = tuple[Callable[[Tensor], Tensor], ...]
+"""What queries and keys (B, N, d), redundant ones too, go through before they are measured; or nothing."""
+
+
 class LayerWeights(NamedTuple):
     """All that a layer without gradients computes with.  ``projectors``: of Q' and K', or none."""
 
     qkv: Linear
     projectors: tuple[Projector, ...]
+    norms: Norms
     tables: Tables
     convolution: Convolution | None
     proj: Linear

@@ -93,7 +93,10 @@ def rounding(eps: float, draw: Draw) -> Iterator[Callable[[Any], Any]]:
     def rounds(stage: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda *args, **kwargs: rounded(stage(*map(rounded, args), **rounded(kwargs)))
 
-    stages = {name: rounds(getattr(reference, name)) for name in ("project", "power", "difference", "linear_attention")}
+    stages = {
+        name: rounds(getattr(reference, name))
+        for name in ("project", "power", "difference", "rotate", "linear_attention")
+    }
     with mock.patch.multiple(reference, **stages):
         yield rounded
 

@@ -15,8 +15,18 @@ from torch import Tensor
 
 import tests.interpreter  # noqa: F401  (before the package, which may import Triton)
 from dydila_kernels import DyDiLAttention, dydila_attention, reference
-from dydila_kernels.checks import BRANCHES, DIFFERENTIALS, NORMALIZATIONS, ROUTER_GRADIENTS
-from dydila_kernels.testing import TOKENS, Tensors, call_layer, core_inputs, decisions, equations, layer_inputs
+from dydila_kernels.checks import BRANCHES, DIFFERENTIALS, NORMALIZATIONS, PAIRINGS, ROUTER_GRADIENTS
+from dydila_kernels.norms import ACROSS, NORMS
+from dydila_kernels.testing import (
+    TOKENS,
+    Tensors,
+    call_layer,
+    core_inputs,
+    decisions,
+    equations,
+    layer_inputs,
+    normed_tokens,
+)
 from tests.layers import SUB_MODULES, SURROUNDINGS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -71,6 +81,23 @@ def draw_width(draw: Draw) -> tuple[int, int]:
 
 def draw_side(draw: Draw) -> int:
     return draw.choice([0, 1, 1, 2, 2, 3, 3, 4, 5, 6])
+
+
+def draw_grid(draw: Draw) -> tuple[int, ...]:
+    """(rows, columns), or those of a video after the number of its frames."""
+    grid = draw_side(draw), draw_side(draw)
+    return (draw.choice([0, 1, 2, 3]), *grid) if draw.chance(0.3) else grid
+
+
+def draw_rotary(draw: Draw, batch: int, length: int, channels: int) -> dict[str, Any]:
+    """Tables of all images or of each, in any dtype, of any angles."""
+    if channels % 2 or draw.chance(0.7):
+        return {}
+    shape = (batch, length, channels) if draw.chance(0.5) else (length, channels)
+    angles = draw.normal(*shape) * draw.choice([0.0, 1.0, 100.0])
+    dtype = draw.choice([torch.float32, torch.float64])
+    tables = (angles.cos().to(DEVICE, dtype), angles.sin().to(DEVICE, dtype))
+    return {"rotary": tables, "rotary_pairing": draw.choice(PAIRINGS)}
 
 
 def draw_mask(draw: Draw, batch: int, length: int) -> Tensor:
@@ -139,6 +166,8 @@ def draw_layer(draw: Draw, backend: str) -> Case:
         "normalization": draw.choice(NORMALIZATIONS),
         "router_gradient": draw.choice(ROUTER_GRADIENTS),
         "differential": differential,
+        "qk_norm": draw.choice([None, None, *NORMS]),
+        "qk_norm_across": draw.choice(ACROSS),
         "num_prefix_tokens": draw.choice([0, 0, 1, 3]),
         "backend": backend,
     }
@@ -158,20 +187,25 @@ def draw_layer(draw: Draw, backend: str) -> Case:
         for name, parameter in attn.named_parameters():
             if "router" in name:
                 spoil_routers(draw, parameter)
+            elif "norm" in name:
+                parameter.add_(0.3 * draw.normal(*parameter.shape))
     attn.to(DEVICE, dtype)
 
     prefix = attn.num_prefix_tokens
     arguments: dict[str, Any] = {}
     if draw.chance(0.25):
-        batch, grids = 1, [(draw_side(draw), draw_side(draw)) for _ in range(draw.randint(1, 3))]
-        arguments = {"HW": grids, "cu_seqlens": draw_bounds(draw, [prefix + r * c for r, c in grids])}
+        batch, grids = 1, [draw_grid(draw) for _ in range(draw.randint(1, 3))]
+        arguments = {"HW": grids, "cu_seqlens": draw_bounds(draw, [prefix + math.prod(grid) for grid in grids])}
         length = int(arguments["cu_seqlens"][-1])
     else:
-        batch, grid = draw.choice([0, 1, 1, 2, 2, 2, 3, 3]), (draw_side(draw), draw_side(draw))
-        length = prefix + grid[0] * grid[1]
-        arguments["HW"] = None if grid[0] == grid[1] and draw.chance(0.7) else grid
+        batch, grid = draw.choice([0, 1, 1, 2, 2, 2, 3, 3]), draw_grid(draw)
+        length = prefix + math.prod(grid)
+        square = len(grid) == 2 and grid[0] == grid[1]
+        arguments["HW"] = None if square and draw.chance(0.7) else grid
         if draw.chance(0.35):
             arguments["mask"] = draw_mask(draw, batch, length).to(DEVICE)
+    if backend == "torch":
+        arguments |= draw_rotary(draw, batch, length, dim // heads)
     # Straight through, logits are large where tokens are, and a softmax knows them to their rounding only.
     mild = half or configuration["router_gradient"] == "straight_through"
     x = draw.normal(batch, length, dim) * (draw.between(0.1, 10) if mild else draw.between(1e-8, 1e8))
@@ -259,6 +293,8 @@ def draw_core(draw: Draw, backend: str) -> Case:
         options["cu_seqlens"], length = draw_bounds(draw, lengths), sum(lengths)
     elif draw.chance(0.35):
         options["mask"] = draw_mask(draw, batch, length).to(DEVICE)
+    if backend == "torch":
+        options |= draw_rotary(draw, batch, length, dim // heads)
     inputs = core_inputs(
         batch,
         length,
@@ -296,13 +332,19 @@ def draw_core(draw: Draw, backend: str) -> Case:
         {**options, "dtype": dtype, "shape": (batch, length, dim), "scaled": scaled},
         inputs,
         lambda t: dydila_attention(**t, **options),
-        lambda t, indices: reference.dydila_attention(**t, **given, indices=indices),
+        lambda t, indices: reference.dydila_attention(**t, **in_dtype(given, t["q"].dtype), indices=indices),
         lambda t, indices: logits_of_core(masked(t, options.get("mask")), indices),
         lambda: decisions(inputs, **options),
         torch.finfo(dtype).eps,
         [name for name in inputs if draw.chance(0.8)],
         {"no_grad": without_gradients},
     )
+
+
+def in_dtype(options: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The same, the rotary tables in this dtype."""
+    rotary = options.get("rotary")
+    return dict(options) if rotary is None else {**options, "rotary": (rotary[0].to(dtype), rotary[1].to(dtype))}
 
 
 def as_list(bounds: Any) -> list[int] | None:
@@ -329,10 +371,12 @@ def logits_of_core(t: Tensors, indices: Tensors) -> Tensors:
 def logits_of_layer(attn: DyDiLAttention, t: Tensors, indices: Tensors, mask: Tensor | None) -> Tensors:
     x = masked({"q": t["x"]}, mask)["q"]
     q, k, _ = torch.nn.functional.linear(x, t["qkv.weight"], t.get("qkv.bias")).chunk(3, -1)
+    q, k = normed_tokens(attn, t, "q", q), normed_tokens(attn, t, "k", k)
     core, logits = {"q": q, "k": k, "gamma": t["measure.gamma"]}, {}
     for side in "qk" if attn.projection_q is not None else "":
         logits[f"projection_{side}"] = x @ t[f"projection_{side}.router"]
         redundant = reference.project(x, t[f"projection_{side}.weight"], indices[f"projection_{side}"])
+        redundant = normed_tokens(attn, t, side, redundant)
         core[side if attn.differential is None else f"{side}_redundant"] = redundant
     for name, stage in (("kernel_routers", attn.measure), ("differential_routers", attn.differential)):
         if stage is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,7 @@ def uneven(length: int, *given: int | None) -> list[int]:
 def assert_same(
     attn: DyDiLAttention,
     group: DeviceMesh,
-    HW: tuple[int, int],
+    HW: tuple[int, ...],
     lengths: list[int],
     *,
     masked: bool = False,
@@ -46,7 +47,7 @@ def assert_same(
     close: dict[str, float] = CLOSE,
 ) -> None:
     """Outputs and all gradients of the layer on a group's ranks are those of the layer on one."""
-    length = attn.num_prefix_tokens + HW[0] * HW[1]
+    length = attn.num_prefix_tokens + math.prod(HW)
     x = torch.randn(batch, length, attn.dim, dtype=attn.proj.weight.dtype, requires_grad=True)
     mask = torch.rand(batch, length) > 0.3 if masked else None
     incoming = torch.randn_like(x)

@@ -13,7 +13,7 @@ from dydila_kernels.torch_backend.blocks import is_transformed, takes_plain_path
 from dydila_kernels.torch_backend.core import attend, decisions
 from dydila_kernels.torch_backend.depthwise import depthwise
 from dydila_kernels.torch_backend.layer import layer
-from dydila_kernels.torch_backend.projection import project, projection_logits, route
+from dydila_kernels.torch_backend.projection import project, projection_logits, route, straight_through
 
 __all__ = [
     "attend",
@@ -24,5 +24,6 @@ __all__ = [
     "project",
     "projection_logits",
     "route",
+    "straight_through",
     "takes_plain_path",
 ]

@@ -23,13 +23,13 @@ from dydila_kernels.types import Options, Ranks, decision_names
 
 At = tuple[slice, slice]
 """Images and rows of a block."""
-INPUTS_OF = {"queries": (0, 3), "keys": (1, 2, 4), "whole": (0, 1, 2, 3, 4)}
-"""What a block computes from which of the inputs q, k, v, q', k'."""
-_SHARED = ("tokens", "tokens", None, "redundant", "redundant")
+INPUTS_OF = {"queries": (0, 3, 5, 6), "keys": (1, 2, 4, 5, 6), "whole": (0, 1, 2, 3, 4, 5, 6)}
+"""What a block computes from which of the inputs q, k, v, q', k', cos, sin."""
+_SHARED = ("tokens", "tokens", None, "redundant", "redundant", None, None)
 WORKSPACE_NAMES = {
     "queries": _SHARED,
     "keys": _SHARED,
-    "whole": ("tokens q", "tokens k", None, "redundant q", "redundant k"),
+    "whole": ("tokens q", "tokens k", None, "redundant q", "redundant k", None, None),
 }
 """Where a block has its own copies of these in the workspace; the values are only read."""
 
@@ -43,14 +43,14 @@ class Block:
         self.call, self.kind, self.at, self.scale, self.key_scales = call, kind, at, scale, key_scales
 
     def cut(self) -> list[Tensor | None]:
-        """(b, n, d) blocks of q, k, v, q', k', None where this block has no use for it."""
+        """Blocks of q, k, v, q', k' (b, n, d), cos and sin (b, n, e), None where this block has no use for it."""
         wanted = INPUTS_OF[self.kind]
         return [None if t is None or i not in wanted else t[self.at] for i, t in enumerate(self.call.inputs)]
 
     def sides(self, cut: list[Tensor | None], indices: Indices) -> tuple[Tokens | None, Tokens | None, Tensor | None]:
         """Queries, keys and values.  Decisions not found in ``indices`` are taken and put there."""
         call = self.call
-        q, k, v, q_redundant, k_redundant = (
+        q, k, v, q_redundant, k_redundant, cos, sin = (
             call.load(t, self.at, name) for t, name in zip(cut, WORKSPACE_NAMES[self.kind], strict=True)
         )
         shared = (call.tables, call.options, indices, call.workspace is not None)
@@ -58,6 +58,8 @@ class Block:
         keys = None if k is None else tokens_of("k", k, k_redundant, *shared)
         if keys is not None and self.key_scales:
             keys = keys.divided_by(self.key_scales)
+        if cos is not None and sin is not None:
+            queries, keys = (t and t.rotated(cos, sin, call.options) for t in (queries, keys))
         return queries, keys, v
 
     def run(self, cut: list[Tensor | None], indices: Indices, states: list[Tensor]) -> list[Tensor]:
@@ -82,7 +84,8 @@ class Blocks(Protocol):
 class BlockwiseForward:
     """The arguments of one call, and how it is walked.
 
-    ``tokens`` are q, k, v, q', k', whole or made block by block where ``lazy``: then a block may be overwritten.
+    ``tokens`` are q, k, v, q', k', whole or made block by block where ``lazy``: then a block may be overwritten; and
+    cos and sin (B, N, e) of rotary embeddings, or None twice.
     ``tables`` are the other four of :class:`dydila_kernels.types.CoreInputs`; ``like`` is a tensor (B, N, d) of the
     shape, dtype and device of the tokens.  A ``workspace`` makes the blocks compute in it, without gradients.  With
     ``ranks`` the tokens are a part of all there are.

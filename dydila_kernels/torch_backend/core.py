@@ -23,15 +23,19 @@ from dydila_kernels.torch_backend.depthwise import depthwise
 from dydila_kernels.torch_backend.tokens import Indices
 from dydila_kernels.types import Convolution, CoreInputs, Options, Ranks, decision_names
 
-TOKENS = 5
+INPUTS = 5
 """The first fields of :class:`CoreInputs` are tokens, the others tables."""
+TOKENS = INPUTS + 2
+"""What a call is cut from: those tokens, and cos and sin of the rotary embeddings."""
 
 Slot = tuple[Tensor, Tensor]
 """A leaf of a block and the tensor that its gradient is added to."""
 
 
 class Attention(torch.autograd.Function):
-    """The core, differentiable with respect to all tensors, which are the fields of :class:`CoreInputs`."""
+    """The core, differentiable with respect to all tensors: the fields of :class:`CoreInputs`, and after the tokens
+    among them cos and sin (B, N, e), or None twice.  The options hold no tensors.
+    """
 
     @staticmethod
     def forward(
@@ -42,7 +46,7 @@ class Attention(torch.autograd.Function):
         mask: Tensor | None,
         *tensors: Any,
     ) -> Tensor:
-        like = CoreInputs(*tensors).q
+        like = tensors[0]
         out = torch.empty_like(like, memory_format=torch.contiguous_format)
         with workspace() as memory:
             call = BlockwiseForward(
@@ -58,8 +62,8 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mask, *saved = ctx.saved_tensors
-        fields = len(CoreInputs._fields)
-        tensors, rest = CoreInputs(*saved[:fields]), iter(saved[fields:])
+        fields = len(CoreInputs._fields) + 2
+        tensors, rest = saved[:fields], iter(saved[fields:])
         names = decision_names(ctx.options.differential)
         decisions = Decisions(names, [next(rest) for _ in names])
         needed = ctx.needs_input_grad[4:]
@@ -68,13 +72,15 @@ class Attention(torch.autograd.Function):
                 raise RuntimeError("tokens on several ranks have no second derivatives (create_graph=True)")
 
             def plain(*tensors: Any) -> Tensor:
-                return plain_attention(CoreInputs(*tensors), ctx.options, mask, ctx.cu_seqlens, decisions.tensors)
+                inputs, rotary = CoreInputs(*tensors[:INPUTS], *tensors[TOKENS:]), tensors[INPUTS:TOKENS]
+                options = ctx.options if rotary[0] is None else ctx.options._replace(rotary=rotary)
+                return plain_attention(inputs, options, mask, ctx.cu_seqlens, decisions.tensors)
 
             return None, None, None, None, *differentiable_gradients(plain, tensors, needed, grad)
 
         # Detached: a block is differentiated on its own, with respect to leaves cut from these.
         tokens, tables = [None if t is None else t.detach() for t in tensors[:TOKENS]], tensors[TOKENS:]
-        call = BlockwiseForward(ctx.options, mask, ctx.cu_seqlens, tokens, tables, tensors.q, ranks=ctx.ranks)
+        call = BlockwiseForward(ctx.options, mask, ctx.cu_seqlens, tokens, tables, tensors[0], ranks=ctx.ranks)
         totals = [
             torch.zeros_like(t, memory_format=torch.contiguous_format) if t is not None and need else None
             for t, need in zip([*tokens, *call.tables[:4]], needed, strict=True)
@@ -130,6 +136,7 @@ def plain_attention(
     tensors: Any = inputs
     cast: list[Any] = [None if t is None else t.to(dtype) for t in tensors]
     q, k, v, q_redundant, k_redundant, gamma, lam, kernel_routers, differential_routers = cast
+    rotary = options.rotary and (options.rotary[0].to(dtype), options.rotary[1].to(dtype))
     out = reference.dydila_attention(
         q,
         k,
@@ -142,6 +149,8 @@ def plain_attention(
         differential_routers=differential_routers,
         mask=mask,
         cu_seqlens=cu_seqlens,
+        rotary=rotary,
+        rotary_pairing=options.rotary_pairing,
         indices=None if indices is None else {name: index.long() for name, index in indices.items()},
         num_heads=options.num_heads,  # the Dynamo of torch 2.9 and older does not follow _asdict()
         normalization=options.normalization,
@@ -165,14 +174,15 @@ def attend(
     mask (B, N) bool: tokens without are not attended to and their values count as zero.  Raises RuntimeError where
     ``ranks`` meet a tracer, torch.func or forward-mode AD.
     """
-    v = inputs.v
+    v, rotary = inputs.v, options.rotary or (None, None)
     with no_autocast(v.device):
-        if takes_plain_path(*inputs):
+        if takes_plain_path(*inputs, *rotary):
             if ranks is not None:
                 raise RuntimeError("tokens on several ranks take no tracer, torch.func or forward-mode AD")
             out = plain_attention(inputs, options, mask, cu_seqlens)
         else:
-            out = Attention.apply(options, cu_seqlens, ranks, mask, *inputs)
+            choices = options._replace(rotary=None)
+            out = Attention.apply(choices, cu_seqlens, ranks, mask, *inputs[:INPUTS], *rotary, *inputs[INPUTS:])
     if convolution is None:
         return out
     if type(out) is not Tensor:  # what torch wraps is a view, and not to be written into
@@ -191,7 +201,8 @@ def decisions(
     """The routing decisions that :func:`attend` takes for the same arguments, (B, N) integers each."""
     q = inputs.q
     with no_autocast(q.device), workspace() as memory:
-        call = BlockwiseForward(options, mask, cu_seqlens, inputs[:TOKENS], inputs[TOKENS:], q, workspace=memory)
+        tokens, tables = (*inputs[:INPUTS], None, None), inputs[INPUTS:]
+        call = BlockwiseForward(options, mask, cu_seqlens, tokens, tables, q, workspace=memory)
         taken = Decisions.of(call)
         for keys, queries in call.walk():
             for block in keys + queries:

@@ -19,7 +19,7 @@ from torch.nn import grad as grad_of
 from dydila_kernels import reference
 from dydila_kernels.precision import accumulation_dtype, no_autocast
 from dydila_kernels.torch_backend.blocks import Workspace, block_rows, differentiable_gradients, takes_plain_path
-from dydila_kernels.types import Convolution, Grid
+from dydila_kernels.types import Convolution, Grid, Grids, frames_of
 
 
 class Strip(NamedTuple):
@@ -137,17 +137,16 @@ def conv2d_weight(tokens: Tensor, shape: torch.Size, grad: Tensor, columns: int)
     return grad_of.conv2d_weight(as_image(tokens, columns), shape, as_image(grad, columns), padding=1, groups=shape[0])
 
 
-def plain_depthwise(out: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, grids: Sequence[Grid]) -> Tensor:
+def plain_depthwise(out: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, grids: Grids) -> Tensor:
     """The reference equation in the dtype of the weight, out of place."""
     parts, position = [], 0
-    for start, rows, columns in grids:
-        stop = start + rows * columns
-        if start == stop:
+    for grid in grids:
+        if grid.start == grid.stop:
             continue
-        inside = slice(start, stop)
-        image = reference.depthwise(v[:, inside].to(weight.dtype), weight, bias, (rows, columns))
-        parts += [out[:, position:start], (out[:, inside] + image).to(out.dtype)]
-        position = stop
+        inside = slice(grid.start, grid.stop)
+        image = reference.depthwise(v[:, inside].to(weight.dtype), weight, bias, grid[1:])
+        parts += [out[:, position : grid.start], (out[:, inside] + image).to(out.dtype)]
+        position = grid.stop
     return torch.cat([*parts, out[:, position:]], 1)
 
 
@@ -162,7 +161,7 @@ def depthwise(out: Tensor, v: Tensor, convolution: Convolution) -> Tensor:
     with no_autocast(v.device):
         if takes_plain_path(out, v, weight, bias):
             return plain_depthwise(out, v, weight, bias, convolution.grids)
-        return Depthwise.apply(out, v, weight, bias, convolution.grids)
+        return Depthwise.apply(out, v, weight, bias, list(frames_of(convolution.grids)))
 
 
 class ValueBlocks:
@@ -177,14 +176,14 @@ class ValueBlocks:
         self.weight, self.bias = convolution.weight.to(dtype), None
         if convolution.bias is not None:
             self.bias = convolution.bias.to(dtype)
-        self.out, self.grids, self.workspace = out, convolution.grids, workspace
+        self.out, self.grids, self.workspace = out, list(frames_of(convolution.grids)), workspace
         self.images, self.start, self.stop, self.done = slice(0), 0, 0, 0
         self.window = out[:0]
 
     def take(self, images: slice, rows: slice) -> Tensor:
         """Memory (b, n, d) for the values of the block that follows the last one."""
-        grid = self.grid(rows)
-        if not self.window.numel():  # the first block of an image
+        grid = self.grids[self.first_grid(rows)]
+        if not self.window.numel():  # nothing waits
             self.start, self.stop, self.done = rows.start, rows.start, 0
         first = max(self.start, grid.start + (self.done - 1) * grid.columns)
         waiting = self.window[:, first - self.start : self.stop - self.start].clone() if first < self.stop else None
@@ -197,21 +196,28 @@ class ValueBlocks:
 
     def convolve(self, rows: slice) -> None:
         """To be called when the memory that was taken for these rows has been filled."""
-        grid = self.grid(rows)
-        self.out[self.images, rows.start : grid.start] = 0
-        if self.stop <= grid.start:  # prefix tokens alone; the grid may have rows without columns
-            ready = 0
-        else:
-            ready = grid.rows if self.stop == grid.stop else (self.stop - grid.start) // grid.columns - 1
+        first = self.first_grid(rows)
+        self.out[self.images, rows.start : self.grids[first].start] = 0
+        for grid in self.grids[first:]:
+            ends = self.stop >= grid.stop
+            if self.stop > grid.start:  # else prefix tokens alone; the grid may have rows without columns
+                self.write(grid, grid.rows if ends else (self.stop - grid.start) // grid.columns - 1)
+            if ends:
+                self.done = 0
+            if self.stop <= grid.stop:
+                break
+        if self.stop == grid.stop:
+            self.window = self.out[:0]
+
+    def write(self, grid: Grid, ready: int) -> None:
+        """The convolution of the rows of a grid that are not done yet, up to ``ready``."""
         if ready > self.done:
             strip = strip_of(grid, self.done, ready)
             neighbours = slice(strip.neighbourhood.start - self.start, strip.neighbourhood.stop - self.start)
             tokens, out = self.window[:, neighbours], self.out[self.images, strip.tokens].zero_()
             add_convolution(out, tokens, self.weight, self.bias, grid.columns, strip.inner)
             self.done = ready
-        if self.stop == grid.stop:
-            self.window = self.out[:0]
 
-    def grid(self, rows: slice) -> Grid:
-        """That of the image in which the rows lie."""
-        return self.grids[bisect_right(self.grids, rows.start, key=lambda g: g.stop)]
+    def first_grid(self, rows: slice) -> int:
+        """The number of that in which the rows begin, or which is the next."""
+        return bisect_right(self.grids, rows.start, key=lambda grid: grid.stop)

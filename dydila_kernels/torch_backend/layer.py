@@ -47,9 +47,8 @@ def layer(
                 tokens.add_(y[block.at])
             linear_into(y[block.at], tokens, weights.proj)
 
-        call = BlockwiseForward(
-            options, mask, cu_seqlens, blocks.inputs(), weights.tables, x, workspace=memory, lazy=True
-        )
+        tokens = [*blocks.inputs(), *(options.rotary or (None, None))]
+        call = BlockwiseForward(options, mask, cu_seqlens, tokens, weights.tables, x, workspace=memory, lazy=True)
         call.forward(finish, lambda block, indices: None)
     return y
 
@@ -113,7 +112,7 @@ class LazyTokens:
     def shared(self, part: int, side: str, at: At) -> Tensor:
         out = self.take("tokens", side, at)
         linear_into(out, self.x[at], self.linears[part])
-        return out
+        return self.normed(out, side)
 
     def value(self, at: At) -> Tensor:
         v = self.take("values", "v", at) if self.values is None else self.values.take(*at)
@@ -133,4 +132,7 @@ class LazyTokens:
             self.choices[where] = dict(zip("qk", indices, strict=True))
         out, index = self.take("redundant", side, at), self.choices[where].pop(side)
         project_block(out, self.x[at], self.weights.projectors[number].weight, index, self.memory)
-        return out
+        return self.normed(out, side)
+
+    def normed(self, tokens: Tensor, side: str) -> Tensor:
+        return self.weights.norms["qk".index(side)](tokens) if self.weights.norms else tokens

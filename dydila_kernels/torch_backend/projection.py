@@ -209,6 +209,13 @@ class StraightThrough(torch.autograd.Function):
         return grad * one.to(grad.dtype), (grad.to(one.dtype) * out.to(one.dtype)).sum(-1, keepdim=True)
 
 
+def straight_through(out: Tensor, logits: Tensor, index: Tensor) -> Tensor:
+    """``out`` (B, N, e), with a gradient to the ``logits`` (B, N, n_P) of the router that chose index (B, N) int64."""
+    with no_autocast(out.device):
+        one = reference.straight_through_one(logits, index)
+        return (out * one).to(out.dtype) if takes_plain_path(out, one) else StraightThrough.apply(out, one)
+
+
 def project(x: Tensor, weight: Tensor, index: Tensor, logits: Tensor | None = None) -> Tensor:
     """Eq. 2: x (B, N, d), weight (n_P, d, e), index (B, N) int64 -> (B, N, e) in the dtype of x.
 
@@ -221,7 +228,4 @@ def project(x: Tensor, weight: Tensor, index: Tensor, logits: Tensor | None = No
             out = grouped_projection(x, weight, index)
         else:
             out = GroupedProjection.apply(x, weight, index)
-        if logits is None:
-            return out
-        one = reference.straight_through_one(logits, index)
-        return (out * one).to(out.dtype) if takes_plain_path(x, one) else StraightThrough.apply(out, one)
+        return out if logits is None else straight_through(out, logits, index)

@@ -50,6 +50,14 @@ class Tokens(NamedTuple):
         ]
         return Tokens(maps, self.lam)
 
+    def rotated(self, cos: Tensor, sin: Tensor, options: Options) -> Tokens:
+        """Each map, but not its mass, rotated by the tables (b, n, e)."""
+        maps = [
+            (reference.rotate(hat, cos, sin, options.rotary_pairing, options.num_heads), mass)
+            for hat, mass in self.maps
+        ]
+        return Tokens(maps, self.lam)
+
 
 class Power(torch.autograd.Function):
     """Eq. 5.  With s = r / max r, p = s^gamma, c = p.G and t = G - p c / |p|^2 for the incoming gradient G,

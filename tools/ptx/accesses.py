@@ -170,8 +170,10 @@ class Accesses(RaceChecks):
         """Until ``most`` groups are pending; None: until nothing is, committed or not."""
         left = []
         for copy in self.pending:
-            ready = np.full(len(copy.lanes), True) if most is None else (
-                copy.group <= self.committed[copy.lanes] - 1 - most
+            ready = (
+                np.full(len(copy.lanes), True)
+                if most is None
+                else (copy.group <= self.committed[copy.lanes] - 1 - most)
             )
             if active is not None:
                 ready &= active[copy.lanes]

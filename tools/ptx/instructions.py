@@ -249,7 +249,7 @@ def conversion(w: Writer, i: Instruction, ip: int) -> None:
 
 @emits("setp")
 def set_predicate(w: Writer, i: Instruction, ip: int) -> None:
-    """The relation of two operands, or that joined with a predicate; and its opposite, where there is a place for it."""
+    """The relation of two operands, or that joined with a predicate; and its opposite where there is a place for it."""
     target, _, other = i.operands[0].partition("|")
     relation, kind = i.parts[1], i.parts[-1]
     a, b = w.value(i.operands[1], kind), w.value(i.operands[2], kind)

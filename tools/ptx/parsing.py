@@ -70,7 +70,7 @@ class Kernel:
         registers: name -> index; kinds: bits of each, 1 for predicates.
         parameters: name -> (position, PTX type).
         symbols: name -> address in shared memory.
-        granule: bytes of shared memory that the race checks take as one place: the narrowest access there is, 4 at most.
+        granule: bytes of shared memory that are one place to the race checks: the narrowest access, 4 at most.
         constants: (value, bits) -> index, filled as code is generated.
         codes: the instructions that generated code may complain of, by their number.
     """

@@ -40,7 +40,9 @@ class Products(WarpInstructions):
     open_reads: dict[int, Queue]
     """By the number of the warpgroup: groups of wgmmas that are not waited for, and those not committed."""
 
-    def mma(self, kind: str, a: list[Array], b: list[Array], c: list[Array], active: Array | None, ip: int) -> list[Array]:
+    def mma(
+        self, kind: str, a: list[Array], b: list[Array], c: list[Array], active: Array | None, ip: int
+    ) -> list[Array]:
         """c + a b of m16n8: four registers of a result."""
         self.warps(active, ip)
         warps = self.t // WARP
@@ -92,7 +94,7 @@ class Products(WarpInstructions):
     def _addresses(
         self, descriptors: Array, groups: Array, item: int, size: int, depth: int, transposed: bool, ip: int
     ) -> Array:
-        """(groups, size, depth), within the shared memory of a program, from the matrix descriptors of the PTX manual."""
+        """(groups, size, depth), within the shared memory of a program; descriptors as in the PTX manual."""
         whole = descriptors.reshape(-1, WARPGROUP)[groups]
         if (whole != whole[:, :1]).any():
             self.complain("wgmma descriptor differs within a warpgroup", ip, 1)

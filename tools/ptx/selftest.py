@@ -59,7 +59,9 @@ def faults(target: str) -> Iterator[Result]:
         x = torch.randn(256)
         y = x.clone()
         found = run(target, "mirror_in_place", (1,), X=y, B=256, BARRIER=barrier).report
-        right = torch.equal(y, (x + 1).flip(0)) and not found.kinds() if barrier else "race global" in str(found.kinds())
+        right = (
+            torch.equal(y, (x + 1).flip(0)) and not found.kinds() if barrier else "race global" in str(found.kinds())
+        )
         yield Result(f"a race of threads, with a barrier: {barrier}", right, found.faults())
 
 
@@ -97,9 +99,7 @@ def products(target: str) -> Iterator[Result]:
         m, n, k = 150, 140, 96
         a, b, c = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype), torch.zeros(m, n)
         blocks: dict[str, Any] = {"BM": bm, "BN": bn, "BK": bk, "PRECISION": precision}
-        made = run(
-            target, "matmul", (-(-m // bm), -(-n // bn)), warps, stages, A=a, B=b, C=c, M=m, N=n, K=k, **blocks
-        )
+        made = run(target, "matmul", (-(-m // bm), -(-n // bn)), warps, stages, A=a, B=b, C=c, M=m, N=n, K=k, **blocks)
         off = error(c, a.double() @ b.double())
         name = f"product of {dtype} {precision}, tiles {bm} {bn} {bk}, {warps} warps, {stages} stages"
         yield Result(name, off < bound and not made.report.kinds(), (off, made.report.faults()))

@@ -92,8 +92,5 @@ def pieces(rows: Array, transposed: bool) -> list[tuple[Array, int, int]]:
     """What the lanes hold of a matrix with rows (warps, 8): (addresses (warps x 32,), bytes, bits to shift) each."""
     lane = np.arange(WARP)
     if transposed:  # two elements, one below the other
-        return [
-            ((rows[:, 2 * (lane % 4) + half] + 2 * (lane // 4)).ravel(), 2, 16 * half)
-            for half in range(2)
-        ]
+        return [((rows[:, 2 * (lane % 4) + half] + 2 * (lane // 4)).ravel(), 2, 16 * half) for half in range(2)]
     return [((rows[:, lane // 4] + 4 * (lane % 4)).ravel(), 4, 0)]

@@ -52,9 +52,7 @@ class Writer:
         if operand.startswith("{"):
             parts = split_operands(operand[1:-1])
             each = bits // len(parts)
-            terms = [
-                f"({self.raw(part, each)}.astype(U{bits}) << U{bits}({i * each}))" for i, part in enumerate(parts)
-            ]
+            terms = [f"({self.raw(part, each)}.astype(U{bits}) << U{bits}({i * each}))" for i, part in enumerate(parts)]
             return f"({' | '.join(terms)})"
         if operand in self.kernel.registers:
             have, text = self.width(operand), f"R[{self.kernel.registers[operand]}]"

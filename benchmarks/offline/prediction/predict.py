@@ -9,7 +9,7 @@ from benchmarks.offline.prediction.code import parse
 from benchmarks.offline.prediction.machine import H200, LOCAL, SHARED, Gpu, cost
 from benchmarks.offline.prediction.simulation import Quarter
 from benchmarks.offline.prediction.values import Values
-from benchmarks.offline.prediction.walk import Tensor, walk
+from benchmarks.offline.prediction.walk import UNKNOWN, Tensor, Walker
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Prediction:
         shared: memory instructions of one warp to shared memory; spilled: to the stack.
         instructions: of one warp.
         resident: programs at a time on a multiprocessor.
-        guesses: branches and loops that depend on data.
+        loops: whose end depends on data, and which were taken once; such a prediction is a lower bound.
     """
 
     microseconds: float
@@ -63,7 +63,7 @@ class Prediction:
     spilled: int
     instructions: int
     resident: int
-    guesses: int
+    loops: int
 
     @property
     def binds(self) -> str:
@@ -78,14 +78,13 @@ def predict(binary: Binary, launch: Launch, gpu: Gpu = H200) -> Prediction:
     code, labels = parse(binary.code)
     values = Values(32 * binary.warps, (x // 2, y // 2, z // 2), launch.constants)
     resident = gpu.resident(binary.registers, binary.shared, binary.warps)
-    tensors = list(launch.tensors)
-    found = walk(binary.name, code, labels, values, tensors, binary.shared, resident, gpu)
+    l1 = max(0, gpu.l1 - resident * (binary.shared + gpu.reserved)) / resident
+    found = Walker(code, labels, values, launch.tensors, l1).run()
     programs = x * y * z
-    moved = [
-        min(tensor.stop - tensor.start, programs * found.first[n]) if found.first[n] else 0
-        for n, tensor in enumerate(tensors)
-    ]
-    shares = [size / (programs * found.first[n]) if size else 0.0 for n, size in enumerate(moved)]
+    sizes = {n: tensor.stop - tensor.start for n, tensor in enumerate(launch.tensors)}
+    sizes[UNKNOWN] = sum(size for n, size in sizes.items() if not found.first[n])
+    moved = {n: min(sizes[n], programs * first) for n, first in found.first.items() if first}
+    shares = {n: size / (programs * found.first[n]) for n, size in moved.items()}
     costs = [cost(i, gpu) for i in code]
     each = -(-programs // gpu.processors)
     simulated = Quarter(code, costs, found.steps, shares, binary.warps, gpu).run(each, resident)
@@ -94,7 +93,7 @@ def predict(binary: Binary, launch: Launch, gpu: Gpu = H200) -> Prediction:
     waiting = sum(simulated.stalls[name] for name in ("wait", "wgmma", "hmma", "fence"))
     return Prediction(
         microseconds=simulated.clocks * micro,
-        floor=sum(moved) / gpu.dram * 1e6,
+        floor=sum(moved.values()) / gpu.dram * 1e6,
         pipes={name: clocks * micro for name, clocks in simulated.busy.items()},
         waits=waiting / max(1.0, sum(simulated.stalls.values())),
         barriers=bases["BAR"],
@@ -102,5 +101,5 @@ def predict(binary: Binary, launch: Launch, gpu: Gpu = H200) -> Prediction:
         spilled=sum(bases[name] for name in LOCAL),
         instructions=len(found.steps),
         resident=resident,
-        guesses=sum(found.guesses.values()),
+        loops=len(found.loops),
     )

@@ -47,7 +47,7 @@ class Simulation:
 
 class Quarter:
     def __init__(
-        self, code: list[Instruction], costs: list[Cost], steps: list[Step], shares: list[float], warps: int, gpu: Gpu
+        self, code: list[Instruction], costs: list[Cost], steps: list[Step], shares: dict[int, float], warps: int, gpu: Gpu
     ) -> None:
         """``shares``: of what a program touches first of each tensor, how much the DRAM serves, and not the L2."""
         self.code, self.costs, self.steps, self.shares, self.gpu = code, costs, steps, shares, gpu
@@ -192,7 +192,7 @@ class Quarter:
     def _memory(self, step: Step, at: float) -> float:
         """When what a warp reads is there, or what it writes is out."""
         gpu = self.gpu
-        share = self.shares[step.tensor] if step.tensor >= 0 else 0.0
+        share = self.shares.get(step.tensor, 0.0)
         moved = step.first * share + (0.0 if gpu.l2_holds else step.again)
         if not step.first and not step.again:
             return at + gpu.latency_l1

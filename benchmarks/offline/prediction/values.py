@@ -37,6 +37,7 @@ class Values:
         self.threads, self.constants = threads, constants
         self.registers: dict[str, Value] = {}
         self.predicates: dict[str, Value] = {}
+        self.stack: dict[str, list[Value]] = {}
         thread = np.arange(threads, dtype=np.uint64)
         self.special = {"SR_TID.X": thread, "SR_LANEID": thread % 32}
         self.special |= {f"SR_CTAID.{axis}": self.full(n) for axis, n in zip("XYZ", place, strict=True)}
@@ -160,6 +161,14 @@ class Values:
         for n in range(2 if "64" in i.parts else 1):
             target = upper(i.operands[0]) if n else i.operands[0]
             self.put(target, self.constant(int(found[1], 16) + 4 * n, 4) if found else None, active)
+
+    def _stl(self, i: Instruction, active: Value) -> None:
+        self.stack[i.operands[0]] = [self.get(name) for name in following(i.operands[1], max(1, i.width // 4))]
+
+    def _ldl(self, i: Instruction, active: Value) -> None:
+        names = following(i.operands[0], max(1, i.width // 4))
+        for name, value in zip(names, self.stack.get(i.operands[1], [None] * 4), strict=False):
+            self.put(name, value, active)
 
     def _imad(self, i: Instruction, active: Value) -> None:
         target, ops = i.operands[0], [x for x in i.operands[1:] if not PREDICATE.match(x)]
@@ -376,6 +385,12 @@ def lookup(values: list[Array], table: int) -> Array:
     return found
 
 
+def following(register: str, count: int) -> list[str]:
+    """So many registers, from this one on."""
+    found = re.match(r"R(\d+)", register)
+    return [f"R{int(found[1]) + n}" for n in range(count)] if found else [register] * count
+
+
 def upper(register: str) -> str:
     """The other register of a pair."""
     found = re.match(r"([-~]*U?R)(\d+)", register)
@@ -389,6 +404,8 @@ def results(i: Instruction) -> int:
         return int(size[1]) // 2 if size else 4
     if i.base in ("LDG", "LDS", "LDL"):
         return max(1, i.width // 4)
-    if i.base in ("LDSM", "HMMA", "IMMA"):
+    if i.base == "LDSM":
+        return i.matrices
+    if i.base in ("HMMA", "IMMA"):
         return 4
     return 2 if {"64", "F64", "U64", "WIDE"} & set(i.parts) else 1

@@ -2,25 +2,26 @@
 
 One program of the launch, in the middle of the grid, is walked through: addresses, loops and branches are executed,
 what depends on data is not.  A branch on data is taken where it jumps over one that leaves, and not otherwise; a loop
-whose end depends on data is run as often as :data:`LOOPS` says.  All warps are taken to do the same.
+whose end depends on data is run once.  Accesses whose addresses depend on data are taken to touch what is new of those
+tensors that no other access touches.  All warps are taken to do the same.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from benchmarks.offline.prediction.code import Instruction
-from benchmarks.offline.prediction.machine import LOCAL, SHARED, Gpu, passes
+from benchmarks.offline.prediction.machine import LOCAL, SHARED, passes
 from benchmarks.offline.prediction.values import Array, Value, Values
 
 MOST_STEPS = 2_000_000
-LOOPS: dict[str, int] = {}
-"""Kernel -> rounds of a loop that ends by data; 1 for others.  Filled by :mod:`benchmarks.offline.prediction.launches`."""
+UNKNOWN = -1
+"""The number of the tensor that an access touches where data say which."""
 SECTOR = 32
 """Bytes: memory moves no less."""
 ADDRESS = re.compile(r"(?:desc\[UR\d+\])?\[(U?R\d+|U?RZ)?(\.64|\.U32|\.X16)?(?:\+(UR\d+))?(?:\+?(-?0x[0-9a-f]+))?\]$")
@@ -49,27 +50,30 @@ class Step:
     passes: float = 1.0
     again: float = 0.0
     first: float = 0.0
-    tensor: int = -1
+    tensor: int = 0
 
 
 @dataclass
 class Walk:
-    """The steps of a program; ``guesses`` counts branches and loops that data decide."""
+    """What a program does.
+
+    Attributes:
+        steps: its instructions.
+        first: tensor -> bytes that the program touches, each counted once; :data:`UNKNOWN` -> where data say what.
+        loops: of those loops whose end depends on data.
+    """
 
     steps: list[Step] = field(default_factory=list)
-    guesses: Counter[str] = field(default_factory=Counter)
     first: Counter[int] = field(default_factory=Counter)
-    """Tensor -> bytes that this program touches, each once."""
+    loops: set[int] = field(default_factory=set)
 
 
 class Walker:
     def __init__(
-        self, code: list[Instruction], labels: dict[str, int], values: Values, tensors: list[Tensor], l1: float,
-        rounds: int,
-    ) -> None:  # fmt: skip
-        """``l1``: bytes of the L1 that a program has for itself; ``rounds``: of loops that end by data."""
+        self, code: list[Instruction], labels: dict[str, int], values: Values, tensors: Sequence[Tensor], l1: float
+    ) -> None:
+        """``l1``: bytes of the L1 that a program has for itself."""
         self.code, self.labels, self.values, self.tensors, self.l1 = code, labels, values, tensors, l1
-        self.rounds = rounds
         self.warps = max(1, values.threads // 32)
         self.walk = Walk()
         self.touched = 0.0
@@ -77,14 +81,14 @@ class Walker:
         self.last = [np.full(-(-(t.stop - t.start) // SECTOR) + 1, -1.0) for t in tensors]
 
     def run(self) -> Walk:
-        n, calls, left = 0, [], dict[int, int]()
+        n, calls = 0, list[int]()
         while n < len(self.code) and len(self.walk.steps) < MOST_STEPS:
             i = self.code[n]
             following = n + 1
             if i.base != "NOP":
                 self.walk.steps.append(self._step(n, i))
             if i.base in ("BRA", "CALL") and i.target in self.labels:
-                if self._taken(n, i, left):
+                if self._taken(n, i):
                     following = self.labels[i.target]
                     calls += [n + 1] if i.base == "CALL" else []
             elif i.base == "RET" and calls:
@@ -100,7 +104,7 @@ class Walker:
         active = self.values.active(i)
         return active is not None and bool(active.all())
 
-    def _taken(self, n: int, i: Instruction, left: dict[int, int]) -> bool:
+    def _taken(self, n: int, i: Instruction) -> bool:
         target = self.labels[i.target]
         active = self.values.active(i)
         for operand in i.operands:  # BRA.U P0, or a second condition
@@ -109,13 +113,8 @@ class Walker:
         if active is not None:
             return bool(active.mean() > 0.5)
         if target <= n:
-            self.walk.guesses["loop"] += n not in left
-            left[n] = left.get(n, self.rounds) - 1
-            if left[n] > 0:
-                return True
-            del left[n]
+            self.walk.loops.add(n)
             return False
-        self.walk.guesses["branch"] += 1
         over = self.code[target - 1]
         return over.base in ("BRA", "EXIT") and not over.predicate
 
@@ -181,7 +180,9 @@ class Walker:
         operand = next((x for x in i.operands if x.startswith("desc")), "")
         addresses, active = self._addresses(operand), self._active(i)
         if addresses is None:
-            return Step(n, max(1, i.width // 4), again=32 * i.width)
+            moved = 32.0 * i.width
+            self.walk.first[UNKNOWN] += int(moved) * self.warps
+            return Step(n, max(1, i.width // 4), first=moved, tensor=UNKNOWN)
         step = Step(n, 0.0)
         moved = 0
         for number, sectors in self._sectors(addresses, active, i.width):
@@ -210,13 +211,4 @@ class Walker:
             if inside.any():
                 at = addresses[inside] - tensor.start
                 yield number, np.unique(np.concatenate([warp[inside] | (at + extra) // SECTOR for extra in (0, width - 1)]))
-
-
-def walk(
-    name: str, code: list[Instruction], labels: dict[str, int], values: Values, tensors: list[Tensor], shared: int,
-    resident: int, gpu: Gpu,
-) -> Walk:  # fmt: skip
-    """Of a kernel of that name, of which so many programs with so much shared memory share a multiprocessor."""
-    l1 = max(0, gpu.l1 - resident * (shared + gpu.reserved)) / resident
-    return Walker(code, labels, values, tensors, l1, LOOPS.get(name, 1)).run()
 

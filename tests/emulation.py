@@ -85,6 +85,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         return
     launches = emulation.report.launches
     terminalreporter.section(f"kernels emulated on sm_{emulation.target.arch}")
-    terminalreporter.write_line(f"{launches.total()} launches of {len(emulation.compiled)} binaries {dict(notes) or ''}")
+    terminalreporter.write_line(
+        f"{launches.total()} launches of {len(emulation.compiled)} binaries {dict(notes) or ''}"
+    )
     for name, count in sorted(launches.items()):
         terminalreporter.write_line(f"  {name}: {count} launches, {emulation.seconds[name]:.0f} s")

@@ -26,8 +26,8 @@ def compiling(*command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def result_of(function: str) -> Any:
-    script = f"import json; from tests.ops import offline_kernels; print(json.dumps(offline_kernels.{function}()))"
+def result_of(function: str, module: str = "offline_kernels") -> Any:
+    script = f"import json; from tests.ops import {module}; print(json.dumps({module}.{function}()))"
     done = compiling("-c", script)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -92,7 +92,11 @@ def test_other_versions_of_triton_are_not_compared() -> None:
 
 
 def test_table_survives_its_file(tmp_path: Path) -> None:
-    rows = [a_row(options="A=1 B=None"), a_row(stage="y"), a_row(stage="z", error="no figures")]
+    rows = [
+        a_row(options="A=1 B=None"),
+        a_row(stage="y", predicted_us=1.5, predicted_barriers=2),
+        a_row(stage="z", error="no figures"),
+    ]
     write_table(tmp_path / "table.csv", rows)
     assert read_table(tmp_path / "table.csv") == rows[:2]
 

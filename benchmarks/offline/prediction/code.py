@@ -54,9 +54,7 @@ class Instruction:
         return int(self.parts[-1]) if self.parts[-1].isdigit() else 1
 
 
-CODE = re.compile(
-    r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?);\s*/\* 0x([0-9a-f]{16}) \*/"
-)
+CODE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?);\s*/\* 0x([0-9a-f]{16}) \*/")
 UPPER_HALF = re.compile(r"^\s+/\* 0x([0-9a-f]{16}) \*/\s*$")
 LABEL = re.compile(r"^([.$][\w$.]+):")
 TARGET = re.compile(r"`\(([\w$.]+)\)")

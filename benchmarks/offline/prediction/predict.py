@@ -29,9 +29,8 @@ class Launch:
 
 @dataclass(frozen=True)
 class Binary:
-    """A compiled kernel: its machine code, and bytes of shared memory, registers of a thread and warps of a program."""
+    """A compiled kernel: its machine code, registers of a thread, bytes of shared memory and warps of a program."""
 
-    name: str
     code: str
     registers: int
     shared: int
@@ -66,10 +65,15 @@ class Prediction:
     loops: int
 
     @property
+    def busiest(self) -> float:
+        """Microseconds of the busiest pipe."""
+        return max(self.pipes.values())
+
+    @property
     def binds(self) -> str:
         """The busiest pipe, or "waits" where none is busy for two thirds of the time."""
         pipe = max(self.pipes, key=lambda name: self.pipes[name])
-        return pipe if self.pipes[pipe] > self.microseconds * 2 / 3 else "waits"
+        return pipe if self.busiest > self.microseconds * 2 / 3 else "waits"
 
 
 def predict(binary: Binary, launch: Launch, gpu: Gpu = H200) -> Prediction:

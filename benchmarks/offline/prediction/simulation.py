@@ -47,7 +47,13 @@ class Simulation:
 
 class Quarter:
     def __init__(
-        self, code: list[Instruction], costs: list[Cost], steps: list[Step], shares: dict[int, float], warps: int, gpu: Gpu
+        self,
+        code: list[Instruction],
+        costs: list[Cost],
+        steps: list[Step],
+        shares: dict[int, float],
+        warps: int,
+        gpu: Gpu,
     ) -> None:
         """``shares``: of what a program touches first of each tensor, how much the DRAM serves, and not the L2."""
         self.code, self.costs, self.steps, self.shares, self.gpu = code, costs, steps, shares, gpu
@@ -104,6 +110,8 @@ class Quarter:
                     waiting.clear()
             else:
                 heapq.heappush(ready, (following, number))
+        # What was written last has to go out.
+        self.found.clocks = max(self.found.clocks, self.free["dram"], self.free["l2"])
         return self.found
 
     def _earliest(self, warp: Warp, i: Instruction, price: Cost, now: float) -> tuple[float, str]:

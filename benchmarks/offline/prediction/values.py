@@ -1,37 +1,39 @@
 """The integer instructions of sm_90, executed for the threads of a program: what addresses and branches are made of.
 
-A register is an array (threads,) uint32, a predicate one of bool; None is what depends on data that nobody has.
+A register is an array (threads,) of words, a predicate one of bool; None is what depends on data that nobody has.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from benchmarks.offline.prediction.code import Instruction
+from benchmarks.offline.prediction.operands import (
+    CONSTANT,
+    LOW,
+    PREDICATE,
+    REGISTER,
+    Array,
+    Value,
+    both,
+    either,
+    following,
+    lookup,
+    results,
+    signed,
+    upper,
+)
 
-Array = npt.NDArray[Any]
-Value = Array | None
 PARAMETERS = 0x210
 """Where the arguments of a launch begin in constant memory, on sm_90."""
-LOW = 0xFFFFFFFF
-CONSTANT = re.compile(r"c\[0x0\]\[(0x[0-9a-f]+)\]$")
-REGISTER = re.compile(r"([-~|]*)(U?R(?:\d+|Z))(?:\.64|\.U32)?\|?$")
-PREDICATE = re.compile(r"(!?)(U?P(?:\d+|T))$")
 COMPARE = {"GE": np.greater_equal, "GT": np.greater, "LT": np.less, "LE": np.less_equal, "NE": np.not_equal,
            "EQ": np.equal}  # fmt: skip
 
 
-def signed(x: Array) -> Array:
-    """Words (uint64) as int64 with the sign of bit 31."""
-    return (x & np.uint64(LOW)).astype(np.uint32).view(np.int32).astype(np.int64)
-
-
 class Values:
-    """The registers of a program of ``threads`` threads at ``place`` in the grid, ``constants`` its arguments' bytes."""
+    """Registers of ``threads`` threads, a program at ``place`` in the grid; ``constants`` are its arguments' bytes."""
 
     def __init__(self, threads: int, place: tuple[int, int, int], constants: bytes) -> None:
         self.threads, self.constants = threads, constants
@@ -102,7 +104,13 @@ class Values:
             value = None
         elif value is not None and not active.all():
             before = known.get(target)
-            value = None if before is None and active.any() else before if before is None else np.where(active, value, before)
+            value = (
+                None
+                if before is None and active.any()
+                else before
+                if before is None
+                else np.where(active, value, before)
+            )
         known[target] = value
 
     def put_pair(self, target: str, value: Value, active: Value) -> None:
@@ -271,15 +279,9 @@ class Values:
                 found = (a != b) | lower if relation == "NE" else (a == b) & lower
             else:
                 found = COMPARE[{"GE": "GT", "LE": "LT"}.get(relation, relation)](a, b) | ((a == b) & lower)
-        joined = []
-        for x in (found, None if found is None else ~found):
-            if "OR" in i.parts:
-                joined.append(None if x is None or other is None else x | other)
-            elif x is not None and not x.any() or other is not None and not other.any():
-                joined.append(np.zeros(self.threads, bool))
-            else:
-                joined.append(None if x is None or other is None else x & other)
-        for target, value in zip(ops[:2], joined, strict=True):
+        opposite = None if found is None else ~found
+        join = either if "OR" in i.parts else both
+        for target, value in zip(ops[:2], (join(found, other), join(opposite, other)), strict=True):
             self.put(target, value, active)
 
     def _sel(self, i: Instruction, active: Value) -> None:
@@ -373,39 +375,3 @@ class Values:
             halves = [int(np.float16(float(x)).view(np.uint16)) for x in i.operands[3:5]]
             found = self.full(halves[0] << 16 | halves[1])
         self.put(i.operands[0], found, active)
-
-
-def lookup(values: list[Array], table: int) -> Array:
-    """A function of three bits, by its table of eight."""
-    found = np.zeros_like(values[0])
-    for n in range(8):
-        if table >> n & 1:
-            a, b, c = (x if n & bit else ~x for x, bit in zip(values, (4, 2, 1), strict=True))
-            found |= a & b & c
-    return found
-
-
-def following(register: str, count: int) -> list[str]:
-    """So many registers, from this one on."""
-    found = re.match(r"R(\d+)", register)
-    return [f"R{int(found[1]) + n}" for n in range(count)] if found else [register] * count
-
-
-def upper(register: str) -> str:
-    """The other register of a pair."""
-    found = re.match(r"([-~]*U?R)(\d+)", register)
-    return f"{found[1]}{int(found[2]) + 1}" if found else register
-
-
-def results(i: Instruction) -> int:
-    """Registers that an instruction writes, at most."""
-    if i.base == "HGMMA":
-        size = re.search(r"64x(\d+)x", i.op)
-        return int(size[1]) // 2 if size else 4
-    if i.base in ("LDG", "LDS", "LDL"):
-        return max(1, i.width // 4)
-    if i.base == "LDSM":
-        return i.matrices
-    if i.base in ("HMMA", "IMMA"):
-        return 4
-    return 2 if {"64", "F64", "U64", "WIDE"} & set(i.parts) else 1

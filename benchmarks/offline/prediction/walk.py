@@ -17,7 +17,8 @@ import numpy as np
 
 from benchmarks.offline.prediction.code import Instruction
 from benchmarks.offline.prediction.machine import LOCAL, SHARED, passes
-from benchmarks.offline.prediction.values import Array, Value, Values
+from benchmarks.offline.prediction.operands import Array, Value
+from benchmarks.offline.prediction.values import Values
 
 MOST_STEPS = 2_000_000
 UNKNOWN = -1
@@ -210,5 +211,7 @@ class Walker:
             inside = active & (addresses >= tensor.start) & (addresses < tensor.stop)
             if inside.any():
                 at = addresses[inside] - tensor.start
-                yield number, np.unique(np.concatenate([warp[inside] | (at + extra) // SECTOR for extra in (0, width - 1)]))
-
+                yield (
+                    number,
+                    np.unique(np.concatenate([warp[inside] | (at + extra) // SECTOR for extra in (0, width - 1)])),
+                )

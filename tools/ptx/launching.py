@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,7 +38,7 @@ class Emulation:
         self.backend = make_backend(self.target)
         self.compiled: dict[str, Kernel] = {}
         self.report = Report()
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def __call__(
         self, function: Any, grid: tuple[int, ...], arguments: dict[str, Any], warps: int, stages: int

@@ -50,7 +50,8 @@ class Region:
         offset = addresses - self.base
         if (offset & (item - 1)).any():  # misaligned, which is reported elsewhere: byte by byte
             index = np.clip(offset[:, None] + np.arange(item * vector), 0, len(self.bytes) - 1)
-            return np.ascontiguousarray(self.bytes[index]).view(UNSIGNED[item * 8]).T
+            whole: Array = np.ascontiguousarray(self.bytes[index]).view(UNSIGNED[item * 8])
+            return whole.T
         found: Array = self.views[item][(offset // item)[None, :] + np.arange(vector)[:, None]]
         return found
 

@@ -79,7 +79,8 @@ def div_int(a: Array, b: Array) -> Array:
 def rem_int(a: Array, b: Array) -> Array:
     zero = b == 0
     b = np.where(zero, b.dtype.type(1), b)
-    return a - div_int(a, b) * b
+    found: Array = a - div_int(a, b) * b
+    return found
 
 
 def mul_hi(a: Array, b: Array) -> Array:
@@ -140,9 +141,10 @@ def bfe(a: Array, start: Array, length: Array) -> Array:
     bits = a.dtype.itemsize * 8
     at, size = (start & U32(0xFF)).astype(I64), (length & U32(0xFF)).astype(I64)
     if a.dtype.kind == "u":
-        value = a.astype(U64) >> np.minimum(at, 63).astype(U64)
+        field = a.astype(U64) >> np.minimum(at, 63).astype(U64)
         mask = np.where(size >= bits, U64(2**bits - 1), (U64(1) << np.minimum(size, 63).astype(U64)) - U64(1))
-        return (value & mask).astype(UNSIGNED[bits])
+        unsigned: Array = (field & mask).astype(UNSIGNED[bits])
+        return unsigned
     at = np.minimum(at, bits - 1)
     size = np.minimum(size, bits - at)
     value = (a.astype(I64) >> at) & ((I64(1) << size) - I64(1))
@@ -163,4 +165,5 @@ def integer_of(x: Array, rounding: str, bits: int, signed: bool) -> Array:
     least, most = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
     if bits == 64:
         most = 2**63 - 1024  # the largest that float64 holds
-    return np.clip(np.nan_to_num(whole, nan=0.0), least, most).astype((SIGNED if signed else UNSIGNED)[bits])
+    found: Array = np.clip(np.nan_to_num(whole, nan=0.0), least, most).astype((SIGNED if signed else UNSIGNED)[bits])
+    return found

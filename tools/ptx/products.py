@@ -128,8 +128,8 @@ class Products(WarpInstructions):
         assert self.shared.written is not None and self.shared.read is not None
         width = max(item, self.shared.granule)
         me = (self.me[groups * WARPGROUP] | WARPS | LANES)[:, None]
-        index = self.shared.granules(at.ravel() // width * width, width).reshape(-1, len(groups), at[0].size)
-        index = index.transpose(1, 0, 2).reshape(len(groups), -1)
+        touched = self.shared.granules(at.ravel() // width * width, width).reshape(-1, len(groups), at[0].size)
+        index = touched.transpose(1, 0, 2).reshape(len(groups), -1)
         word = self.shared.written[index]
         if (word == 0).any():
             self.complain("uninitialised shared", ip, int((word == 0).sum()), "operand of wgmma")

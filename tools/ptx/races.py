@@ -20,7 +20,8 @@ def conflict(word: Array, me: Array) -> Array:
     if not suspect.any():
         return suspect
     same_warp = (x < 1 << PROGRAM) & ((x & OF_WARP) == 0)
-    return suspect & ~(same_warp & ((x >> WARP_EPOCH) & 0x3FFF != 0))
+    settled: Array = same_warp & ((x >> WARP_EPOCH) & 0x3FFF != 0)
+    return suspect & ~settled
 
 
 def combine(old: Array, me: Array) -> Array:

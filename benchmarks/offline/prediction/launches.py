@@ -46,7 +46,7 @@ def address(tensor: torch.Tensor, tensors: dict[int, Tensor]) -> int:
     storage = tensor.untyped_storage()
     base = (len(tensors) + 1) << 36
     found = tensors.setdefault(storage._cdata, Tensor(base, base + storage.nbytes()))
-    return found.start + tensor.storage_offset() * tensor.element_size()
+    return int(found.start + tensor.storage_offset() * tensor.element_size())
 
 
 def prediction_of(kernel: Any, registers: int, warps: int, launch: Launch, gpu: Gpu = H200) -> Prediction:

@@ -41,8 +41,8 @@ class Simulation:
     those that they waited, by the reason."""
 
     clocks: float = 0.0
-    busy: Counter[str] = field(default_factory=Counter)
-    stalls: Counter[str] = field(default_factory=Counter)
+    busy: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    stalls: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
 class Quarter:

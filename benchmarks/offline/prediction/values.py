@@ -197,9 +197,10 @@ class Values:
         carries = [x for x in rest[:2] if PREDICATE.match(x)]
         ops = [x for x in rest[len(carries) :] if not PREDICATE.match(x)]
         if "64" in i.parts:
-            pairs = [self.pair(x) if REGISTER.match(x) else self.get(x) for x in ops]
-            known = None if any(x is None for x in pairs) else sum(pairs[1:], pairs[0])  # type: ignore[arg-type]
-            return self.put_pair(target, known, active)
+            whole: Value = self.full(0)
+            for x in map(self.pair, ops):
+                whole = None if whole is None or x is None else whole + x
+            return self.put_pair(target, whole, active)
         ins = [self.test(x) for x in rest[len(carries) + len(ops) :]] if "X" in i.parts else []
         values = self._all(ops)
         total = None
@@ -220,8 +221,9 @@ class Values:
         carry = self.test(rest.pop()) if "X" in i.parts else np.zeros(self.threads, bool)
         shift = self.get(rest.pop())
         values = self._all(rest)
+        found: Value = None
         if values is None or carry is None or shift is None:
-            found = None
+            pass
         elif "HI" in i.parts:
             a = signed(values[0]).astype(np.uint64) if "SX32" in i.parts else values[0]
             if len(values) > 2:
@@ -335,8 +337,7 @@ class Values:
         for n in range(7):
             if mask >> n & 1:
                 x = self.predicates.get(f"P{n}")
-                known = found is not None and x is not None
-                found = found | (x.astype(np.uint64) << np.uint64(n)) if known else None  # type: ignore[union-attr]
+                found = None if found is None or x is None else found | (x.astype(np.uint64) << np.uint64(n))
         self.put(i.operands[0], found, active)
 
     # Divisions by what is known at run time only begin with a float's reciprocal.

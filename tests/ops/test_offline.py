@@ -26,8 +26,8 @@ def compiling(*command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def result_of(function: str, module: str = "offline_kernels") -> Any:
-    script = f"import json; from tests.ops import {module}; print(json.dumps({module}.{function}()))"
+def result_of(function: str) -> Any:
+    script = f"import json; from tests.ops import offline_kernels; print(json.dumps(offline_kernels.{function}()))"
     done = compiling("-c", script)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

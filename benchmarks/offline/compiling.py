@@ -19,7 +19,7 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
+from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from benchmarks.harness import Row
@@ -28,6 +28,7 @@ from benchmarks.offline.prediction.launches import launch_of, prediction_of
 from benchmarks.offline.prediction.predict import Launch
 from dydila_kernels.ops import tiles
 from dydila_kernels.ops.configs import Config
+from tools.ptx.launching import source_of
 
 KIB = 1024
 
@@ -147,9 +148,8 @@ def record(call: Callable[[], object], labels: Row, name: str, target: Target) -
 def compiled(job: Job) -> Any:
     """Triton's CompiledKernel, whose ``asm`` holds the code at each step of the compilation."""
     module, name = job.kernel
-    source = ASTSource(
-        getattr(importlib.import_module(module), name), job.signature, dict(job.constants), job.attributes
-    )
+    function = getattr(importlib.import_module(module), name)
+    source = source_of(function, job.signature, job.constants, job.attributes)
     return triton.compile(source, target=job.target.triton, options={"num_warps": job.warps, "num_stages": job.stages})
 
 

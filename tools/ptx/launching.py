@@ -60,7 +60,7 @@ class Emulation:
         key = repr((function.__module__, function.__name__, signature, constants, attributes, options))
         if key not in self.compiled:
             start = time.perf_counter()
-            source = ASTSource(function, signature, dict(constants), attributes)
+            source = source_of(function, signature, constants, attributes)
             made = triton.compile(source, target=self.target, options=options)
             self.compiled[key] = Kernel(made.asm["ptx"], made.metadata.shared)
             self.seconds["compile"] += time.perf_counter() - start
@@ -76,6 +76,15 @@ class Emulation:
         values = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in taken]
         values += [0] * (len(kernel.parameters) - len(values))  # scratch memory, of which there is none
         launch(kernel, grid, values, Memory(intervals), report)
+
+
+def source_of(function: Any, signature: dict[str, Any], constants: dict[Any, Any], attributes: dict[Any, Any]) -> Any:
+    """What Triton compiles, of a kernel in Triton or in Gluon."""
+    if not function.is_gluon():
+        return ASTSource(function, signature, dict(constants), attributes)
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource(function, signature, dict(constants), attributes)
 
 
 def flatten(value: Any, kind: Any) -> Iterator[Any]:

@@ -87,11 +87,10 @@ def report(kernels: Iterable[Kernel]) -> str:
     for number, kernel in enumerate(kernels, 1):
         p = kernel.prediction
         least = ">= " if p.loops else ""
-        pipe = max(p.pipes, key=lambda name: p.pipes[name])
         lines.append(
             f"| {number} {kernel.name} | {least}{p.microseconds:.0f} | {kernel.fast:.0f}-{kernel.slow:.0f} | "
-            f"{p.floor:.0f} | {p.binds} | {pipe} {p.pipes[pipe]:.0f} | {p.waits:.0%} | {p.barriers} | {p.shared} | "
-            f"{kernel.conversions} | {p.spilled} |"
+            f"{p.floor:.0f} | {p.binds} | {p.busiest} {p.pipes[p.busiest]:.0f} | {p.waits:.0%} | "
+            f"{p.barriers} | {p.shared} | {kernel.conversions} | {p.spilled} |"
         )
     total, floor = (sum(getattr(k.prediction, name) for k in kernels) for name in ("microseconds", "floor"))
     fast, slow = sum(k.fast for k in kernels), sum(k.slow for k in kernels)

@@ -65,15 +65,14 @@ class Prediction:
     loops: int
 
     @property
-    def busiest(self) -> float:
-        """Microseconds of the busiest pipe."""
-        return max(self.pipes.values())
+    def busiest(self) -> str:
+        """The pipe, or level of memory, with most work."""
+        return max(self.pipes, key=lambda name: self.pipes[name])
 
     @property
     def binds(self) -> str:
         """The busiest pipe, or "waits" where none is busy for two thirds of the time."""
-        pipe = max(self.pipes, key=lambda name: self.pipes[name])
-        return pipe if self.busiest > self.microseconds * 2 / 3 else "waits"
+        return self.busiest if self.pipes[self.busiest] > self.microseconds * 2 / 3 else "waits"
 
 
 def predict(binary: Binary, launch: Launch, gpu: Gpu = H200) -> Prediction:

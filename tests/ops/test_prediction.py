@@ -96,8 +96,13 @@ def test_loops_and_addresses_of_a_launch() -> None:
     assert (prediction.instructions, prediction.barriers, prediction.loops) == (6 + 7 * 6 + 2, 1, 0)
     assert prediction.floor == pytest.approx(128 * 7 / H200.dram * 1e6)
     assert prediction.microseconds >= 50 / H200.clock * 1e6  # an instruction a clock at most
-    twice = predict(Binary(written(*LOOP), 32, 0, 1), Launch((2 * H200.processors,), arguments, (tensor,)))
-    assert twice.microseconds > prediction.microseconds and twice.floor == prediction.floor
+    few, many = (
+        predict(Binary(written(*LOOP), 32, 0, 1), Launch((rounds * 32 * H200.processors,), arguments, (tensor,)))
+        for rounds in (1, 5)
+    )
+    assert many.floor == few.floor == prediction.floor  # all programs read the same
+    assert many.microseconds > 3 * few.microseconds
+    assert few.pipes["dram"] < 2 * few.floor
 
 
 def test_a_loop_that_ends_by_data_is_named() -> None:

@@ -53,12 +53,22 @@ class Quarter:
         steps: list[Step],
         shares: dict[int, float],
         warps: int,
+        l1: float,
         gpu: Gpu,
     ) -> None:
-        """``shares``: of what a program touches first of each tensor, how much the DRAM serves, and not the L2."""
+        """``shares``: of what a program touches first of each tensor, how much the DRAM serves, and not the L2.
+
+        ``l1``: bytes of the L1 that shared memory leaves to the programs of a multiprocessor.
+        """
+        self.l1 = l1
         self.code, self.costs, self.steps, self.shares, self.gpu = code, costs, steps, shares, gpu
         self.per = max(1, warps // 4)
         self.part = 1.0 if warps >= 4 else warps / 4
+        # What programs that share a multiprocessor have in common: those of one are far apart in the grid.
+        self.common = {tensor for tensor, share in shares.items() if share * 2 * gpu.processors <= 1}
+        self.touched = 0.0
+        self.fetched: dict[int, float] = {}
+        """Step on what is common -> bytes that the quarter had touched when a program took it last."""
         self.free: defaultdict[str, float] = defaultdict(float)
         self.found = Simulation()
 
@@ -157,11 +167,11 @@ class Quarter:
         read = done = self._occupy(price.pipe, clocks, now) if price.pipe != "issue" else now
         following = now + max(1, i.stall)
         if kind == "load":
-            done = self._memory(step, done)
+            done = self._memory(step, done, warp.position)
             if i.base == "LDGSTS":
                 warp.copies, done = max(warp.copies, done), read
         elif kind == "store":
-            self._memory(step, done)
+            self._memory(step, done, warp.position)
             done += 10
         elif kind == "shared":
             done += gpu.latency_shared
@@ -197,14 +207,20 @@ class Quarter:
             warp.scoreboards[i.read] = max(warp.scoreboards[i.read], early + 6)
         return following
 
-    def _memory(self, step: Step, at: float) -> float:
+    def _memory(self, step: Step, at: float, position: int) -> float:
         """When what a warp reads is there, or what it writes is out."""
-        gpu = self.gpu
-        share = self.shares.get(step.tensor, 0.0)
-        moved = step.first * share + (0.0 if gpu.l2_holds else step.again)
-        if not step.first and not step.again:
+        gpu, first = self.gpu, step.first
+        if first and step.tensor in self.common:
+            last = self.fetched.get(position, -1.0)
+            if last >= 0 and 4 * (self.touched - last) < self.l1:
+                first = 0.0
+            self.fetched[position] = self.touched
+        if not first and not step.again:
             return at + gpu.latency_l1
-        done = self._occupy("l2", (step.first + step.again) / gpu.per_clock(gpu.l2), at) + gpu.latency_l2
+        self.touched += first + step.again
+        share = self.shares.get(step.tensor, 0.0)
+        moved = first * share + (0.0 if gpu.l2_holds else step.again)
+        done = self._occupy("l2", (first + step.again) / gpu.per_clock(gpu.l2), at) + gpu.latency_l2
         if moved:
             dram = self._occupy("dram", moved / gpu.per_clock(gpu.dram), at)
             # What mostly others have fetched comes from the L2.

@@ -10,12 +10,16 @@ INSTALLED := $(VENV)/.installed
 TRITONS := 3.6.0 3.9.0
 VERSIONS := $(TRITONS:%=test-triton-%)
 
-.PHONY: help install demo test versions offline lint format docs packages bench gpu-smoke clean $(VERSIONS)
+# What kernels are compiled for and emulated on.
+EMULATED := sm_80 sm_90 sm_120
+
+.PHONY: help install demo test versions emulate offline lint format docs packages bench gpu-smoke clean $(VERSIONS) $(EMULATED:%=emulate-%)
 
 help:
 	@echo "make demo      train and sample a small model on digits"
 	@echo "make test      run the tests (WORKERS=$(WORKERS) processes of one thread)"
 	@echo "make versions  run the short tests of the kernels with Triton $(TRITONS)"
+	@echo "make emulate   run every form of the layer on emulated GPUs: $(EMULATED)"
 	@echo "make offline   compile the kernels for GPUs that need not be there; writes benchmarks/results/offline.csv"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    let ruff rewrite the files"
@@ -44,6 +48,12 @@ $(VERSIONS): test-triton-%: build/triton-%/.installed
 build/triton-%/.installed: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) triton==$*
 	@touch $@
+
+emulate: $(EMULATED:%=emulate-%)
+
+$(EMULATED:%=emulate-%): emulate-%: $(INSTALLED)
+	$(BIN)/python -m tools.ptx.selftest $*
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --emulate $* tests/ops/test_configurations.py
 
 offline: $(INSTALLED)
 	$(BIN)/python -m benchmarks.offline

@@ -11,6 +11,12 @@ from hypothesis import HealthCheck, settings
 
 import tests.interpreter as interpreter  # before the package, which may import Triton
 from dydila_kernels.torch_backend import blocks
+from tests.emulation import (  # noqa: F401  hooks and a fixture
+    emulated,
+    pytest_addoption,
+    pytest_configure,
+    pytest_terminal_summary,
+)
 
 # Derandomised: the same examples in every run.  A first example may pay for imports and caches, hence no deadline.
 settings.register_profile(

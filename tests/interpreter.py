@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ import torch
 
 AVAILABLE = importlib.util.find_spec("triton") is not None
 
-# Triton reads this when a kernel is decorated.  torch.cuda does not import Triton.
-os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+# Triton reads this when a kernel is decorated.  torch.cuda does not import Triton.  Whether kernels are emulated
+# (tests/emulation.py) has to be known before pytest has read its options; xdist's workers inherit the variable.
+COMPILED = torch.cuda.is_available() or any(argument.startswith("--emulate") for argument in sys.argv)
+os.environ.setdefault("TRITON_INTERPRET", "0" if COMPILED else "1")
 INTERPRETED = AVAILABLE and os.environ["TRITON_INTERPRET"] == "1"
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dydila_kernels import replace_attention
+from dydila_kernels import DyDiLAttention, replace_attention
 from tests import strangers
 from tests.models import Attention, D, H, ViT, diffusers, new_layers, output, random_convolutions, unet
 from tests.test_convert import diffusers_attention
@@ -29,17 +29,22 @@ def grids_seen(model: nn.Module, run: Callable[[], Any]) -> dict[str, tuple[int,
     """The grid that each new layer convolves on; the convolution is told it."""
     seen: dict[str, tuple[int, int]] = {}
     random_convolutions(model)
-    names = {id(m.dwc): name for name, m in model.named_modules() if hasattr(m, "dwc")}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, DyDiLAttention)}
 
-    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-        (grid,) = args[2]
-        seen[names[id(module)]] = (grid.rows, grid.columns)
+    def noting(name: str, convolution: Callable[..., Any]) -> Callable[..., Any]:
+        def note(grids: Any) -> Any:
+            (grid,) = grids
+            seen[name] = (grid.rows, grid.columns)
+            return convolution(grids)
 
-    hooks = [attn.dwc.register_forward_pre_hook(note) for attn in new_layers(model)]
+        return note
+
+    for name, attn in layers.items():
+        attn._convolution = noting(name, attn._convolution)  # type: ignore[method-assign]
     with torch.no_grad():
         run()
-    for hook in hooks:
-        hook.remove()
+    for attn in layers.values():
+        del attn._convolution
     return seen
 
 

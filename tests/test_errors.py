@@ -124,8 +124,8 @@ CALL: list[tuple[dict[str, Any], dict[str, Any], type[Exception], list[str]]] = 
     ({}, {"x": torch.zeros(1, 261, 8)}, ValueError, ["HW", "N = 261", "16 x 16", "num_prefix_tokens=5"]),
     ({}, {"need_weights": True}, TypeError, ["need_weights", "no matrix of weights", "bool"]),
     ({}, {"key_padding_mask": MASK}, TypeError, ["key_padding_mask", "mask=~key_padding_mask", "Tensor"]),
-    ({}, {"rope": X}, TypeError, ["rope", "rotary embeddings are not supported"]),
-    ({}, {"image_rotary_emb": (X, X)}, TypeError, ["image_rotary_emb", "rotary embeddings are not supported", "tuple"]),
+    ({}, {"rope": X}, TypeError, ["rope", "rotary=(cos, sin)"]),
+    ({}, {"image_rotary_emb": (X, X)}, TypeError, ["image_rotary_emb", "rotary=(cos, sin)", "tuple"]),
     ({}, {"encoder_hidden_states": X}, TypeError, ["encoder_hidden_states", "own tokens", "Tensor"]),
     ({}, {"temperature": 2.0}, TypeError, ["temperature", "no such argument", "float"]),
 ]

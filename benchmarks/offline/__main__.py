@@ -1,7 +1,8 @@
 """Writes the table of compiled kernels, or checks the kernels against it.
 
 ``python -m benchmarks.offline`` compiles every launch configuration for every target and updates the table;
-``--check`` compiles again and fails where a kernel breaks a rule or got worse than its row of the table.
+``--check`` compiles again and fails where a kernel breaks a rule or got worse than its row of the table; ``--predict``
+says what a model of the machine code expects of a call of any shape.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from benchmarks.harness import Row
 from benchmarks.offline.cases import Case, cases
 from benchmarks.offline.compiling import TARGETS, Job, figures, record
+from benchmarks.offline.prediction.call import Shape, predictions, report
 from benchmarks.offline.table import PATH, key, problems, read_table, write_table
 
 
@@ -35,10 +37,15 @@ class Config:
     """Only what is most likely to go wrong, in a few minutes."""
     only: str = ""
     """Only kernels whose stage or name contains this."""
+    target: str = ""
+    """Only this target."""
     workers: int = 2
     """Processes."""
     table: Path = PATH
     """Where the table is."""
+    predict: bool = False
+    """Print predictions for one call of ``shape``, forward and backward, and do nothing else."""
+    shape: Shape = field(default_factory=Shape)
 
 
 def jobs(chosen: Iterable[Case]) -> list[Job]:
@@ -81,11 +88,16 @@ def row_of(job: Job, future: Future[Row]) -> Row:
 
 
 def main(config: Config) -> int:
+    if config.predict:
+        print(report(predictions(config.shape)))
+        return 0
     everything = jobs(cases())
     todo = [
         job
         for job in everything
-        if config.only in f"{job.labels['stage']}/{job.labels['kernel']}" and (in_subset(job) or not config.subset)
+        if config.only in f"{job.labels['stage']}/{job.labels['kernel']}"
+        and config.target in ("", job.labels["target"])
+        and (in_subset(job) or not config.subset)
     ]
     if not todo:
         print("nothing to compile")

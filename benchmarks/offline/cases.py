@@ -98,9 +98,21 @@ VARIANTS: tuple[dict[str, Any], ...] = (
 """Settings of the core beside the default."""
 
 
-def attend(dtype: torch.dtype, d: int, head: int, **variant: Any) -> None:
+@dataclass(frozen=True)
+class Size:
+    """Images of rows x columns tokens, the factors n_F = n_D that they choose from, and whether Eq. 9 convolves."""
+
+    images: int = IMAGES
+    rows: int = ROWS
+    columns: int = COLUMNS
+    factors: int = FACTORS
+    convolution: bool = True
+
+
+def attend(dtype: torch.dtype, d: int, head: int, size: Size = Size(), **variant: Any) -> None:
     """The core of attention, forward and backward."""
-    shape = (1, IMAGES * TOKENS, d) if "cu_seqlens" in variant else (IMAGES, TOKENS, d)
+    tokens = size.rows * size.columns
+    shape = (1, size.images * tokens, d) if "cu_seqlens" in variant else (size.images, tokens, d)
     q, k, v, q_redundant, k_redundant = (empty(*shape, dtype=dtype) for _ in range(5))
     inputs = core.Inputs(
         q=q,
@@ -108,19 +120,19 @@ def attend(dtype: torch.dtype, d: int, head: int, **variant: Any) -> None:
         v=v,
         q_redundant=q_redundant,
         k_redundant=k_redundant,
-        gamma=empty(FACTORS),
-        lam=empty(FACTORS),
-        kernel_routers=empty(4, d, FACTORS),
-        differential_routers=empty(2, 2 * d, FACTORS),
-        weight=empty(9, d),
-        bias=empty(d),
+        gamma=empty(size.factors),
+        lam=empty(size.factors),
+        kernel_routers=empty(4, d, size.factors),
+        differential_routers=empty(2, 2 * d, size.factors),
+        weight=empty(9, d) if size.convolution else None,
+        bias=empty(d) if size.convolution else None,
     )
     if variant.get("differential") == "off":
         inputs = inputs._replace(q_redundant=None, k_redundant=None, lam=None, differential_routers=None)
     settings = core.Settings(
         mask=None,
         cu_seqlens=None,
-        grids=(0, ROWS, COLUMNS),
+        grids=(0, size.rows, size.columns) if size.convolution else (),
         num_heads=d // head,
         normalization="length",
         differential="token",

@@ -20,12 +20,16 @@ from typing import Any
 import triton
 import triton.language
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
+from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from benchmarks.harness import Row
+from benchmarks.offline.prediction import machine
+from benchmarks.offline.prediction.launches import launch_of, prediction_of
+from benchmarks.offline.prediction.predict import Launch
 from dydila_kernels.ops import tiles
 from dydila_kernels.ops.configs import Config
+from tools.ptx.launching import source_of
 
 KIB = 1024
 
@@ -77,6 +81,7 @@ class Job:
         kernel: module and name.
         signature, constants, attributes: of Triton's ``ASTSource``.
         warps, stages: of the launch.
+        launch: what it was launched with, for the target of the model that predicts.
     """
 
     labels: Row = field(repr=False)
@@ -87,10 +92,11 @@ class Job:
     warps: int
     stages: int
     target: Target
+    launch: Launch | None = field(default=None, repr=False)
 
     @property
     def identity(self) -> str:
-        """Equal for launches that run the same machine code: all but the labels."""
+        """Equal for launches that run the same machine code: all but the labels and the launch."""
         return repr(self)
 
 
@@ -130,6 +136,7 @@ def record(call: Callable[[], object], labels: Row, name: str, target: Target) -
                 warps=config.warps,
                 stages=config.stages,
                 target=target,
+                launch=launch_of(grid, bound, signature) if name == machine.TARGET else None,
             )
         )
 
@@ -160,9 +167,8 @@ def unwrapped(value: Any) -> Any:
 def compiled(job: Job) -> Any:
     """Triton's CompiledKernel, whose ``asm`` holds the code at each step of the compilation."""
     module, name = job.kernel
-    source = ASTSource(
-        getattr(importlib.import_module(module), name), job.signature, dict(job.constants), job.attributes
-    )
+    function = getattr(importlib.import_module(module), name)
+    source = source_of(function, job.signature, job.constants, job.attributes)
     return triton.compile(source, target=job.target.triton, options={"num_warps": job.warps, "num_stages": job.stages})
 
 
@@ -181,7 +187,18 @@ def figures(job: Job) -> Row:
         "shared": shared,
         "resident_warps": resident_warps(job.target, measured["registers"], shared, job.warps),
         "dots": tensor_core_dots(kernel.asm["ttir"]),
+        **predicted(job, kernel, measured["registers"]),
     }
+
+
+def predicted(job: Job, kernel: Any, registers: int) -> Row:
+    """The columns of the model of :mod:`benchmarks.offline.prediction`; none where a loop ends by data."""
+    if job.launch is None:
+        return {}
+    found = prediction_of(kernel, registers, job.warps, job.launch)
+    if found.loops:
+        return {}
+    return {"predicted_us": round(found.microseconds, 1), "predicted_barriers": found.barriers}
 
 
 def tensor_core_dots(ttir: str) -> int:

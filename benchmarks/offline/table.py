@@ -12,10 +12,15 @@ from benchmarks.offline.compiling import TARGETS
 PATH = REPOSITORY / "benchmarks" / "results" / "offline.csv"
 LABELS = ("stage", "kernel", "dtype", "d", "head", "options", "warps", "stages", "target")
 FIGURES = ("registers", "stack", "shared", "resident_warps", "instructions", "mufu", "dots", "tensor_core")
+PREDICTED = ("predicted_us", "predicted_barriers")
+"""Microseconds of the launch on an H200 and barriers that a warp passes, from a model and not from a measurement; only
+for its target, and only where no loop ends by data."""
 STACK = 64
 """Bytes: a few spilled registers cost nothing that can be measured, more than these do."""
 SLACK = 1.1
 """Registers and instructions may grow by this factor: any edit moves them a little."""
+SLOWER = 1.05
+"""The same for predicted microseconds."""
 
 
 def faults(row: Row) -> list[str]:
@@ -44,6 +49,9 @@ def losses(row: Row, before: Row) -> list[str]:
     ]
     if row["resident_warps"] < before["resident_warps"]:
         worse.append(f"resident warps {before['resident_warps']} -> {row['resident_warps']}")
+    for name, allowed in zip(PREDICTED, (SLOWER, 1), strict=True):
+        if name in row and name in before and row[name] > before[name] * allowed:
+            worse.append(f"{name} {before[name]} -> {row[name]}, by the model")
     return worse
 
 
@@ -70,15 +78,16 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
     """All rows but those that have no figures."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*LABELS, "triton", *FIGURES], lineterminator="\n")
+        writer = csv.DictWriter(file, [*LABELS, "triton", *FIGURES, *PREDICTED], lineterminator="\n")
         writer.writeheader()
         writer.writerows(row for row in rows if "error" not in row)
 
 
 def read_table(path: Path) -> list[Row]:
     """The rows that :func:`write_table` stored."""
+    types: dict[str, type] = {**dict.fromkeys(FIGURES, int), "predicted_us": float, "predicted_barriers": int}
     with path.open(newline="") as file:
         return [
-            {name: int(value) if name in FIGURES else value for name, value in row.items()}
+            {name: types.get(name, str)(value) for name, value in row.items() if value or name not in PREDICTED}
             for row in csv.DictReader(file)
         ]

@@ -122,7 +122,11 @@ def test_other_versions_of_triton_are_not_compared() -> None:
 
 
 def test_table_survives_its_file(tmp_path: Path) -> None:
-    rows = [a_row(options="A=1 B=None"), a_row(stage="y"), a_row(stage="z", error="no figures")]
+    rows = [
+        a_row(options="A=1 B=None"),
+        a_row(stage="y", predicted_us=1.5, predicted_barriers=2),
+        a_row(stage="z", error="no figures"),
+    ]
     write_table(tmp_path / "table.csv", rows)
     assert read_table(tmp_path / "table.csv") == rows[:2]
 
@@ -163,3 +167,4 @@ def test_check_against_a_table(tmp_path: Path) -> None:
     checked = offline("--only", "depthwise/depthwise_kernel", "--check")
     assert checked.returncode == 1
     assert f"{row['target']}: instructions {row['instructions']} -> {before} ({row['options']}" in checked.stdout
+    assert {row["target"] for row in rows if "predicted_us" in row} == {"sm_90"}

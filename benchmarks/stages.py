@@ -173,7 +173,7 @@ def cost(case: Case) -> Cost:
     return passes(shape, 2, 2 * d * e) + Cost(shape.batch * d * e * shape.dtype.itemsize, 0)
 
 
-def clock_of(case: Case) -> harness.Clock:
+def clock_of(case: Case) -> Callable[[Call], float]:
     """Times what a call spends in the stage; it raises RuntimeError where the call has no such part."""
     if not runs_kernels(case):
         return partial(profiled_seconds, FUNCTIONS.get(case.stage, ()))

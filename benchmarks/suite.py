@@ -6,19 +6,17 @@ that says so under "skipped", and no time.
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import tyro
 from tabulate import tabulate
 from torch import Tensor
 from torch._functorch import config as functorch_config
-from tqdm import tqdm
 
 from benchmarks import harness, roofline
 from benchmarks.goals import goals, verdicts
@@ -107,7 +105,7 @@ class Contender:
         warm_up: as ``prepare``, for a small call; where given, memory is measured: how far it rises during a call, on a
             CPU in a fresh process in which the small call has loaded code and started threads.
         graph: whether to time it as a CUDA graph as well, which leaves the host out.
-        clock: times a part of the call, in place of all of it.
+        clock: makes the call and gives the seconds of a part of it, in place of all of it.
     """
 
     prepare: Callable[[], Call]
@@ -117,7 +115,7 @@ class Contender:
     missing: str | None = None
     warm_up: Callable[[], Call] | None = None
     graph: bool = False
-    clock: Clock | None = None
+    clock: Callable[[Call], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -181,22 +179,26 @@ def run(suite: str, options: Options, comparisons: Sequence[Comparison]) -> list
     Prints tables, and how the rows stand to the goals of the project."""
     torch.set_num_threads(options.threads)
     folder = options.folder()
-    ceilings = roofline.measure(options)
-    facts = {**harness.facts_of(suite, options.device, options.torch_dtype), "ceilings": ceilings}
-    rows: list[Row] = []
-    for comparison in tqdm(comparisons, desc=suite, unit="cell"):
-        # What is compiled would give its saved tensors away, and could not run its backward pass again.
-        with functorch_config.patch(donated_buffer=comparison.series.get("mode") != "backward"):
-            rows += [{**facts, **row} for row in measure(options, comparison, rows, ceilings)]
-        if folder is not None:
-            harness.write_rows(folder / f"{suite}.jsonl", rows)
-        torch.compiler.reset()  # what was compiled for these sizes has had its use, and the compiler gives up at eight
-        if options.on_gpu:
-            torch.cuda.empty_cache()
+    rows = harness.stored(suite, measured(options, comparisons), options.device, options.torch_dtype, folder)
     print(*filter(None, (report(rows), verdicts(goals(rows)))), sep="\n\n")
     if folder is not None:
         print(f"rows: {folder / f'{suite}.jsonl'}")
     return rows
+
+
+def measured(options: Options, comparisons: Sequence[Comparison]) -> Iterator[Row]:
+    """The rows of the comparisons, with the ceilings of the device."""
+    ceilings = roofline.measure(options)
+    rows: list[Row] = []
+    for comparison in comparisons:
+        # What is compiled would give its saved tensors away, and could not run its backward pass again.
+        with functorch_config.patch(donated_buffer=comparison.series.get("mode") != "backward"):
+            found = measure(options, comparison, rows, ceilings)
+        rows += found
+        yield from ({**row, "ceilings": ceilings} for row in found)
+        torch.compiler.reset()  # what was compiled for these sizes has had its use, and the compiler gives up at eight
+        if options.on_gpu:
+            torch.cuda.empty_cache()
 
 
 def measure(options: Options, comparison: Comparison, earlier: Sequence[Row], ceilings: Row) -> list[Row]:
@@ -212,11 +214,10 @@ def measure(options: Options, comparison: Comparison, earlier: Sequence[Row], ce
         entrant.try_to(partial(entrant.prepare, sets))
 
     def time_in_turn(prefix: str) -> None:
-        among = {i: entrant for i, entrant in enumerate(entrants) if entrant.calls.get(prefix)}
-        attempts = {i: partial(entrant.try_to, harness.in_turn(entrant.calls[prefix])) for i, entrant in among.items()}
-        clocks = {i: entrant.clock for i, entrant in among.items() if entrant.contender.clock}
-        repeats, budget = options.calls, options.budget_seconds
-        seconds = harness.interleave(attempts, repeats, budget, device=options.device, clocks=clocks)
+        clocks = {
+            i: entrant.clock(prefix, options.device) for i, entrant in enumerate(entrants) if entrant.calls.get(prefix)
+        }
+        seconds = harness.interleave(clocks, options.calls, options.budget_seconds)
         for i, samples in seconds.items():
             if not entrants[i].row["skipped"]:
                 entrants[i].row |= {f"{prefix}{key}": value for key, value in harness.summarize(samples).items()}
@@ -239,17 +240,19 @@ class Entrant:
         self.contender, self.row = contender, row
         self.calls: dict[str, list[Call]] = {}
 
-    def try_to(self, action: Call, where: str = "skipped") -> None:
-        """Does nothing from the first failure on; notes ``where`` in the row what goes wrong."""
+    def try_to(self, action: Callable[[], Any], where: str = "skipped") -> Any:
+        """What the action returns; from the first failure on nothing is done, and None.  ``where`` in the row what goes
+        wrong is noted."""
         if self.row["skipped"]:
-            return
+            return None
         try:
-            action()
+            return action()
         except torch.OutOfMemoryError:
             self.row[where] = "out of memory"
         except Exception as error:  # of a rival, or of a compiler: the others go on
             reason = next(iter(str(error).splitlines()), "")
             self.row[where] = f"failed: {type(error).__name__}: {reason}"
+        return None
 
     def check(self) -> None:
         if self.contender.error_ratio is not None:
@@ -260,12 +263,11 @@ class Entrant:
     def prepare(self, sets: int) -> None:
         self.calls[""] = [self.contender.prepare() for _ in range(sets)]
 
-    def clock(self, call: Call) -> float:
-        """The contender's own, of which a failure is noted as well."""
-        seconds: list[float] = []
-        clock = self.contender.clock
-        self.try_to(lambda: seconds.append(clock(call)) if clock else None)
-        return sum(seconds)
+    def clock(self, prefix: str, device: str) -> Clock:
+        """Of the calls in turn, by the contender's own clock where it has one; 0 from the first failure on."""
+        call = harness.in_turn(self.calls[prefix])
+        clock = partial(self.contender.clock, call) if self.contender.clock else harness.clock(call, device)
+        return lambda: self.try_to(clock) or 0.0
 
     def capture(self) -> None:
         """Calls of their own: autograd runs a backward pass on the stream of its forward pass, so that must be here."""
@@ -279,7 +281,13 @@ class Entrant:
         """Memory, and the percentage of the ceilings."""
         contender, row = self.contender, self.row
         if contender.warm_up is not None:
-            row["peak_mib"] = peak_mib(options, contender.prepare, contender.warm_up, self.calls[""][0])
+            arguments = (contender.prepare, contender.warm_up, options.threads)
+            if options.on_gpu:
+                row["peak_mib"] = harness.peak_growth_mib(self.calls[""][0], options.device)
+            elif options.smoke:  # processes take seconds to start
+                row["peak_mib"] = peak_mib(*arguments)
+            else:
+                row["peak_mib"] = harness.in_fresh_process(peak_mib, *arguments)
         if contender.cost is not None:
             seconds = milliseconds(row) / 1e3
             row |= {"bytes": contender.cost.bytes, "flops": contender.cost.flops}
@@ -302,21 +310,8 @@ def over_budget(options: Options, entrant: Entrant, earlier: Sequence[Row]) -> s
     return f"over budget: a call would take about {expected:.0f} s"
 
 
-def peak_mib(
-    options: Options, prepare: Callable[[], Call], warm_up: Callable[[], Call], prepared: Call
-) -> float | None:
-    """How far memory rises during a call (MiB), weights and inputs left out; None where it cannot be told.
-
-    Processes take seconds to start, so a smoke run makes do with this one.
-    """
-    if options.on_gpu or platform.system() != "Linux":
-        return harness.peak_growth_mib(prepared, options.device)
-    if options.smoke:
-        return _peak_mib(prepare, warm_up, options.threads)
-    return harness.in_fresh_process(_peak_mib, prepare, warm_up, options.threads)
-
-
-def _peak_mib(prepare: Callable[[], Call], warm_up: Callable[[], Call], threads: int) -> float | None:
+def peak_mib(prepare: Callable[[], Call], warm_up: Callable[[], Call], threads: int) -> float | None:
+    """How far memory of this process rises during a call (MiB), weights and inputs left out; None: it cannot be told."""
     torch.set_num_threads(threads)
     warm_up()()
     return harness.peak_growth_mib(prepare(), "cpu")

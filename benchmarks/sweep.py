@@ -45,8 +45,8 @@ def main(config: Config) -> list[Row]:
     choose_backend("triton", torch.device(config.device), dtype)
     if config.smoke:
         one = replace(config, shapes=((1, 16, 32, 2),), modes=config.modes[:1], repeats=1)
-        return harness.stored("sweep", islice(measured(one, dtype), 1), config, dtype)
-    return harness.stored("sweep", measured(config, dtype), config, dtype)
+        return harness.stored("sweep", islice(measured(one, dtype), 1), config.device, dtype, config.out)
+    return harness.stored("sweep", measured(config, dtype), config.device, dtype, config.out)
 
 
 def measured(config: Config, dtype: torch.dtype) -> Iterator[Row]:

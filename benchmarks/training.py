@@ -60,7 +60,8 @@ def main(config: Config) -> list[Row]:
         raise ValueError(f"seeds must be two different ones at least; got {config.seeds}")
     torch.set_num_threads(config.threads)
     dtype = torch.bfloat16 if config.on_gpu else torch.float32
-    rows = harness.stored("training", runs(smoke(config) if config.smoke else config), config, dtype)
+    found = runs(smoke(config) if config.smoke else config)
+    rows = harness.stored("training", found, config.device, dtype, config.out)
     print(table(rows))
     return rows
 

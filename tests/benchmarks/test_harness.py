@@ -24,13 +24,15 @@ def test_not_a_number_is_red() -> None:
 def test_calls_take_turns_and_the_first_is_dropped() -> None:
     order: list[str] = []
     calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
-    seconds = harness.interleave(calls, repeats=3, budget_seconds=60)
+    clocks = {name: harness.clock(call) for name, call in calls.items()}
+    seconds = harness.interleave(clocks, repeats=3, budget_seconds=60)
     assert order == ["a", "b"] * 4
     assert {name: len(samples) for name, samples in seconds.items()} == {"a": 3, "b": 3}
 
 
 def test_a_call_over_budget_is_made_once_and_counts() -> None:
-    seconds = harness.interleave({"slow": lambda: time.sleep(0.02)}, repeats=3, budget_seconds=0.01)
+    slow = harness.clock(lambda: time.sleep(0.02))
+    seconds = harness.interleave({"slow": slow}, repeats=3, budget_seconds=0.01)
     assert len(seconds["slow"]) == 1 and seconds["slow"][0] >= 0.02
 
 

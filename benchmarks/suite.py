@@ -311,7 +311,7 @@ def over_budget(options: Options, entrant: Entrant, earlier: Sequence[Row]) -> s
 
 
 def peak_mib(prepare: Callable[[], Call], warm_up: Callable[[], Call], threads: int) -> float | None:
-    """How far memory of this process rises during a call (MiB), weights and inputs left out; None: it cannot be told."""
+    """How far memory of this process rises during a call (MiB), weights and inputs left out; None if unknown."""
     torch.set_num_threads(threads)
     warm_up()()
     return harness.peak_growth_mib(prepare(), "cpu")

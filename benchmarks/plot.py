@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 from benchmarks import harness
 from benchmarks.harness import Row
@@ -178,10 +178,9 @@ def panel(axes: Axes, quantity: Quantity, rows: Sequence[Row], styles: dict[str,
     widen = max(1.25, math.sqrt(SMALLEST_SPAN * min(drawn) / max(drawn)))
     axes.set_yscale("log")
     axes.set_ylim(min(drawn) / widen, max(drawn) * widen)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    few = FuncFormatter(lambda value, _: f"{value:,g}" if f"{value:e}"[0] in "25" else "")
-    narrow = max(drawn) / min(drawn) * widen**2 < 30  # one decade may have no label otherwise
-    axes.yaxis.set_minor_formatter(few if narrow else NullFormatter())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:,g}")
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def name_sizes(axes: Any, rows: Sequence[Row]) -> None:

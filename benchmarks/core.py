@@ -27,7 +27,7 @@ OURS = ("dydila", "dydila eager", "dydila compiled")
 FACTORS = 9
 """Entries of gamma and of lambda, as in the layer by default."""
 CHECKED_TOKENS = 32**2
-"""Tokens of the image that the check is done on, unless all sizes are shorter: longer ones take the same path."""
+"""Tokens of the image that the check is done on at most: longer ones take the same path."""
 SOFTMAX = ("softmax", *rivals.BACKENDS)
 FORMULAS = {
     **dict.fromkeys([*SOFTMAX, "flash-attn"], rivals.plain_softmax),
@@ -59,7 +59,7 @@ def comparisons(config: Config) -> Iterator[Comparison]:
     who = [(name, h) for h in heads for name in names(config, config.dim // h)]
     sizes = config.lengths(cpu=(256, 1024, 4096, 16384), gpu=(256, 1024, 4096, 16384, 65536))
     for tokens, mode in product(sizes, config.modes):
-        yield suite.comparison(config, mode, tokens, config.dim, who, partial(contender, config), inputs=3)
+        yield suite.comparison(config, mode, tokens, config.dim, who, contender, inputs=3)
 
 
 def names(config: Config, head_dim: int) -> list[str]:
@@ -69,7 +69,7 @@ def names(config: Config, head_dim: int) -> list[str]:
     return [name for name in everyone if head_dim <= 256 or not (name in SOFTMAX or name in rivals.PACKAGES)]
 
 
-def contender(config: Config, case: Case) -> Contender:
+def contender(case: Case) -> Contender:
     name, _, shape, device, _ = case
     labels: Row = {"name": name, "heads": shape.heads}
     missing = None
@@ -78,16 +78,15 @@ def contender(config: Config, case: Case) -> Contender:
         missing = rivals.missing(name, device)
     if name in rivals.BACKENDS:
         missing = rivals.why_not_softmax(name, device, shape.dtype, shape.dim // shape.heads)
-    checked = min(max(config.lengths((), ()) or (CHECKED_TOKENS,)), CHECKED_TOKENS)
+    checked = case.one_of(min(shape.tokens, CHECKED_TOKENS), "forward")
     check = error_ratio if name == "dydila" else rival_error_ratio if name in FORMULAS else None
-    compiles = "compiled" in name and not config.on_gpu  # in a fresh process, again
     return Contender(
         partial(prepare, case),
         labels,
         cost(case),
-        check and partial(check, case.one_of(checked, "forward")),
+        check and partial(check, checked),
         missing,
-        None if compiles else partial(prepare, case.one_of(16, case.mode)),
+        suite.warm_up(prepare, case),
         graph=True,
     )
 

@@ -147,6 +147,12 @@ def comparison(
     return Comparison({**series, "mode": mode, "dim": dim}, point, contenders, inputs * shape.token_bytes)
 
 
+def warm_up(prepare: Callable[[Case], Call], case: Case) -> Callable[[], Call] | None:
+    """A small call; None for what is compiled on a CPU, where in a fresh process a compiler would count as growth."""
+    compiles = case.name.endswith("compiled") and not harness.is_gpu(case.device)
+    return None if compiles else partial(prepare, case.one_of(16, case.mode))
+
+
 def call_of(
     mode: Mode, function: Callable[[], Tensor | Sequence[Tensor]], leaves: Sequence[Tensor], *incoming: Tensor
 ) -> Call:

@@ -11,6 +11,7 @@ import copy
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from typing import Any
 
 import torch
 import tyro
@@ -72,7 +73,7 @@ def captured_difference(case: Case) -> float:
 
     Nothing, if a graph does the same: the kernels are deterministic.
     """
-    outputs: list[torch.Tensor] = []
+    outputs: list[Any] = []
     call = model.prepare(case)
     replay = harness.captured(lambda: outputs.append(call()))
     with torch.inference_mode():

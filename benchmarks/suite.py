@@ -91,9 +91,9 @@ def heads_of(asked: tuple[int, ...], dim: int) -> tuple[int, ...]:
     return asked or tuple(dict.fromkeys((1, max(1, dim // 64))))
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Contender:
-    """One of those compared.
+    """One of those compared, with its row, in which whatever goes wrong ends up.
 
     Attributes:
         prepare: makes a call to time, on inputs of its own, so that several sets of inputs can take turns.  It must
@@ -116,6 +116,61 @@ class Contender:
     warm_up: Callable[[], Call] | None = None
     graph: bool = False
     clock: Callable[[Call], float] | None = None
+    row: Row = field(default_factory=dict, init=False)
+    calls: dict[str, list[Call]] = field(default_factory=dict, init=False)
+
+    def try_to(self, action: Callable[[], Any], where: str = "skipped") -> Any:
+        """What the action returns; from the first failure on nothing is done, and None.  ``where`` in the row what goes
+        wrong is noted."""
+        if self.row["skipped"]:
+            return None
+        try:
+            return action()
+        except torch.OutOfMemoryError:
+            self.row[where] = "out of memory"
+        except Exception as error:  # of a rival, or of a compiler: the others go on
+            reason = next(iter(str(error).splitlines()), "")
+            self.row[where] = f"failed: {type(error).__name__}: {reason}"
+        return None
+
+    def check(self) -> None:
+        if self.error_ratio is not None:
+            self.row["error_ratio"] = self.error_ratio()
+            if not self.row["error_ratio"] <= harness.LARGEST_RATIO:  # written so that NaN fails
+                self.row["skipped"] = WRONG
+
+    def make(self, sets: int) -> None:
+        self.calls[""] = [self.prepare() for _ in range(sets)]
+
+    def in_turn(self, prefix: str, device: str) -> Clock:
+        """The clock of the calls in turn; 0 from the first failure on."""
+        call = harness.in_turn(self.calls[prefix])
+        clock = partial(self.clock, call) if self.clock else harness.clock(call, device)
+        return lambda: self.try_to(clock) or 0.0
+
+    def capture(self) -> None:
+        """Calls of their own: autograd runs a backward pass on the stream of its forward pass, so that must be here."""
+        if self.graph:
+            stream = harness.side_stream()
+            with torch.cuda.stream(stream):
+                calls = [self.prepare() for _ in self.calls[""]]
+            self.calls["graph_"] = [harness.captured(call, stream) for call in calls]
+
+    def finish(self, options: Options, ceilings: Row) -> None:
+        """Memory, and the percentage of the ceilings."""
+        row = self.row
+        if self.warm_up is not None:
+            arguments = (self.prepare, self.warm_up, options.threads)
+            if options.on_gpu:
+                row["peak_mib"] = harness.peak_growth_mib(self.calls[""][0], options.device)
+            elif options.smoke:  # processes take seconds to start
+                row["peak_mib"] = peak_mib(*arguments)
+            else:
+                row["peak_mib"] = harness.in_fresh_process(peak_mib, *arguments)
+        if self.cost is not None:
+            seconds = milliseconds(row) / 1e3
+            row |= {"bytes": self.cost.bytes, "flops": self.cost.flops}
+            row |= roofline.against(self.cost, seconds, ceilings, options.torch_dtype)
 
 
 @dataclass(frozen=True)
@@ -209,100 +264,34 @@ def measured(options: Options, comparisons: Sequence[Comparison]) -> Iterator[Ro
 
 def measure(options: Options, comparison: Comparison, earlier: Sequence[Row], ceilings: Row) -> list[Row]:
     """One row for each contender."""
-    entrants = [
-        Entrant(contender, {"name": name, **comparison.series, **contender.labels, **comparison.point, "skipped": None})
-        for name, contender in comparison.contenders.items()
-    ]
+    contenders = list(comparison.contenders.values())
     sets = harness.sets_for_cold_cache(comparison.input_bytes, options.device)
-    for entrant in entrants:
-        entrant.row["skipped"] = entrant.contender.missing or over_budget(options, entrant, earlier)
-        entrant.try_to(entrant.check)
-        entrant.try_to(partial(entrant.prepare, sets))
+    for name, each in comparison.contenders.items():
+        each.row = {"name": name, **comparison.series, **each.labels, **comparison.point}
+        each.row["skipped"] = each.missing or over_budget(options, each, earlier)
+        each.try_to(each.check)
+        each.try_to(partial(each.make, sets))
 
     def time_in_turn(prefix: str) -> None:
-        clocks = {
-            i: entrant.clock(prefix, options.device) for i, entrant in enumerate(entrants) if entrant.calls.get(prefix)
-        }
-        seconds = harness.interleave(clocks, options.calls, options.budget_seconds)
-        for i, samples in seconds.items():
-            if not entrants[i].row["skipped"]:
-                entrants[i].row |= {f"{prefix}{key}": value for key, value in harness.summarize(samples).items()}
+        clocks = {each: each.in_turn(prefix, options.device) for each in contenders if each.calls.get(prefix)}
+        for each, seconds in harness.interleave(clocks, options.calls, options.budget_seconds).items():
+            if not each.row["skipped"]:
+                each.row |= {f"{prefix}{key}": value for key, value in harness.summarize(seconds).items()}
 
     time_in_turn("")
     if options.on_gpu:
-        for entrant in entrants:
-            entrant.try_to(entrant.capture, "graph_skipped")
+        for each in contenders:
+            each.try_to(each.capture, "graph_skipped")
         time_in_turn("graph_")
-    for entrant in entrants:
-        entrant.try_to(partial(entrant.finish, options, ceilings))
-        entrant.calls.clear()
-    return [entrant.row for entrant in entrants]
+    for each in contenders:
+        each.try_to(partial(each.finish, options, ceilings))
+        each.calls.clear()
+    return [each.row for each in contenders]
 
 
-class Entrant:
-    """A contender at one size, with its row; whatever goes wrong ends up there."""
-
-    def __init__(self, contender: Contender, row: Row) -> None:
-        self.contender, self.row = contender, row
-        self.calls: dict[str, list[Call]] = {}
-
-    def try_to(self, action: Callable[[], Any], where: str = "skipped") -> Any:
-        """What the action returns; from the first failure on nothing is done, and None.  ``where`` in the row what goes
-        wrong is noted."""
-        if self.row["skipped"]:
-            return None
-        try:
-            return action()
-        except torch.OutOfMemoryError:
-            self.row[where] = "out of memory"
-        except Exception as error:  # of a rival, or of a compiler: the others go on
-            reason = next(iter(str(error).splitlines()), "")
-            self.row[where] = f"failed: {type(error).__name__}: {reason}"
-        return None
-
-    def check(self) -> None:
-        if self.contender.error_ratio is not None:
-            self.row["error_ratio"] = self.contender.error_ratio()
-            if not self.row["error_ratio"] <= harness.LARGEST_RATIO:  # written so that NaN fails
-                self.row["skipped"] = WRONG
-
-    def prepare(self, sets: int) -> None:
-        self.calls[""] = [self.contender.prepare() for _ in range(sets)]
-
-    def clock(self, prefix: str, device: str) -> Clock:
-        """Of the calls in turn, by the contender's own clock where it has one; 0 from the first failure on."""
-        call = harness.in_turn(self.calls[prefix])
-        clock = partial(self.contender.clock, call) if self.contender.clock else harness.clock(call, device)
-        return lambda: self.try_to(clock) or 0.0
-
-    def capture(self) -> None:
-        """Calls of their own: autograd runs a backward pass on the stream of its forward pass, so that must be here."""
-        if self.contender.graph:
-            stream = harness.side_stream()
-            with torch.cuda.stream(stream):
-                calls = [self.contender.prepare() for _ in self.calls[""]]
-            self.calls["graph_"] = [harness.captured(call, stream) for call in calls]
-
-    def finish(self, options: Options, ceilings: Row) -> None:
-        """Memory, and the percentage of the ceilings."""
-        contender, row = self.contender, self.row
-        if contender.warm_up is not None:
-            arguments = (contender.prepare, contender.warm_up, options.threads)
-            if options.on_gpu:
-                row["peak_mib"] = harness.peak_growth_mib(self.calls[""][0], options.device)
-            elif options.smoke:  # processes take seconds to start
-                row["peak_mib"] = peak_mib(*arguments)
-            else:
-                row["peak_mib"] = harness.in_fresh_process(peak_mib, *arguments)
-        if contender.cost is not None:
-            seconds = milliseconds(row) / 1e3
-            row |= {"bytes": contender.cost.bytes, "flops": contender.cost.flops}
-            row |= roofline.against(contender.cost, seconds, ceilings, options.torch_dtype)
-
-
-def over_budget(options: Options, entrant: Entrant, earlier: Sequence[Row]) -> str | None:
+def over_budget(options: Options, contender: Contender, earlier: Sequence[Row]) -> str | None:
     """Why a contender is not called: by its time at the size before, a call would take too long."""
-    cost, row = entrant.contender.cost, entrant.row
+    cost, row = contender.cost, contender.row
     same = {key: row[key] for key in ("stage", "name", "mode", "heads", "dim") if key in row}
     before = next((r for r in reversed(earlier) if same.items() <= r.items()), None)
     if cost is None or before is None:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from tabulate import tabulate
 from torch import Tensor
 
 from benchmarks import harness, suite
@@ -60,8 +61,8 @@ def main(config: Config) -> list[Row]:
         raise ValueError(f"seeds must be two different ones at least; got {config.seeds}")
     torch.set_num_threads(config.threads)
     dtype = torch.bfloat16 if config.on_gpu else torch.float32
-    found = runs(smoke(config) if config.smoke else config)
-    rows = harness.stored("training", found, config.device, dtype, config.out)
+    trained = runs(smoke(config) if config.smoke else config)
+    rows = harness.stored("training", trained, config.device, dtype, config.out)
     print(table(rows))
     return rows
 
@@ -103,8 +104,8 @@ def train(config: Config, size: Any, seed: int, name: Any, backend: str | None) 
             generator = torch.Generator().manual_seed(1_000_000 * seed + number)
             chosen = torch.randint(len(images), (config.batch,), generator=generator)
             timestep = torch.randint(diffusion.num_timesteps, (config.batch,), generator=generator).to(device)
-            noise = torch.randn(images[chosen].shape, generator=generator).to(device)
             image, label = images[chosen].to(device), labels[chosen].to(device)
+            noise = torch.randn(image.shape, generator=generator).to(device)
             noisy = diffusion.add_noise(image, noise, timestep)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 output = model(noisy, timestep, label)
@@ -161,21 +162,13 @@ def compare(rows: Sequence[Row]) -> None:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line for each run, and how far backends and seeds are apart."""
-    lines = []
-    for row in rows:
-        line = {"size": row["size"], "seed": str(row["seed"]), "model": row["name"], "backend": row["backend"]}
-        ran = "losses" in row
-        line["last loss"] = f"{last_loss(row):.4f}" if ran else None
-        line["ms/step"] = f"{row['median_ms']:.4g}" if ran else None
-        line["MiB"] = f"{row['peak_mib']:.0f}" if ran and row["peak_mib"] else None
-        lines.append(line | {"without": row["skipped"]})
-    apart = {
-        f"{row['size']}: backends differ by {row['difference']:.2g}, seeds by {row['spread']:.2g}": None
-        for row in rows
-        if "difference" in row
-    }
-    return "\n".join([suite.table(lines), *apart])
+    """A line for each run, and how far backends and seeds are apart: times in ms, memory in MiB."""
+    columns = (
+        "size", "seed", "name", "backend", "last_loss", "difference", "spread", "median_ms", "peak_mib", "skipped",
+    )  # fmt: skip
+    lines = [{**row, "last_loss": last_loss(row) if "losses" in row else None} for row in rows]
+    cells = [[line.get(column) for column in columns] for line in lines]
+    return tabulate(cells, columns, "plain", floatfmt=".4g", missingval="-")
 
 
 if __name__ == "__main__":

@@ -124,21 +124,16 @@ def cache_bytes(device: str) -> int:
     return int(size.read_text().strip().removesuffix("K")) * 1024 if size.exists() else 0
 
 
-def side_stream() -> torch.cuda.Stream:
-    """A stream that begins where the current one has arrived."""
+def captured(prepare: Callable[[], Call]) -> Call:
+    """The call that is prepared, as a CUDA graph: replaying it takes the time of the device alone.
+
+    It is prepared here because autograd runs a backward pass on the stream of its forward pass.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    return stream
-
-
-def captured(call: Call, stream: torch.cuda.Stream | None = None) -> Call:
-    """The call as a CUDA graph: replaying it takes the time of the device alone.
-
-    ``stream`` is where to capture: for a backward pass, which runs where its forward pass ran, that of the latter.
-    """
-    stream = stream or side_stream()
-    with torch.cuda.stream(stream):  # allocations and compilations of a first call cannot be captured
-        for _ in range(2):
+    with torch.cuda.stream(stream):
+        call = prepare()
+        for _ in range(2):  # allocations and compilations of a first call cannot be captured
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()

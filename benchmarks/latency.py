@@ -74,8 +74,12 @@ def captured_difference(case: Case) -> float:
     Nothing, if a graph does the same: the kernels are deterministic.
     """
     outputs: list[Any] = []
-    call = model.prepare(case)
-    replay = harness.captured(lambda: outputs.append(call()))
+
+    def prepare() -> harness.Call:
+        call = model.prepare(case)
+        return lambda: outputs.append(call())
+
+    replay = harness.captured(prepare)
     with torch.inference_mode():
         outputs[-1].zero_()  # what it shows then is of the replay, not of the capture
     replay()

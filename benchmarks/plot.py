@@ -85,25 +85,23 @@ def draw(rows: Sequence[Row]) -> Figure:
     baseline = next((name for name in BASELINES if any(row["name"] == name for row in rows)), None)
     rows = drawn(rows, baseline)
     modes = list(dict.fromkeys(row["mode"] for row in rows))
-    stages = list(dict.fromkeys(row.get("stage") for row in rows))
+    stages = list(dict.fromkeys(row["stage"] for row in rows if "stage" in row))
     quantities = [quantity for quantity in QUANTITIES if any(row.get(quantity.key) for row in rows)]
-    if stages == [None]:
-        grid = [[(quantity, mode, None) for mode in modes] for quantity in quantities]
-    else:  # many: the sum of two modes that are shown goes without saying
-        modes = [mode for mode in modes if mode != MODES[-1]] or modes
-        grid = [[(quantity, mode, stage) for stage in stages] for mode, quantity in product(modes, quantities)]
-
+    # Stages are many: the sum of two modes that are shown goes without saying.
+    downwards = ([mode for mode in modes if mode != MODES[-1]] or modes) if stages else [None]
+    lines, columns = list(product(downwards, quantities)), stages or modes
     styles = styles_of(rows)
-    height, width = len(grid), len(grid[0])
+    height, width = len(lines), len(columns)
     figure = Figure(figsize=(max(3.4 * width, 6.4), 2.4 * height + 1.3), layout="constrained")
     axes = figure.subplots(height, width, squeeze=False, sharex=True)
-    for i, line in enumerate(grid):
-        for ax, (quantity, mode, stage) in zip(axes[i], line, strict=True):
-            panel(ax, quantity, [row for row in rows if (row["mode"], row.get("stage")) == (mode, stage)], styles)
-            if i == 0:
-                ax.set_title(stage or mode, fontsize=10)
-        title = line[0][0].title.format(baseline=baseline)
-        axes[i, 0].set_ylabel(f"{line[0][1]}: {title}" if line[0][2] else title, fontsize=9)
+    for i, (mode, quantity) in enumerate(lines):
+        for ax, column in zip(axes[i], columns, strict=True):
+            in_column = [row for row in rows if row.get("stage", row["mode"]) == column]
+            panel(ax, quantity, [row for row in in_column if mode in (None, row["mode"])], styles)
+        title = quantity.title.format(baseline=baseline)
+        axes[i, 0].set_ylabel(f"{mode}: {title}" if mode else title, fontsize=9)
+    for ax, column in zip(axes[0], columns, strict=True):
+        ax.set_title(column, fontsize=10)
     name_sizes(axes, rows)
     handles = {text: handle for ax in axes.flat for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)}
     shown = [name for name in styles if name in handles]

@@ -149,12 +149,8 @@ class Contender:
         return lambda: self.try_to(clock) or 0.0
 
     def capture(self) -> None:
-        """Calls of their own: autograd runs a backward pass on the stream of its forward pass, so that must be here."""
         if self.graph:
-            stream = harness.side_stream()
-            with torch.cuda.stream(stream):
-                calls = [self.prepare() for _ in self.calls[""]]
-            self.calls["graph_"] = [harness.captured(call, stream) for call in calls]
+            self.calls["graph_"] = [harness.captured(self.prepare) for _ in self.calls[""]]
 
     def finish(self, options: Options, ceilings: Row) -> None:
         """Memory, and the percentage of the ceilings."""

@@ -192,12 +192,14 @@ def _resident_kib(field: str) -> int:
     return next(int(words[1]) for words in lines if words[0] == f"{field}:")
 
 
-def stored(suite: str, rows: Iterable[Row], device: str, dtype: torch.dtype, folder: Path | None) -> list[Row]:
+def stored(
+    suite: str, rows: Iterable[Row], device: str, dtype: torch.dtype, folder: Path | None, *, total: int | None = None
+) -> list[Row]:
     """The rows, to which the facts of the run are added; each goes to FOLDER/SUITE.jsonl as it comes."""
     facts = {"suite": suite, **environment(device), "device_type": torch.device(device).type}
     facts["dtype"] = str(dtype).removeprefix("torch.")
     found: list[Row] = []
-    for row in tqdm(rows, desc=suite, unit="row"):
+    for row in tqdm(rows, suite, total, unit="row"):
         row |= facts
         found.append(row)
         if folder is not None:

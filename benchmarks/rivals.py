@@ -145,27 +145,13 @@ def missing(name: str, device: str) -> str | None:
 
 
 class Layer(nn.Module):
-    """Projections around an attention: (B, N, d) -> (B, N, d)."""
+    """Projections around an attention that is given q, k, v and ``heads``: (B, N, d) -> (B, N, d)."""
 
-    attend: Attention
-
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, attend: Attention, dim: int, num_heads: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.attend, self.num_heads = attend, num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(self.attend(*self.qkv(x).chunk(3, -1), heads=self.num_heads))
-
-
-class SoftmaxAttention(Layer):
-    """Multi-head softmax attention as in DiT, quadratic in N."""
-
-    attend = staticmethod(softmax)
-
-
-class ReLULinearAttention(Layer):
-    """Multi-head ReLU linear attention as in Sana, see :func:`sana`."""
-
-    attend = staticmethod(sana)

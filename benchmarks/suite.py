@@ -235,8 +235,9 @@ def run(suite: str, options: Options, comparisons: Sequence[Comparison]) -> list
 
     Prints tables, and how the rows stand to the goals of the project."""
     torch.set_num_threads(options.threads)
-    folder = options.folder()
-    rows = harness.stored(suite, measured(options, comparisons), options.device, options.torch_dtype, folder)
+    found, folder = measured(options, comparisons), options.folder()
+    total = sum(len(comparison.contenders) for comparison in comparisons)
+    rows = harness.stored(suite, found, options.device, options.torch_dtype, folder, total=total)
     print(*filter(None, (report(rows), verdicts(goals(rows)))), sep="\n\n")
     if folder is not None:
         print(f"rows: {folder / f'{suite}.jsonl'}")

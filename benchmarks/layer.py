@@ -26,11 +26,6 @@ from dydila_kernels.testing import equations, layer_error_ratio
 
 CHECKED_TOKENS = 48**2
 """Tokens of the image that the check is done on at most: longer ones take the same path."""
-RIVALS = {
-    "softmax": (rivals.softmax, rivals.plain_softmax, roofline.softmax_core),
-    "sana": (rivals.sana, rivals.plain_linear, roofline.linear_core),
-}
-"""Their attention, what it is checked against, and its cost."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +90,7 @@ def error_ratio(case: Case) -> float:
         return layer_error_ratio(attn, length=shape.tokens)
     layer = layer_of(case)
     x = torch.randn(1, min(shape.tokens, 256), shape.dim, device=case.device, dtype=shape.dtype)
-    _, core, _ = RIVALS[case.name.split()[0]]
+    core = rivals.RIVALS[case.name.split()[0]].formula
 
     def formula(dtype: torch.dtype) -> Tensor:
         qkv, weight, bias = (t.to(dtype) for t in (layer.qkv.weight, layer.proj.weight, layer.proj.bias))
@@ -122,7 +117,7 @@ def prepare(case: Case) -> Call:
 def layer_of(case: Case) -> Any:
     """The module with random weights, in train mode where there will be gradients."""
     name, _, form = case.name.partition(" ")
-    kind = DyDiLAttention if name == "dydila" else partial(rivals.Layer, RIVALS[name][0])
+    kind = DyDiLAttention if name == "dydila" else partial(rivals.Layer, rivals.RIVALS[name].attend)
     with torch.device(case.device):
         layer: Any = kind(case.shape.dim, case.shape.heads).to(case.shape.dtype)
     layer.train(case.mode != "forward")
@@ -138,7 +133,7 @@ def cost(case: Case) -> Cost:
     total = square(3 * shape.dim) + square(shape.dim)
     name = case.name.split()[0]
     if name != "dydila":
-        return total + RIVALS[name][2](shape, mode)
+        return total + rivals.RIVALS[name].cost(shape, mode)
     return total + square(shape.dim, weights=3) * 2 + roofline.core(shape, mode) + roofline.convolution(shape, mode)
 
 

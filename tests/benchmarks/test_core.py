@@ -110,10 +110,9 @@ def test_adapters_keep_the_layout_of_their_package(name: str, module: str, monke
 
     monkeypatch.setattr(rivals, "import_module", lambda path: StandIn if path.startswith(module) else None)
     q, k, v = tokens()
-    attend = rivals.PACKAGES[name].attend
-    assert attend is not None
+    attend, formula, *_ = rivals.RIVALS[name]
     found = attend(q, k, v, heads=2)
-    assert relative_error(found, core.FORMULAS[name](q, k, v, heads=2)) < 1e-4
+    assert relative_error(found, formula(q, k, v, heads=2)) < 1e-4
 
 
 def test_a_new_size_or_mode_forgets_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,13 +27,7 @@ OURS = ("dydila", "dydila eager", "dydila compiled")
 FACTORS = 9
 """Entries of gamma and of lambda, as in the layer by default."""
 CHECKED_TOKENS = 32**2
-"""Tokens of the image that the check is done on, unless all sizes are shorter: longer ones take the same path."""
-SOFTMAX = ("softmax", *rivals.BACKENDS)
-FORMULAS = {
-    **dict.fromkeys([*SOFTMAX, "flash-attn"], rivals.plain_softmax),
-    **dict.fromkeys(["sana", "flash_bla"], rivals.plain_linear),
-}
-"""What a rival is checked against: its own formula, operation by operation."""
+"""Tokens of the image that the check is done on at most: longer ones take the same path."""
 
 
 @dataclass(frozen=True)
@@ -59,43 +53,42 @@ def comparisons(config: Config) -> Iterator[Comparison]:
     who = [(name, h) for h in heads for name in names(config, config.dim // h)]
     sizes = config.lengths(cpu=(256, 1024, 4096, 16384), gpu=(256, 1024, 4096, 16384, 65536))
     for tokens, mode in product(sizes, config.modes):
-        yield suite.comparison(config, mode, tokens, config.dim, who, partial(contender, config), inputs=3)
+        yield suite.comparison(config, mode, tokens, config.dim, who, contender, inputs=3)
 
 
 def names(config: Config, head_dim: int) -> list[str]:
     """Who is measured with heads of this width; 256 channels are the most that fused softmax takes."""
     compiled = ["dydila compiled", "sana compiled"] if config.compiled else []
-    everyone = [*OURS[:2], *SOFTMAX, "sana", "focused", *compiled, *rivals.PACKAGES]
-    return [name for name in everyone if head_dim <= 256 or not (name in SOFTMAX or name in rivals.PACKAGES)]
+    everyone = [*OURS[:2], *rivals.SOFTMAX, "sana", "focused", *compiled, *rivals.PACKAGES]
+    return [name for name in everyone if head_dim <= 256 or not (name in rivals.SOFTMAX or name in rivals.PACKAGES)]
 
 
-def contender(config: Config, case: Case) -> Contender:
+def contender(case: Case) -> Contender:
     name, _, shape, device, _ = case
     labels: Row = {"name": name, "heads": shape.heads}
     missing = None
     if name in rivals.PACKAGES:
-        labels["computes"] = rivals.PACKAGES[name].computes
+        labels["computes"] = rivals.RIVALS[name].computes
         missing = rivals.missing(name, device)
     if name in rivals.BACKENDS:
         missing = rivals.why_not_softmax(name, device, shape.dtype, shape.dim // shape.heads)
-    checked = min(max(config.lengths((), ()) or (CHECKED_TOKENS,)), CHECKED_TOKENS)
-    check = error_ratio if name == "dydila" else rival_error_ratio if name in FORMULAS else None
-    compiles = "compiled" in name and not config.on_gpu  # in a fresh process, again
+    checked = case.one_of(min(shape.tokens, CHECKED_TOKENS), "forward")
+    rival = rivals.RIVALS.get(name)
+    check = error_ratio if name == "dydila" else rival_error_ratio if rival and rival.formula else None
     return Contender(
         partial(prepare, case),
         labels,
         cost(case),
-        check and partial(check, case.one_of(checked, "forward")),
+        check and partial(check, checked),
         missing,
-        None if compiles else partial(prepare, case.one_of(16, case.mode)),
+        suite.warm_up(prepare, case),
         graph=True,
     )
 
 
 def cost(case: Case) -> roofline.Cost:
-    of_softmax = FORMULAS.get(case.name) is rivals.plain_softmax
-    declared = roofline.core if case.name in OURS else roofline.softmax_core if of_softmax else roofline.linear_core
-    return declared(case.shape, case.mode)
+    name = case.name.removesuffix(" compiled")
+    return (roofline.core if case.name in OURS else rivals.RIVALS[name].cost)(case.shape, case.mode)
 
 
 def prepare(case: Case) -> Call:
@@ -133,14 +126,9 @@ def random_inputs(shape: Shape, device: str) -> dict[str, Tensor]:
 
 def function_of(name: str) -> rivals.Attention:
     """What is called: of ours with the keywords of the core, of others with q, k, v and ``heads``."""
-    if name in SOFTMAX:
-        return partial(rivals.softmax, backend=name)
     if name in OURS:
         return dydila_attention if name == "dydila" else reference.dydila_attention
-    plain = {"sana": rivals.sana, "focused": rivals.focused}
-    attend = rivals.PACKAGES[name].attend if name in rivals.PACKAGES else plain[name.removesuffix(" compiled")]
-    assert attend is not None
-    return attend
+    return rivals.RIVALS[name.removesuffix(" compiled")].attend
 
 
 @cache
@@ -187,7 +175,7 @@ def together(tensors: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, 
 @cache
 def rival_error_ratio(case: Case) -> float:
     """The error of a rival's output over that of its own formula in the same dtype."""
-    tokens, formula = list(random_inputs(case.shape, case.device).values())[:3], FORMULAS[case.name]
+    tokens, formula = list(random_inputs(case.shape, case.device).values())[:3], rivals.RIVALS[case.name].formula
     found, plain = (f(*tokens, heads=case.shape.heads) for f in (function_of(case.name), formula))
     return suite.error_ratio(found, plain, formula(*(t.cpu().double() for t in tokens), heads=case.shape.heads))
 

@@ -87,13 +87,9 @@ def main(
     end = time.monotonic() + 60 * minutes
     for number, part in enumerate(parts):
         limit = part.seconds / sum(later.seconds for later in parts[number:]) * (end - time.monotonic())
-        if part.missing:
-            outcomes.append(Outcome(part.name, f"left out: no {', '.join(part.missing)}"))
-        else:
-            outcome, found = run(part, part.commands(device, smoke, out), limit, out)
-            outcomes.append(outcome)
-            rows += found
-        rows.append({"suite": "gpu_run", **asdict(outcomes[-1]), **known})
+        outcome, found = run(part, part.commands(device, smoke, out), limit, out)
+        outcomes.append(outcome)
+        rows += [*found, {"suite": "gpu_run", **asdict(outcome), **known}]
         harness.write_rows(out / ROWS, rows)
     try:
         plot.draw_all(rows, out, widths=1)
@@ -110,6 +106,8 @@ def main(
 
 def run(part: Part, commands: Sequence[Sequence[str]], limit: float, out: Path) -> tuple[Outcome, list[Row]]:
     """Runs the commands of a part, the later ones also where an earlier one fails, for ``limit`` seconds at most."""
+    if part.missing:
+        return Outcome(part.name, f"left out: no {', '.join(part.missing)}"), []
     print(f"{part.name}: at most {limit:.0f} s", flush=True)
     path = out / f"{part.name}.txt"
     started = time.monotonic()
@@ -149,20 +147,12 @@ def state_of(command: Sequence[str], limit: float, output: int) -> str:
         return "passed" if code == 0 else f"killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
     except subprocess.TimeoutExpired:
         return "out of time"
-    finally:
-        end_group(process)
-
-
-def end_group(process: subprocess.Popen[bytes]) -> None:
-    """Ends what is left of a process and those it started: politely at first, so that rows and locks are whole."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            break
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(5)
-    process.wait()
+    finally:  # of what is left, politely at first, so that rows and locks are whole
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, number)
+                process.wait(5)
+        process.wait()
 
 
 def take_rows(path: Path) -> list[Row]:

@@ -30,8 +30,8 @@ from dydila_kernels import tuning
 
 Row = dict[str, Any]
 Call = Callable[[], object]
-Clock = Callable[[Call], float]
-"""Makes a call and says how many seconds it took, or the part of it that is asked for."""
+Clock = Callable[[], float]
+"""Makes a call and says how many seconds it took."""
 Name = TypeVar("Name")
 Result = TypeVar("Result")
 
@@ -85,22 +85,23 @@ def is_gpu(device: str) -> bool:
     return torch.device(device).type == "cuda"
 
 
-def interleave(
-    calls: Mapping[Name, Call], repeats: int, budget_seconds: float, *, device: str = "cpu",
-    clocks: Mapping[Name, Clock] | None = None,
-) -> dict[Name, list[float]]:  # fmt: skip
-    """Time the calls in turn, A B A B ..., so that a drift of the machine meets all of them; seconds per call.
+def clock(call: Call, device: str = "cpu") -> Clock:
+    """Of a call as a whole: by the CPU's clock, or by events on an idle GPU."""
+    return partial(tuning.seconds_of, call, torch.device(device))
+
+
+def interleave(clocks: Mapping[Name, Clock], repeats: int, budget_seconds: float) -> dict[Name, list[float]]:
+    """Time calls in turn, A B A B ..., so that a drift of the machine meets all of them; seconds per call.
 
     The first call of each warms up and is dropped.  A call that has used up its budget takes no further turn; if that
     happens in the first round already, its first call is a long one, in which warming up is no part to speak of, and it
-    is kept as the only sample.  ``clocks`` are those of calls that are not timed as a whole.
+    is kept as the only sample.
     """
-    seconds: dict[Name, list[float]] = {name: [] for name in calls}
-    whole: Clock = partial(tuning.seconds_of, device=torch.device(device))
+    seconds: dict[Name, list[float]] = {name: [] for name in clocks}
     for _ in range(repeats + 1):
-        for name, call in calls.items():
+        for name, clock in clocks.items():
             if sum(seconds[name]) <= budget_seconds:
-                seconds[name].append((clocks or {}).get(name, whole)(call))
+                seconds[name].append(clock())
     return {name: samples[1:] or samples for name, samples in seconds.items()}
 
 
@@ -123,21 +124,16 @@ def cache_bytes(device: str) -> int:
     return int(size.read_text().strip().removesuffix("K")) * 1024 if size.exists() else 0
 
 
-def side_stream() -> torch.cuda.Stream:
-    """A stream that begins where the current one has arrived."""
+def captured(prepare: Callable[[], Call]) -> Call:
+    """The call that is prepared, as a CUDA graph: replaying it takes the time of the device alone.
+
+    It is prepared here because autograd runs a backward pass on the stream of its forward pass.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    return stream
-
-
-def captured(call: Call, stream: torch.cuda.Stream | None = None) -> Call:
-    """The call as a CUDA graph: replaying it takes the time of the device alone.
-
-    ``stream`` is where to capture: for a backward pass, which runs where its forward pass ran, that of the latter.
-    """
-    stream = stream or side_stream()
-    with torch.cuda.stream(stream):  # allocations and compilations of a first call cannot be captured
-        for _ in range(2):
+    with torch.cuda.stream(stream):
+        call = prepare()
+        for _ in range(2):  # allocations and compilations of a first call cannot be captured
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -196,20 +192,18 @@ def _resident_kib(field: str) -> int:
     return next(int(words[1]) for words in lines if words[0] == f"{field}:")
 
 
-def facts_of(suite: str, device: str, dtype: torch.dtype) -> Row:
-    """What all rows of a run have in common."""
-    kind = {"device_type": torch.device(device).type, "dtype": str(dtype).removeprefix("torch.")}
-    return {"suite": suite, **environment(device), **kind}
-
-
-def stored(suite: str, rows: Iterable[Row], options: Options, dtype: torch.dtype) -> list[Row]:
-    """The rows, to which the facts of the run are added, each stored as it comes."""
-    facts, found = facts_of(suite, options.device, dtype), list[Row]()
-    for row in tqdm(rows, desc=suite, unit="row"):
+def stored(
+    suite: str, rows: Iterable[Row], device: str, dtype: torch.dtype, folder: Path | None, *, total: int | None = None
+) -> list[Row]:
+    """The rows, to which the facts of the run are added; each goes to FOLDER/SUITE.jsonl as it comes."""
+    facts = {"suite": suite, **environment(device), "device_type": torch.device(device).type}
+    facts["dtype"] = str(dtype).removeprefix("torch.")
+    found: list[Row] = []
+    for row in tqdm(rows, suite, total, unit="row"):
         row |= facts
         found.append(row)
-        if options.out is not None:
-            write_rows(options.out / f"{suite}.jsonl", found)
+        if folder is not None:
+            write_rows(folder / f"{suite}.jsonl", found)
     return found
 
 

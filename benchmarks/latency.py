@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
+from typing import Any
 
 import torch
 import tyro
@@ -30,19 +32,6 @@ class Config(model.ModelOptions):
     """Images at once: one, and two for guidance."""
 
 
-class Step:
-    """A step of sampling, to be called; leaves the model's output (B, C, side, side) in ``output``."""
-
-    def __init__(self, case: Case) -> None:
-        self.model = model.network(case.name, case.size, False, case.fused, case.device, case.dtype)
-        self.arguments = model.inputs(case)
-        self.output = torch.empty(0)
-
-    def __call__(self) -> None:
-        with torch.inference_mode():
-            self.output = self.model(*self.arguments)
-
-
 def main(config: Config) -> list[Row]:
     """Check, measure, print tables and store the rows."""
     return suite.run("latency", config, comparisons(config))
@@ -51,20 +40,16 @@ def main(config: Config) -> list[Row]:
 def comparisons(config: Config) -> list[Comparison]:
     """By batch, each in rising order of size."""
     return [
-        model.comparison([case._replace(fused=case.name == "dydi-lit") for case in cases], contender)
-        for batch in config.batches
-        for cases in (config.cases("forward", batch, image) for image in config.images(on_cpu=2))
+        model.comparison(config.cases("forward", batch, image, fused=True), contender)
+        for batch, image in product(config.batches, config.images(on_cpu=2))
     ]
 
 
 def contender(case: Case) -> Contender:
-    return Contender(
-        prepare=partial(Step, case),
-        labels={"heads": model.config_of(case).num_heads, "fused": case.fused},
-        cost=model.cost(case),
-        error_ratio=partial(error_ratio, case) if case.fused or harness.is_gpu(case.device) else None,
-        graph=True,
-    )
+    checked = case.fused or harness.is_gpu(case.device)
+    labels = {"heads": model.config_of(case).num_heads, "fused": case.fused}
+    check = partial(error_ratio, case) if checked else None
+    return Contender(partial(model.prepare, case), labels, model.cost(case), check, graph=True)
 
 
 def error_ratio(case: Case) -> float:
@@ -88,14 +73,17 @@ def captured_difference(case: Case) -> float:
 
     Nothing, if a graph does the same: the kernels are deterministic.
     """
-    step = Step(case)
-    step()
-    called = step.output.clone()
-    replay = harness.captured(step)
+    outputs: list[Any] = []
+
+    def prepare() -> harness.Call:
+        call = model.prepare(case)
+        return lambda: outputs.append(call())
+
+    replay = harness.captured(prepare)
     with torch.inference_mode():
-        step.output.zero_()  # what it shows then is of the replay, not of the capture
+        outputs[-1].zero_()  # what it shows then is of the replay, not of the capture
     replay()
-    return relative_error(step.output, called) / torch.finfo(case.dtype).eps
+    return relative_error(outputs[-1], outputs[0]) / torch.finfo(case.dtype).eps
 
 
 if __name__ == "__main__":

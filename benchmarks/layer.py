@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import harness, rivals, roofline, suite
+from benchmarks import rivals, roofline, suite
 from benchmarks.harness import Call, Row
 from benchmarks.roofline import Cost
 from benchmarks.suite import Case, Comparison, Contender
@@ -25,7 +25,7 @@ from dydila_kernels import DyDiLAttention
 from dydila_kernels.testing import equations, layer_error_ratio
 
 CHECKED_TOKENS = 48**2
-"""Tokens of the image that the check is done on, unless all sizes are shorter: longer ones take the same path."""
+"""Tokens of the image that the check is done on at most: longer ones take the same path."""
 
 
 @dataclass(frozen=True)
@@ -64,22 +64,19 @@ def comparisons(config: Config) -> Iterator[Comparison]:
             for name in ("dydila", *config.rivals)
             for heads in suite.heads_of(of_softmax if name == "softmax" else config.heads, dim)
         ]
-        checked = min(sizes[-1], CHECKED_TOKENS)
-        yield suite.comparison(config, mode, tokens, dim, who, partial(contender, checked), inputs=1)
+        yield suite.comparison(config, mode, tokens, dim, who, contender, inputs=1)
 
 
-def contender(checked: int, case: Case) -> Contender:
-    # What the backward pass alone adds to memory says nothing without what the forward pass has left there.  In a fresh
-    # process on a CPU, a compiler would count as growth.
-    compiles = case.name.endswith("compiled") and not harness.is_gpu(case.device)
-    # What is left is the formula that ours is checked against.
-    checks = case.name not in ("dydila eager", "dydila compiled")
+def contender(case: Case) -> Contender:
+    checked = case.one_of(min(case.shape.tokens, CHECKED_TOKENS), "forward")
+    checks = case.name not in ("dydila eager", "dydila compiled")  # which are the formula that ours is checked against
     return Contender(
         prepare=partial(prepare, case),
         labels={"name": case.name, "heads": case.shape.heads},
         cost=cost(case),
-        error_ratio=partial(error_ratio, case.one_of(checked, "forward")) if checks else None,
-        warm_up=None if case.mode == "backward" or compiles else partial(prepare, case.one_of(16, case.mode)),
+        error_ratio=partial(error_ratio, checked) if checks else None,
+        # What the backward pass alone adds to memory says nothing without what the forward pass has left there.
+        warm_up=None if case.mode == "backward" else suite.warm_up(prepare, case),
         graph=True,
     )
 
@@ -93,7 +90,7 @@ def error_ratio(case: Case) -> float:
         return layer_error_ratio(attn, length=shape.tokens)
     layer = layer_of(case)
     x = torch.randn(1, min(shape.tokens, 256), shape.dim, device=case.device, dtype=shape.dtype)
-    core = {"softmax": rivals.plain_softmax, "sana": rivals.plain_linear}[case.name.split()[0]]
+    core = rivals.RIVALS[case.name.split()[0]].formula
 
     def formula(dtype: torch.dtype) -> Tensor:
         qkv, weight, bias = (t.to(dtype) for t in (layer.qkv.weight, layer.proj.weight, layer.proj.bias))
@@ -120,7 +117,7 @@ def prepare(case: Case) -> Call:
 def layer_of(case: Case) -> Any:
     """The module with random weights, in train mode where there will be gradients."""
     name, _, form = case.name.partition(" ")
-    kind = {"dydila": DyDiLAttention, "softmax": rivals.SoftmaxAttention, "sana": rivals.ReLULinearAttention}[name]
+    kind = DyDiLAttention if name == "dydila" else partial(rivals.Layer, rivals.RIVALS[name].attend)
     with torch.device(case.device):
         layer: Any = kind(case.shape.dim, case.shape.heads).to(case.shape.dtype)
     layer.train(case.mode != "forward")
@@ -136,7 +133,7 @@ def cost(case: Case) -> Cost:
     total = square(3 * shape.dim) + square(shape.dim)
     name = case.name.split()[0]
     if name != "dydila":
-        return total + {"softmax": roofline.softmax_core, "sana": roofline.linear_core}[name](shape, mode)
+        return total + rivals.RIVALS[name].cost(shape, mode)
     return total + square(shape.dim, weights=3) * 2 + roofline.core(shape, mode) + roofline.convolution(shape, mode)
 
 

@@ -58,10 +58,10 @@ class ModelOptions(suite.Options):
                 raise ValueError(f"images must be multiples of {PIXELS_PER_TOKEN} pixels a side; got {image}")
         return sorted(images)
 
-    def cases(self, mode: Mode, batch: int, image: int) -> list[Case]:
-        """Of all models."""
-        size = "tiny" if self.smoke else self.size
-        return [Case(name, size, mode, batch, image, self.device, self.torch_dtype) for name in self.models]
+    def cases(self, mode: Mode, batch: int, image: int, fused: bool = False) -> list[Case]:
+        """Of all models, ours in its inference form where ``fused``."""
+        each = Case("", "tiny" if self.smoke else self.size, mode, batch, image, self.device, self.torch_dtype)
+        return [each._replace(name=name, fused=fused and name == "dydi-lit") for name in self.models]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 from benchmarks import harness
 from benchmarks.harness import Row
@@ -35,12 +35,20 @@ LINES = ("--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
 
 
 class Quantity(NamedTuple):
-    """What a panel shows of each row; None where the row does not tell."""
+    """What a panel shows of each row, by its ``key``; nothing where that is missing, None or 0."""
 
+    key: str
     title: str
-    value: Callable[[Row], float | None]
     logarithmic: bool = True
     line: float | None = None
+
+
+QUANTITIES = (
+    Quantity("ms", "time (ms)"),
+    Quantity("speed_up", "times as fast as {baseline}", line=1),
+    Quantity("percent_of_ceiling", "% of the ceiling", logarithmic=False),
+    Quantity("peak_mib", "peak memory (MiB)"),
+)
 
 
 def main(rows: tyro.conf.Positional[tuple[Path, ...]] = (), out: Path | None = None) -> list[Path]:
@@ -74,26 +82,26 @@ def draw_all(rows: Sequence[Row], folder: Path, *, widths: int | None = None) ->
 
 def draw(rows: Sequence[Row]) -> Figure:
     """The picture of one suite and width: quantities downwards, modes (or stages) across."""
-    rows = with_batch(rows)
+    baseline = next((name for name in BASELINES if any(row["name"] == name for row in rows)), None)
+    rows = drawn(rows, baseline)
     modes = list(dict.fromkeys(row["mode"] for row in rows))
-    stages = list(dict.fromkeys(row.get("stage") for row in rows))
-    quantities = [q for q in quantities_of(rows) if any(q.value(row) is not None for row in rows)]
-    if stages == [None]:
-        grid = [[(quantity, mode, None) for mode in modes] for quantity in quantities]
-    else:  # many: the sum of two modes that are shown goes without saying
-        modes = [mode for mode in modes if mode != MODES[-1]] or modes
-        grid = [[(quantity, mode, stage) for stage in stages] for mode, quantity in product(modes, quantities)]
-
+    stages = list(dict.fromkeys(row["stage"] for row in rows if "stage" in row))
+    quantities = [quantity for quantity in QUANTITIES if any(row.get(quantity.key) for row in rows)]
+    # Stages are many: the sum of two modes that are shown goes without saying.
+    downwards = ([mode for mode in modes if mode != MODES[-1]] or modes) if stages else [None]
+    lines, columns = list(product(downwards, quantities)), stages or modes
     styles = styles_of(rows)
-    height, width = len(grid), len(grid[0])
+    height, width = len(lines), len(columns)
     figure = Figure(figsize=(max(3.4 * width, 6.4), 2.4 * height + 1.3), layout="constrained")
     axes = figure.subplots(height, width, squeeze=False, sharex=True)
-    for i, line in enumerate(grid):
-        for ax, (quantity, mode, stage) in zip(axes[i], line, strict=True):
-            panel(ax, quantity, [row for row in rows if (row["mode"], row.get("stage")) == (mode, stage)], styles)
-            if i == 0:
-                ax.set_title(stage or mode, fontsize=10)
-        axes[i, 0].set_ylabel(f"{line[0][1]}: {quantity.title}" if line[0][2] else quantity.title, fontsize=9)
+    for i, (mode, quantity) in enumerate(lines):
+        for ax, column in zip(axes[i], columns, strict=True):
+            in_column = [row for row in rows if row.get("stage", row["mode"]) == column]
+            panel(ax, quantity, [row for row in in_column if mode in (None, row["mode"])], styles)
+        title = quantity.title.format(baseline=baseline)
+        axes[i, 0].set_ylabel(f"{mode}: {title}" if mode else title, fontsize=9)
+    for ax, column in zip(axes[0], columns, strict=True):
+        ax.set_title(column, fontsize=10)
     name_sizes(axes, rows)
     handles = {text: handle for ax in axes.flat for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)}
     shown = [name for name in styles if name in handles]
@@ -123,70 +131,63 @@ def draw_losses(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def with_batch(rows: Sequence[Row]) -> Sequence[Row]:
-    """The rows, with the batch said beside the mode where one size was measured with several."""
-    batches = {(label(row), row["mode"], row.get("stage"), size_of(row), row.get("batch")) for row in rows}
-    if len({where[:-1] for where in batches}) == len(batches):
-        return rows
-    return [{**row, "mode": f"{row['mode']}, batch {row['batch']}"} for row in rows]
+def drawn(rows: Sequence[Row], baseline: str | None) -> list[Row]:
+    """The rows with what is drawn of them: ``label``, ``size`` (side of the image, or N), ``ms`` and ``speed_up``.
 
+    The mode names the batch where one size was measured with several.
+    """
 
-def quantities_of(rows: Sequence[Row]) -> list[Quantity]:
-    """Time, speed-up over the baseline where the suite has one, percent of the ceiling, memory."""
+    def place(row: Row) -> tuple[object, ...]:
+        return tuple(row.get(key) for key in ("stage", "mode", "size", "batch"))
 
-    def where(row: Row) -> tuple[object, ...]:
-        return tuple(row.get(key) for key in ("stage", "mode", "batch", "tokens", "image"))
-
-    baseline = next((name for name in BASELINES if any(row["name"] == name for row in rows)), None)
-    times: dict[tuple[object, ...], float] = {}
-    for row in rows:
-        if row["name"] == baseline and not row["skipped"]:
-            times[where(row)] = min(milliseconds(row), times.get(where(row), math.inf))  # of several heads
-
-    def speed_up(row: Row) -> float | None:
-        measured = not row["skipped"] and row["name"] != baseline and where(row) in times
-        return times[where(row)] / milliseconds(row) if measured else None
-
-    return [
-        Quantity("time (ms)", lambda row: None if row["skipped"] else milliseconds(row)),
-        Quantity(f"times as fast as {baseline}", speed_up, line=1),
-        Quantity("% of the ceiling", lambda row: row.get("percent_of_ceiling"), logarithmic=False),
-        Quantity("peak memory (MiB)", lambda row: row.get("peak_mib") or None),  # 0 has no logarithm
-    ]
+    found = [{**row, "label": label(row), "size": row["image" if "image" in row else "tokens"]} for row in rows]
+    times: dict[object, float] = {}
+    for row in found:
+        if not row["skipped"]:
+            row["ms"] = milliseconds(row)
+            if row["name"] == baseline:
+                times[place(row)] = min(row["ms"], times.get(place(row), math.inf))  # of several heads
+    for row in found:
+        if "ms" in row and row["name"] != baseline and place(row) in times:
+            row["speed_up"] = times[place(row)] / row["ms"]
+    places = {(row["label"], *place(row)) for row in found}
+    if len({place[:-1] for place in places}) < len(places):
+        for row in found:
+            row["mode"] += f", batch {row['batch']}"
+    return found
 
 
 def panel(axes: Axes, quantity: Quantity, rows: Sequence[Row], styles: dict[str, dict[str, Any]]) -> None:
     """One curve for each contender; NaN, which draws nothing, where it has no number."""
-    sizes = sorted({size_of(row) for row in rows})
-    drawn: list[float] = []
+    sizes = sorted({row["size"] for row in rows})
+    shown: list[float] = []
     for name, style in styles.items():
-        values = {size_of(row): value for row in rows if label(row) == name and (value := quantity.value(row))}
+        values = {row["size"]: row[quantity.key] for row in rows if row["label"] == name and row.get(quantity.key)}
         if values:
             axes.plot(sizes, [values.get(size, math.nan) for size in sizes], label=name, markersize=5, **style)
-            drawn += values.values()
-    if not drawn:
+            shown += values.values()
+    if not shown:
         axes.set_axis_off()
         return
     if quantity.line is not None:
         axes.axhline(quantity.line, color="grey", linewidth=1)
-        drawn.append(quantity.line)
+        shown.append(quantity.line)
     axes.grid(alpha=0.3)
     axes.tick_params(which="both", axis="y", labelsize=8)
     if not quantity.logarithmic:
-        axes.set_ylim(0, 1.1 * max(drawn))
+        axes.set_ylim(0, 1.1 * max(shown))
         return
-    widen = max(1.25, math.sqrt(SMALLEST_SPAN * min(drawn) / max(drawn)))
+    widen = max(1.25, math.sqrt(SMALLEST_SPAN * min(shown) / max(shown)))
     axes.set_yscale("log")
-    axes.set_ylim(min(drawn) / widen, max(drawn) * widen)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    few = FuncFormatter(lambda value, _: f"{value:,g}" if f"{value:e}"[0] in "25" else "")
-    narrow = max(drawn) / min(drawn) * widen**2 < 30  # one decade may have no label otherwise
-    axes.yaxis.set_minor_formatter(few if narrow else NullFormatter())
+    axes.set_ylim(min(shown) / widen, max(shown) * widen)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:,g}")
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def name_sizes(axes: Any, rows: Sequence[Row]) -> None:
     """The sizes that were measured, on logarithmic axes, named below the lowest panel of each column that shows any."""
-    sizes = sorted({size_of(row) for row in rows})
+    sizes = sorted({row["size"] for row in rows})
     axes[-1, 0].set_xscale("log", base=2)
     axes[-1, 0].set_xticks(sizes, [f"{size:,}" for size in sizes])
     axes[-1, 0].xaxis.set_minor_locator(NullLocator())
@@ -209,11 +210,6 @@ def styles_of(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
             style = {**looks, "linewidth": 1.3, "zorder": 2}
         styles[label(row)] = style | {"fillstyle": "none" if row.get("heads") == 1 else "full"}
     return styles
-
-
-def size_of(row: Row) -> int:
-    """Where a row stands on the axis: the side of its image, or N."""
-    return row["image"] if "image" in row else row["tokens"]
 
 
 def caption(rows: Sequence[Row]) -> str:

@@ -69,18 +69,20 @@ def section(results: Path, folder: Path) -> str:
     threads = f"{first['threads']} threads of an " if on_cpu else ""
     facts = f"{first['date'][:10]}, {threads}{first['device']}, {first['dtype']}, d = {DIM}"
     versions = f"commit {first['commit']}, torch {first['torch']}, Triton {first['triton']}"
-    on_gpu = "Forward times are those of CUDA graphs, which leave the host out."
-    opening = "**No GPU has been measured yet: these are times of the torch backend on a CPU.**" if on_cpu else on_gpu
+    opening = "Forward times are those of CUDA graphs, which leave the host out."
+    if on_cpu:
+        opening = "**No GPU has been measured yet: these are times of the torch backend on a CPU.**"
     introduction = (
         f"{opening} How many times as fast our layer is as a softmax layer of the same width, with heads of 64 "
         f"channels, and as Sana's ReLU linear attention, with as many heads as ours ({facts}; {versions}; "
         f"[rows]({link}/layer.jsonl)):"
     )
+    speed_ups, memory = tables(rows)
     blocks = [
         textwrap.fill(introduction, 120, break_long_words=False, break_on_hyphens=False),
-        speed_ups(rows),
+        speed_ups,
         "The most memory that a call takes, in MiB:",
-        memory(rows),
+        memory,
         f"![Time, speed-up, percentage of the ceiling and memory against N]({link}/layer.png)",
         NOT_SHOWN.format(Path(os.path.relpath(harness.REPOSITORY / "benchmarks", folder)).as_posix()),
     ]
@@ -96,53 +98,30 @@ def device_folder(results: Path) -> Path:
     return max(gpus or found, key=lambda folder: harness.read_rows(folder / "layer.jsonl")[0]["date"])
 
 
-def speed_ups(rows: Sequence[Row]) -> str:
-    """A table: time of softmax, and of Sana's layer, over ours, in each mode and with each number of heads of ours."""
-    lines: dict[str, list[str]] = {}
-    for mode, rival, heads in product(MODES, ("softmax", "sana"), heads_of(rows, "dydila")):
-        theirs = heads_of(rows, rival)
-        above = curve(rows, rival, heads if heads in theirs else next(iter(theirs), None), mode)
-        below = curve(rows, "dydila", heads, mode)
-        pairs = zip(above, below, strict=True)
+def tables(rows: Sequence[Row]) -> list[str]:
+    """In Markdown, a column for each N: the time of softmax, and of Sana's layer, over ours; the peak memory of each.
+
+    A line for each mode and number of heads, without those that have no number.
+    """
+    found = {(row["name"], row["heads"], row["mode"], row["tokens"]): row for row in rows if not row["skipped"]}
+    heads = {name: sorted({row["heads"] for row in rows if row["name"] == name}, reverse=True) for name in TITLES}
+    sizes = sorted({row["tokens"] for row in rows})
+    speed_ups, memory = [], []
+    for mode, rival, h in product(MODES, ("softmax", "sana"), heads["dydila"]):
+        theirs = h if h in heads[rival] else next(iter(heads[rival]), None)
+        pairs = [(found.get((rival, theirs, mode, n)), found.get(("dydila", h, mode, n))) for n in sizes]
         ratios = [f"{milliseconds(a) / milliseconds(b):.3g}x" if a and b else "-" for a, b in pairs]
-        lines[f"{mode}, over {TITLES[rival]}: {counted(heads)}"] = ratios
-    return table(rows, lines)
-
-
-def memory(rows: Sequence[Row]) -> str:
-    """A table: the peak of each layer in each mode."""
-    lines: dict[str, list[str]] = {}
+        speed_ups.append([f"{mode}, over {TITLES[rival]}: {h} head{'s' * (h > 1)}", *ratios])
     for mode, (name, title) in product(MODES, TITLES.items()):
-        for heads in heads_of(rows, name):
-            peaks = [row and row.get("peak_mib") for row in curve(rows, name, heads, mode)]
-            lines[f"{mode}: {title}, {counted(heads)}"] = ["-" if p is None else f"{p:,.0f}" for p in peaks]
-    return table(rows, lines)
-
-
-def table(rows: Sequence[Row], lines: dict[str, list[str]]) -> str:
-    """In Markdown, a column for each N; without lines that have no number."""
-    shown = [[title, *cells] for title, cells in lines.items() if {*cells} != {"-"}]
-    return tabulate(shown, ["tokens N", *(f"{n:,}" for n in sizes(rows))], "github", disable_numparse=True)
-
-
-def sizes(rows: Sequence[Row]) -> list[int]:
-    return sorted({row["tokens"] for row in rows})
-
-
-def heads_of(rows: Sequence[Row], name: str) -> list[int]:
-    """The numbers of heads that a layer was measured with."""
-    return sorted({row["heads"] for row in rows if row["name"] == name}, reverse=True)
-
-
-def counted(heads: int) -> str:
-    return "1 head" if heads == 1 else f"{heads} heads"
-
-
-def curve(rows: Sequence[Row], name: str, heads: int | None, mode: str) -> list[Row | None]:
-    """The rows of a layer over N, None where it was not measured."""
-    wanted = {"name": name, "heads": heads, "mode": mode, "skipped": None}
-    found = {row["tokens"]: row for row in rows if wanted.items() <= row.items()}
-    return [found.get(tokens) for tokens in sizes(rows)]
+        for h in heads[name]:
+            peaks = [found.get((name, h, mode, n), {}).get("peak_mib") for n in sizes]
+            cells = ["-" if peak is None else f"{peak:,.0f}" for peak in peaks]
+            memory.append([f"{mode}: {title}, {h} head{'s' * (h > 1)}", *cells])
+    titles = ["tokens N", *(f"{n:,}" for n in sizes)]
+    return [
+        tabulate([line for line in lines if {*line[1:]} != {"-"}], titles, "github", disable_numparse=True)
+        for lines in (speed_ups, memory)
+    ]
 
 
 if __name__ == "__main__":

@@ -12,15 +12,17 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.roofline import Cost, Shape, linear_core, softmax_core
 
 Attention = Callable[..., Tensor]
 
@@ -119,24 +121,36 @@ def flash_bla(q: Tensor, k: Tensor, v: Tensor, *, heads: int) -> Tensor:
     return merge(kernel(q, k, v))
 
 
-class Package(NamedTuple):
-    """Of others; what it ``computes``, in words.  ``attend`` is None where that is not comparable."""
+class Rival(NamedTuple):
+    """Whom ours is compared with.
 
-    module: str
-    attend: Attention | None
-    computes: str
+    ``attend`` is None if not comparable, and ``formula`` what it is checked against, None if nothing.  A package of
+    others has a ``module`` and says what it ``computes``.
+    """
+
+    attend: Any
+    formula: Any
+    cost: Callable[[Shape, str], Cost]
+    module: str = ""
+    computes: str = ""
 
 
-PACKAGES = {
-    "flash-attn": Package("flash_attn", flash_attn, "softmax attention"),
-    "flash_bla": Package("flash_bla", flash_bla, "ReLU linear attention, Eq. 4"),
-    "flash-linear-attention": Package("fla", None, "causal linear attention"),
+SOFTMAX = ("softmax", *BACKENDS)
+PACKAGES = ("flash-attn", "flash_bla", "flash-linear-attention")
+RIVALS = {
+    **{name: Rival(partial(softmax, backend=name), plain_softmax, softmax_core) for name in SOFTMAX},
+    "sana": Rival(sana, plain_linear, linear_core),
+    "focused": Rival(focused, None, linear_core),
+    "flash-attn": Rival(flash_attn, plain_softmax, softmax_core, "flash_attn", "softmax attention"),
+    "flash_bla": Rival(flash_bla, plain_linear, linear_core, "flash_bla", "ReLU linear attention, Eq. 4"),
+    "flash-linear-attention": Rival(None, None, linear_core, "fla", "causal linear attention"),
 }
+"""By the names of rows."""
 
 
 def missing(name: str, device: str) -> str | None:
     """Why a package takes no part; None: it does."""
-    package = PACKAGES[name]
+    package = RIVALS[name]
     if importlib.util.find_spec(package.module) is None:
         return "missing: not installed"
     if package.attend is None:
@@ -145,27 +159,13 @@ def missing(name: str, device: str) -> str | None:
 
 
 class Layer(nn.Module):
-    """Projections around an attention: (B, N, d) -> (B, N, d)."""
+    """Projections around an attention that is given q, k, v and ``heads``: (B, N, d) -> (B, N, d)."""
 
-    attend: Attention
-
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, attend: Attention, dim: int, num_heads: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.attend, self.num_heads = attend, num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(self.attend(*self.qkv(x).chunk(3, -1), heads=self.num_heads))
-
-
-class SoftmaxAttention(Layer):
-    """Multi-head softmax attention as in DiT, quadratic in N."""
-
-    attend = staticmethod(softmax)
-
-
-class ReLULinearAttention(Layer):
-    """Multi-head ReLU linear attention as in Sana, see :func:`sana`."""
-
-    attend = staticmethod(sana)

@@ -116,8 +116,8 @@ def measure(config: harness.Options) -> Row:
         # Random: a GPU multiplies zeros and ones faster than its power allows for real numbers.
         matrix = torch.randn(side, side, device=config.device).to(dtype)
         calls[str(dtype).removeprefix("torch.")] = partial(torch.mm, matrix, matrix)
-    repeats = 2 if config.smoke else 20
-    seconds = harness.interleave(calls, repeats=repeats, budget_seconds=20, device=config.device)
+    clocks = {name: harness.clock(call, config.device) for name, call in calls.items()}
+    seconds = harness.interleave(clocks, repeats=2 if config.smoke else 20, budget_seconds=20)
     best = {name: min(samples) for name, samples in seconds.items()}  # a ceiling is the best there was
     row: Row = {"copy_gb_s": 2 * large / best.pop("copy") / GIGA}
     return row | {f"{name}_tflop_s": 2 * side**3 / duration / TERA for name, duration in best.items()}

@@ -173,7 +173,7 @@ def cost(case: Case) -> Cost:
     return passes(shape, 2, 2 * d * e) + Cost(shape.batch * d * e * shape.dtype.itemsize, 0)
 
 
-def clock_of(case: Case) -> harness.Clock:
+def clock_of(case: Case) -> Callable[[Call], float]:
     """Times what a call spends in the stage; it raises RuntimeError where the call has no such part."""
     if not runs_kernels(case):
         return partial(profiled_seconds, FUNCTIONS.get(case.stage, ()))
@@ -282,7 +282,8 @@ def dense(x: Tensor, weight: Tensor, router: Tensor) -> Tensor:
 
 def projections(project: rivals.Attention, case: Case) -> Call:
     """Q' and K' of the same tokens."""
-    d, (x, grad) = case.shape.dim, random_tokens(case, 2)
+    d, inputs = case.shape.dim, core.random_inputs(case.shape, case.device)
+    x, grad = inputs["q"], inputs["v"]
     sizes = 2 * ((PROJECTORS, d, d), (d, PROJECTORS))
     w_q, r_q, w_k, r_k = (torch.randn(size, device=x.device, dtype=x.dtype) * d**-0.5 for size in sizes)
     for leaf in (x, w_q, w_k):
@@ -292,24 +293,15 @@ def projections(project: rivals.Attention, case: Case) -> Call:
 
 def convolve(case: Case) -> Call:
     """``out + DWC(V)``, written into ``out``; tokens are images in the channels-last layout as they lie."""
-    v, out, grad = random_tokens(case, 3)
+    inputs = core.random_inputs(case.shape, case.device)
+    v, out, grad = inputs["v"], inputs["q"], inputs["k"]
     weight = torch.randn(case.shape.dim, 1, 3, 3, device=v.device, dtype=v.dtype) / 3
     for leaf in (v, weight):
         leaf.requires_grad_(case.mode != "forward")
-
-    def add_conv2d() -> Tensor:
-        image = v.unflatten(1, (isqrt(case.shape.tokens), -1)).permute(0, 3, 1, 2)
-        convolved = F.conv2d(image, weight, padding=1, groups=len(weight))
-        return out.detach().add_(convolved.permute(0, 2, 3, 1).flatten(1, 2))
-
-    return suite.call_of(case.mode, add_conv2d, [v, weight], grad)
-
-
-def random_tokens(case: Case, count: int) -> tuple[Tensor, ...]:
-    """So many of (B, N, d)."""
-    shape = case.shape
-    size = (shape.batch, shape.tokens, shape.dim)
-    return tuple(torch.randn(size, device=case.device, dtype=shape.dtype) for _ in range(count))
+    grid = (isqrt(case.shape.tokens), isqrt(case.shape.tokens))
+    return suite.call_of(
+        case.mode, lambda: out.detach().add_(reference.depthwise(v, weight, None, grid)), [v, weight], grad
+    )
 
 
 RIVALS: dict[str, dict[str, Callable[[Case], Call]]] = {

@@ -6,19 +6,17 @@ that says so under "skipped", and no time.
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import tyro
 from tabulate import tabulate
 from torch import Tensor
 from torch._functorch import config as functorch_config
-from tqdm import tqdm
 
 from benchmarks import harness, roofline
 from benchmarks.goals import goals, verdicts
@@ -93,9 +91,9 @@ def heads_of(asked: tuple[int, ...], dim: int) -> tuple[int, ...]:
     return asked or tuple(dict.fromkeys((1, max(1, dim // 64))))
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Contender:
-    """One of those compared.
+    """One of those compared, with its row, in which whatever goes wrong ends up.
 
     Attributes:
         prepare: makes a call to time, on inputs of its own, so that several sets of inputs can take turns.  It must
@@ -107,7 +105,7 @@ class Contender:
         warm_up: as ``prepare``, for a small call; where given, memory is measured: how far it rises during a call, on a
             CPU in a fresh process in which the small call has loaded code and started threads.
         graph: whether to time it as a CUDA graph as well, which leaves the host out.
-        clock: times a part of the call, in place of all of it.
+        clock: makes the call and gives the seconds of a part of it, in place of all of it.
     """
 
     prepare: Callable[[], Call]
@@ -117,7 +115,58 @@ class Contender:
     missing: str | None = None
     warm_up: Callable[[], Call] | None = None
     graph: bool = False
-    clock: Clock | None = None
+    clock: Callable[[Call], float] | None = None
+    row: Row = field(default_factory=dict, init=False)
+    calls: dict[str, list[Call]] = field(default_factory=dict, init=False)
+
+    def try_to(self, action: Callable[[], Any], where: str = "skipped") -> Any:
+        """What the action returns; from the first failure on nothing is done, and None.  ``where`` in the row what goes
+        wrong is noted."""
+        if self.row["skipped"]:
+            return None
+        try:
+            return action()
+        except torch.OutOfMemoryError:
+            self.row[where] = "out of memory"
+        except Exception as error:  # of a rival, or of a compiler: the others go on
+            reason = next(iter(str(error).splitlines()), "")
+            self.row[where] = f"failed: {type(error).__name__}: {reason}"
+        return None
+
+    def check(self) -> None:
+        if self.error_ratio is not None:
+            self.row["error_ratio"] = self.error_ratio()
+            if not self.row["error_ratio"] <= harness.LARGEST_RATIO:  # written so that NaN fails
+                self.row["skipped"] = WRONG
+
+    def make(self, sets: int) -> None:
+        self.calls[""] = [self.prepare() for _ in range(sets)]
+
+    def in_turn(self, prefix: str, device: str) -> Clock:
+        """The clock of the calls in turn; 0 from the first failure on."""
+        call = harness.in_turn(self.calls[prefix])
+        clock = partial(self.clock, call) if self.clock else harness.clock(call, device)
+        return lambda: self.try_to(clock) or 0.0
+
+    def capture(self) -> None:
+        if self.graph:
+            self.calls["graph_"] = [harness.captured(self.prepare) for _ in self.calls[""]]
+
+    def finish(self, options: Options, ceilings: Row) -> None:
+        """Memory, and the percentage of the ceilings."""
+        row = self.row
+        if self.warm_up is not None:
+            arguments = (self.prepare, self.warm_up, options.threads)
+            if options.on_gpu:
+                row["peak_mib"] = harness.peak_growth_mib(self.calls[""][0], options.device)
+            elif options.smoke:  # processes take seconds to start
+                row["peak_mib"] = peak_mib(*arguments)
+            else:
+                row["peak_mib"] = harness.in_fresh_process(peak_mib, *arguments)
+        if self.cost is not None:
+            seconds = milliseconds(row) / 1e3
+            row |= {"bytes": self.cost.bytes, "flops": self.cost.flops}
+            row |= roofline.against(self.cost, seconds, ceilings, options.torch_dtype)
 
 
 @dataclass(frozen=True)
@@ -147,6 +196,12 @@ def comparison(
     series: Row = {"stage": stage} if stage else {}
     point = {"batch": shape.batch, "tokens": tokens}
     return Comparison({**series, "mode": mode, "dim": dim}, point, contenders, inputs * shape.token_bytes)
+
+
+def warm_up(prepare: Callable[[Case], Call], case: Case) -> Callable[[], Call] | None:
+    """A small call; None for what is compiled on a CPU, where in a fresh process a compiler would count as growth."""
+    compiles = case.name.endswith("compiled") and not harness.is_gpu(case.device)
+    return None if compiles else partial(prepare, case.one_of(16, case.mode))
 
 
 def call_of(
@@ -180,115 +235,60 @@ def run(suite: str, options: Options, comparisons: Sequence[Comparison]) -> list
 
     Prints tables, and how the rows stand to the goals of the project."""
     torch.set_num_threads(options.threads)
-    folder = options.folder()
-    ceilings = roofline.measure(options)
-    facts = {**harness.facts_of(suite, options.device, options.torch_dtype), "ceilings": ceilings}
-    rows: list[Row] = []
-    for comparison in tqdm(comparisons, desc=suite, unit="cell"):
-        # What is compiled would give its saved tensors away, and could not run its backward pass again.
-        with functorch_config.patch(donated_buffer=comparison.series.get("mode") != "backward"):
-            rows += [{**facts, **row} for row in measure(options, comparison, rows, ceilings)]
-        if folder is not None:
-            harness.write_rows(folder / f"{suite}.jsonl", rows)
-        torch.compiler.reset()  # what was compiled for these sizes has had its use, and the compiler gives up at eight
-        if options.on_gpu:
-            torch.cuda.empty_cache()
+    found, folder = measured(options, comparisons), options.folder()
+    total = sum(len(comparison.contenders) for comparison in comparisons)
+    rows = harness.stored(suite, found, options.device, options.torch_dtype, folder, total=total)
     print(*filter(None, (report(rows), verdicts(goals(rows)))), sep="\n\n")
     if folder is not None:
         print(f"rows: {folder / f'{suite}.jsonl'}")
     return rows
 
 
+def measured(options: Options, comparisons: Sequence[Comparison]) -> Iterator[Row]:
+    """The rows of the comparisons, with the ceilings of the device."""
+    ceilings = roofline.measure(options)
+    rows: list[Row] = []
+    for comparison in comparisons:
+        # What is compiled would give its saved tensors away, and could not run its backward pass again.
+        with functorch_config.patch(donated_buffer=comparison.series.get("mode") != "backward"):
+            found = measure(options, comparison, rows, ceilings)
+        rows += found
+        yield from ({**row, "ceilings": ceilings} for row in found)
+        torch.compiler.reset()  # what was compiled for these sizes has had its use, and the compiler gives up at eight
+        if options.on_gpu:
+            torch.cuda.empty_cache()
+
+
 def measure(options: Options, comparison: Comparison, earlier: Sequence[Row], ceilings: Row) -> list[Row]:
     """One row for each contender."""
-    entrants = [
-        Entrant(contender, {"name": name, **comparison.series, **contender.labels, **comparison.point, "skipped": None})
-        for name, contender in comparison.contenders.items()
-    ]
+    contenders = list(comparison.contenders.values())
     sets = harness.sets_for_cold_cache(comparison.input_bytes, options.device)
-    for entrant in entrants:
-        entrant.row["skipped"] = entrant.contender.missing or over_budget(options, entrant, earlier)
-        entrant.try_to(entrant.check)
-        entrant.try_to(partial(entrant.prepare, sets))
+    for name, each in comparison.contenders.items():
+        each.row = {"name": name, **comparison.series, **each.labels, **comparison.point}
+        each.row["skipped"] = each.missing or over_budget(options, each, earlier)
+        each.try_to(each.check)
+        each.try_to(partial(each.make, sets))
 
     def time_in_turn(prefix: str) -> None:
-        among = {i: entrant for i, entrant in enumerate(entrants) if entrant.calls.get(prefix)}
-        attempts = {i: partial(entrant.try_to, harness.in_turn(entrant.calls[prefix])) for i, entrant in among.items()}
-        clocks = {i: entrant.clock for i, entrant in among.items() if entrant.contender.clock}
-        repeats, budget = options.calls, options.budget_seconds
-        seconds = harness.interleave(attempts, repeats, budget, device=options.device, clocks=clocks)
-        for i, samples in seconds.items():
-            if not entrants[i].row["skipped"]:
-                entrants[i].row |= {f"{prefix}{key}": value for key, value in harness.summarize(samples).items()}
+        clocks = {each: each.in_turn(prefix, options.device) for each in contenders if each.calls.get(prefix)}
+        for each, seconds in harness.interleave(clocks, options.calls, options.budget_seconds).items():
+            if not each.row["skipped"]:
+                each.row |= {f"{prefix}{key}": value for key, value in harness.summarize(seconds).items()}
 
     time_in_turn("")
     if options.on_gpu:
-        for entrant in entrants:
-            entrant.try_to(entrant.capture, "graph_skipped")
+        for each in contenders:
+            each.try_to(each.capture, "graph_skipped")
         time_in_turn("graph_")
-    for entrant in entrants:
-        entrant.try_to(partial(entrant.finish, options, ceilings))
-        entrant.calls.clear()
-    return [entrant.row for entrant in entrants]
+    for each in contenders:
+        each.try_to(partial(each.finish, options, ceilings))
+        each.calls.clear()
+    return [each.row for each in contenders]
 
 
-class Entrant:
-    """A contender at one size, with its row; whatever goes wrong ends up there."""
-
-    def __init__(self, contender: Contender, row: Row) -> None:
-        self.contender, self.row = contender, row
-        self.calls: dict[str, list[Call]] = {}
-
-    def try_to(self, action: Call, where: str = "skipped") -> None:
-        """Does nothing from the first failure on; notes ``where`` in the row what goes wrong."""
-        if self.row["skipped"]:
-            return
-        try:
-            action()
-        except torch.OutOfMemoryError:
-            self.row[where] = "out of memory"
-        except Exception as error:  # of a rival, or of a compiler: the others go on
-            reason = next(iter(str(error).splitlines()), "")
-            self.row[where] = f"failed: {type(error).__name__}: {reason}"
-
-    def check(self) -> None:
-        if self.contender.error_ratio is not None:
-            self.row["error_ratio"] = self.contender.error_ratio()
-            if not self.row["error_ratio"] <= harness.LARGEST_RATIO:  # written so that NaN fails
-                self.row["skipped"] = WRONG
-
-    def prepare(self, sets: int) -> None:
-        self.calls[""] = [self.contender.prepare() for _ in range(sets)]
-
-    def clock(self, call: Call) -> float:
-        """The contender's own, of which a failure is noted as well."""
-        seconds: list[float] = []
-        clock = self.contender.clock
-        self.try_to(lambda: seconds.append(clock(call)) if clock else None)
-        return sum(seconds)
-
-    def capture(self) -> None:
-        """Calls of their own: autograd runs a backward pass on the stream of its forward pass, so that must be here."""
-        if self.contender.graph:
-            stream = harness.side_stream()
-            with torch.cuda.stream(stream):
-                calls = [self.contender.prepare() for _ in self.calls[""]]
-            self.calls["graph_"] = [harness.captured(call, stream) for call in calls]
-
-    def finish(self, options: Options, ceilings: Row) -> None:
-        """Memory, and the percentage of the ceilings."""
-        contender, row = self.contender, self.row
-        if contender.warm_up is not None:
-            row["peak_mib"] = peak_mib(options, contender.prepare, contender.warm_up, self.calls[""][0])
-        if contender.cost is not None:
-            seconds = milliseconds(row) / 1e3
-            row |= {"bytes": contender.cost.bytes, "flops": contender.cost.flops}
-            row |= roofline.against(contender.cost, seconds, ceilings, options.torch_dtype)
-
-
-def over_budget(options: Options, entrant: Entrant, earlier: Sequence[Row]) -> str | None:
+def over_budget(options: Options, contender: Contender, earlier: Sequence[Row]) -> str | None:
     """Why a contender is not called: by its time at the size before, a call would take too long."""
-    cost, row = entrant.contender.cost, entrant.row
+    cost, row = contender.cost, contender.row
     same = {key: row[key] for key in ("stage", "name", "mode", "heads", "dim") if key in row}
     before = next((r for r in reversed(earlier) if same.items() <= r.items()), None)
     if cost is None or before is None:
@@ -302,21 +302,8 @@ def over_budget(options: Options, entrant: Entrant, earlier: Sequence[Row]) -> s
     return f"over budget: a call would take about {expected:.0f} s"
 
 
-def peak_mib(
-    options: Options, prepare: Callable[[], Call], warm_up: Callable[[], Call], prepared: Call
-) -> float | None:
-    """How far memory rises during a call (MiB), weights and inputs left out; None where it cannot be told.
-
-    Processes take seconds to start, so a smoke run makes do with this one.
-    """
-    if options.on_gpu or platform.system() != "Linux":
-        return harness.peak_growth_mib(prepared, options.device)
-    if options.smoke:
-        return _peak_mib(prepare, warm_up, options.threads)
-    return harness.in_fresh_process(_peak_mib, prepare, warm_up, options.threads)
-
-
-def _peak_mib(prepare: Callable[[], Call], warm_up: Callable[[], Call], threads: int) -> float | None:
+def peak_mib(prepare: Callable[[], Call], warm_up: Callable[[], Call], threads: int) -> float | None:
+    """How far memory of this process rises during a call (MiB), weights and inputs left out; None if unknown."""
     torch.set_num_threads(threads)
     warm_up()()
     return harness.peak_growth_mib(prepare(), "cpu")

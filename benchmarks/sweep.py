@@ -7,9 +7,9 @@ TRITON_INTERPRET=1, to try the command and for nothing else.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import islice, product
 
 import torch
 import tyro
@@ -18,20 +18,19 @@ from benchmarks import harness
 from benchmarks.harness import Row
 from dydila_kernels import DyDiLAttention, tuning
 from dydila_kernels.functional import choose_backend
-from dydila_kernels.ops import configs
 from dydila_kernels.testing import layer_error_ratio
 
 CHECKED_TOKENS = 32**2
-SHAPES = ("16x4096x384x6", "16x4096x384x1", "16x4096x1152x16")
-"""BxNxdxH: the width of the speed table with heads of 64, with one head, and the odd heads of DiT-XL."""
+SHAPES = ((16, 4096, 384, 6), (16, 4096, 384, 1), (16, 4096, 1152, 16))
+"""(B, N, d, H): the width of the speed table with heads of 64, with one head, and the odd heads of DiT-XL."""
 
 
 @dataclass(frozen=True)
 class Config(harness.Options):
     """Time launch configurations that differ from the table in one number, or in rows and warps alike."""
 
-    shapes: tuple[str, ...] = ()
-    """BxNxdxH each, such as 16x4096x384x6."""
+    shapes: tuple[tuple[int, int, int, int], ...] = SHAPES
+    """B N d H of each."""
     stages: tuple[str, ...] = ()
     """Stages to vary, by their names in dydila_kernels.ops.configs; by default all that the layer uses."""
     modes: tuple[str, ...] = ("forward", "forward+backward")
@@ -42,53 +41,39 @@ class Config(harness.Options):
 
 def main(config: Config) -> list[Row]:
     """Measures and stores; RuntimeError where the kernels cannot run."""
-    if config.smoke:
-        config = replace(config, shapes=config.shapes or ("1x16x32x2",), modes=config.modes[:1], repeats=1)
     dtype = torch.bfloat16 if config.on_gpu else torch.float32
     choose_backend("triton", torch.device(config.device), dtype)
-    cells = itertools.product(config.shapes or SHAPES, config.modes)
-    trials = (row for shape, mode in cells for row in measure(config, shape, mode, dtype))
-    return harness.stored("sweep", itertools.islice(trials, 1 if config.smoke else None), config, dtype)
+    if config.smoke:
+        one = replace(config, shapes=((1, 16, 32, 2),), modes=config.modes[:1], repeats=1)
+        return harness.stored("sweep", islice(measured(one, dtype), 1), config.device, dtype, config.out)
+    return harness.stored("sweep", measured(config, dtype), config.device, dtype, config.out)
 
 
-def measure(config: Config, shape: str, mode: str, dtype: torch.dtype) -> Iterator[Row]:
-    """A row for each configuration that is tried, and a last one, of stage "all", for those that were kept.
+def measured(config: Config, dtype: torch.dtype) -> Iterator[Row]:
+    """A row for each configuration that is tried, and, of each shape and mode, one of stage "all" for those kept.
 
     ``median_ms`` is None where a configuration does not compile or fit, and ``failure`` says why; ``kept`` says whether
     it was faster than all before it (``best_ms``) by more than noise, and stays for those that follow.
     """
-    batch, tokens, dim, heads = parsed(shape)
-    facts: Row = {"mode": mode, "batch": batch, "tokens": tokens, "dim": dim, "heads": heads}
     device = torch.device(config.device)
-    torch.manual_seed(0)
-    attn = DyDiLAttention(dim, heads, device=device, dtype=dtype, backend="triton")
-    x = torch.randn(batch, tokens, dim, device=device, dtype=dtype, requires_grad=mode != "forward")
-    call = tuning.step_of(attn, x, x.requires_grad)
-    table = 1e3 * tuning.duration(call, device, config.repeats)
-    for trial in tuning.trials(call, device, config.repeats, config.stages):
-        stage, precision, width = trial.key
-        yield facts | {
-            "stage": stage, "precision": precision, "width": width, "before": numbers(trial.before),
-            "tried": numbers(trial.tried), "kept": trial.accepted, "failure": trial.failure, "table_ms": table,
-            "best_ms": 1e3 * trial.best,
-            "median_ms": None if trial.seconds is None else 1e3 * trial.seconds, "repeats": config.repeats,
-        }  # fmt: skip
-    ratio = layer_error_ratio(attn, length=min(tokens, CHECKED_TOKENS))
-    harness.require_correct(ratio)
-    again = 1e3 * tuning.duration(call, device, config.repeats)
-    yield facts | {"stage": "all", "table_ms": table, "median_ms": again, "error_ratio": ratio}
-
-
-def parsed(shape: str) -> list[int]:
-    """B, N, d, H; ValueError where it does not say them."""
-    numbers = [int(number) for number in shape.split("x") if number.isdecimal()]
-    if len(numbers) != 4 or shape.count("x") != 3:
-        raise ValueError(f"shapes must be BxNxdxH, such as {SHAPES[0]}; got {shape}")
-    return numbers
-
-
-def numbers(config: configs.Config) -> Row:
-    return {name: value for name, value in asdict(config).items() if name != "reason"}
+    for (batch, tokens, dim, heads), mode in product(config.shapes, config.modes):
+        torch.manual_seed(0)
+        attn = DyDiLAttention(dim, heads, device=device, dtype=dtype, backend="triton")
+        x = torch.randn(batch, tokens, dim, device=device, dtype=dtype, requires_grad=mode != "forward")
+        call = tuning.step_of(attn, x, x.requires_grad)
+        table = 1e3 * tuning.duration(call, device, config.repeats)
+        facts = {"mode": mode, "batch": batch, "tokens": tokens, "dim": dim, "heads": heads, "table_ms": table}
+        for trial in tuning.trials(call, device, config.repeats, config.stages):
+            yield {
+                **facts, **dict(zip(("stage", "precision", "width"), trial.key, strict=True)),
+                "before": asdict(trial.before), "tried": asdict(trial.tried), "kept": trial.accepted,
+                "failure": trial.failure, "best_ms": 1e3 * trial.best,
+                "median_ms": trial.seconds and 1e3 * trial.seconds, "repeats": config.repeats,
+            }  # fmt: skip
+        ratio = layer_error_ratio(attn, length=min(tokens, CHECKED_TOKENS))
+        harness.require_correct(ratio)
+        again = 1e3 * tuning.duration(call, device, config.repeats)
+        yield {**facts, "stage": "all", "median_ms": again, "error_ratio": ratio}
 
 
 if __name__ == "__main__":

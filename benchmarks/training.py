@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from tabulate import tabulate
 from torch import Tensor
 
 from benchmarks import harness, suite
@@ -60,7 +61,8 @@ def main(config: Config) -> list[Row]:
         raise ValueError(f"seeds must be two different ones at least; got {config.seeds}")
     torch.set_num_threads(config.threads)
     dtype = torch.bfloat16 if config.on_gpu else torch.float32
-    rows = harness.stored("training", runs(smoke(config) if config.smoke else config), config, dtype)
+    trained = runs(smoke(config) if config.smoke else config)
+    rows = harness.stored("training", trained, config.device, dtype, config.out)
     print(table(rows))
     return rows
 
@@ -96,34 +98,33 @@ def train(config: Config, size: Any, seed: int, name: Any, backend: str | None) 
     losses: list[float] = []
     seconds: list[float] = []
 
-    def step() -> None:
-        generator = torch.Generator().manual_seed(1_000_000 * seed + len(losses))
-        chosen = torch.randint(len(images), (config.batch,), generator=generator)
-        timestep = torch.randint(diffusion.num_timesteps, (config.batch,), generator=generator).to(device)
-        image = images[chosen]
-        noise = torch.randn(image.shape, generator=generator).to(device)
-        image, label = image.to(device), labels[chosen].to(device)
-        noisy = diffusion.add_noise(image, noise, timestep)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            output = model(noisy, timestep, label)
-        loss = diffusion.losses(output, image, noisy, noise, timestep).total.mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())  # which waits for the device
-
     def run() -> None:
-        for _ in range(config.steps):
+        for number in range(config.steps):
             started = time.perf_counter()
-            step()
+            generator = torch.Generator().manual_seed(1_000_000 * seed + number)
+            chosen = torch.randint(len(images), (config.batch,), generator=generator)
+            timestep = torch.randint(diffusion.num_timesteps, (config.batch,), generator=generator).to(device)
+            image, label = images[chosen].to(device), labels[chosen].to(device)
+            noise = torch.randn(image.shape, generator=generator).to(device)
+            noisy = diffusion.add_noise(image, noise, timestep)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                output = model(noisy, timestep, label)
+            loss = diffusion.losses(output, image, noisy, noise, timestep).total.mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())  # which waits for the device
             seconds.append(time.perf_counter() - started)
 
     peak = harness.peak_growth_mib(run, config.device)
-    if not config.on_gpu:  # runs share a process, and memory that one gave back hides what the next one takes
-        peak = None
-    milliseconds = 1e3 * statistics.median(seconds[WARM_UP:])
-    return {"steps": config.steps, "median_ms": milliseconds, "peak_mib": peak, "losses": losses}
+    return {
+        "steps": config.steps,
+        "median_ms": 1e3 * statistics.median(seconds[WARM_UP:]),
+        # On a CPU, runs share a process, and memory that one gave back hides what the next one takes.
+        "peak_mib": peak if config.on_gpu else None,
+        "losses": losses,
+    }
 
 
 def latents(side: int) -> tuple[Tensor, Tensor]:
@@ -144,36 +145,30 @@ def compare(rows: Sequence[Row]) -> None:
 
     ``difference`` is the mean over the seeds, ``spread`` the largest difference of two seeds on the torch backend.
     """
-    found = {(row["backend"], row["seed"]): row for row in rows if row["backend"] and not row["skipped"]}
-    seeds = [seed for backend, seed in found if backend == "torch" and ("triton", seed) in found]
+    ours, of_torch = (
+        {row["seed"]: row for row in rows if row["backend"] == backend and not row["skipped"]}
+        for backend in ("triton", "torch")
+    )
+    seeds = ours.keys() & of_torch.keys()
     if len(seeds) < 2:
         return
-    of_torch = [last_loss(found["torch", seed]) for seed in seeds]
-    differences = [abs(last_loss(found["triton", seed]) - of) for seed, of in zip(seeds, of_torch, strict=True)]
-    difference, spread = statistics.fmean(differences), max(of_torch) - min(of_torch)
+    expected = {seed: last_loss(of_torch[seed]) for seed in seeds}
+    difference = statistics.fmean(abs(last_loss(ours[seed]) - loss) for seed, loss in expected.items())
+    spread = max(expected.values()) - min(expected.values())
     for seed in seeds:
-        row = found["triton", seed]
-        row |= {"difference": difference, "spread": spread}
+        ours[seed] |= {"difference": difference, "spread": spread}
         if not difference <= spread:  # written so that NaN fails
-            row["skipped"] = WRONG
+            ours[seed]["skipped"] = WRONG
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line for each run, and how far backends and seeds are apart."""
-    lines = []
-    for row in rows:
-        line = {"size": row["size"], "seed": str(row["seed"]), "model": row["name"], "backend": row["backend"]}
-        line |= dict.fromkeys(("last loss", "ms/step", "MiB"))
-        if "losses" in row:
-            line |= {"last loss": f"{last_loss(row):.4f}", "ms/step": f"{row['median_ms']:.4g}"}
-            line["MiB"] = row["peak_mib"] and f"{row['peak_mib']:.0f}"
-        lines.append(line | {"without": row["skipped"]})
-    compared = {row["size"]: row for row in rows if "difference" in row}
-    apart = [
-        f"{size}: backends differ by {row['difference']:.2g}, seeds by {row['spread']:.2g}"
-        for size, row in compared.items()
-    ]
-    return "\n".join([suite.table(lines), *apart])
+    """A line for each run, and how far backends and seeds are apart: times in ms, memory in MiB."""
+    columns = (
+        "size", "seed", "name", "backend", "last_loss", "difference", "spread", "median_ms", "peak_mib", "skipped",
+    )  # fmt: skip
+    lines = [{**row, "last_loss": last_loss(row) if "losses" in row else None} for row in rows]
+    cells = [[line.get(column) for column in columns] for line in lines]
+    return tabulate(cells, columns, "plain", floatfmt=".4g", missingval="-")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from benchmarks.harness import (
     CheckFailed,
     Row,
+    clock,
     environment,
     in_fresh_process,
     interleave,
@@ -92,8 +93,9 @@ def rows(config: CostConfig) -> Iterator[Row]:
         memory: dict[Model, float | None] = {}
         for model in MODELS:
             memory[model] = in_fresh_process(peak_mib, *arguments[model]) if on_cpu else peak_mib(*arguments[model])
-        calls = {model: step_of(*arguments[model]) for model in MODELS if on_cpu or memory[model] is not None}
-        seconds = interleave(calls, repeats=config.repeats, budget_seconds=config.seconds, device=config.device)
+        fits = [model for model in MODELS if on_cpu or memory[model] is not None]
+        clocks = {model: clock(step_of(*arguments[model]), config.device) for model in fits}
+        seconds = interleave(clocks, repeats=config.repeats, budget_seconds=config.seconds)
         for model in MODELS:
             settings = config_of(model, config.size)
             counted, true = gflops(settings, resolution) if counting else (None, None)

@@ -76,9 +76,9 @@ def test_focused_is_the_power_3_of_the_paper_under_equation_4() -> None:
     assert relative_error(rivals.focused(q, k, v, heads=2), expected) < 1e-4  # its epsilons
 
 
-@pytest.mark.parametrize("layer", [rivals.SoftmaxAttention, rivals.ReLULinearAttention])
-def test_layers_have_the_shapes_of_ours(layer: type[torch.nn.Module]) -> None:
-    attn = layer(32, 2)
+@pytest.mark.parametrize("attend", [rivals.softmax, rivals.sana])
+def test_layers_have_the_shapes_of_ours(attend: rivals.Attention) -> None:
+    attn = rivals.Layer(attend, 32, 2)
     assert attn(torch.randn(2, 16, 32)).shape == (2, 16, 32)
     assert set(attn.state_dict()) == {"qkv.weight", "proj.weight", "proj.bias"}
 
@@ -110,10 +110,9 @@ def test_adapters_keep_the_layout_of_their_package(name: str, module: str, monke
 
     monkeypatch.setattr(rivals, "import_module", lambda path: StandIn if path.startswith(module) else None)
     q, k, v = tokens()
-    attend = rivals.PACKAGES[name].attend
-    assert attend is not None
+    attend, formula, *_ = rivals.RIVALS[name]
     found = attend(q, k, v, heads=2)
-    assert relative_error(found, core.FORMULAS[name](q, k, v, heads=2)) < 1e-4
+    assert relative_error(found, formula(q, k, v, heads=2)) < 1e-4
 
 
 def test_a_new_size_or_mode_forgets_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

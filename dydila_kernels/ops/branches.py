@@ -11,7 +11,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from dydila_kernels.ops.configs import LARGEST_HEAD
 from dydila_kernels.ops.tiles import TINY, log2, product, quotient, row_dot, row_pointers, tile_mask
+
+UNROLLED = tl.constexpr(LARGEST_HEAD)
 
 
 class RowStats(NamedTuple):
@@ -87,7 +90,7 @@ def difference_of(powers, branches):
 @triton.jit
 def denominator_terms(powers, branches):
     """phi(Z) + |lambda| phi(Z') of a tile (R, C), without lambda where there is one branch."""
-    y = product(powers[0], (branches[0].stats.renorm * branches[0].abs_weight)[:, None])
+    y = powers[0] * (branches[0].stats.renorm * branches[0].abs_weight)[:, None]
     if len(branches) == 2:
         y += powers[1] * (branches[1].stats.renorm * branches[1].abs_weight)[:, None]
     return y
@@ -158,16 +161,39 @@ def load_per_head(x, h, tile, row_mask, H: tl.constexpr):
 
 
 @triton.jit
+def summed_terms(powers, branches, denominator, h, tile, k):
+    """:func:`denominator_terms` times denominator.weights, where given, rounded as they enter a sum over tokens."""
+    terms = denominator_terms(powers, branches)
+    if denominator.weights is not None:
+        terms = product(terms, load_per_head(denominator.weights, h, tile, tile.row_mask, k.H)[:, None])
+    elif len(branches) == 1:  # of two they are no product, but a sum
+        terms = product(terms, 1.0)
+    return terms
+
+
+@triton.jit
+def denominator_dot(denominator, h, c, branches, tile, active_rows, k):
+    """(R,): the denominator terms of the BLOCK_D channels from c on of head h, times denominator.vector."""
+    E: tl.constexpr = k.D // k.H
+    chunk = c + tl.arange(0, k.BLOCK_D)
+    powers = powers_of(branches, h * E + chunk, tile_mask(active_rows, chunk, E, k.BLOCK_D), k.FAST)
+    mean = tl.load(denominator.vector + tile.segment * k.D + h * E + chunk, mask=chunk < E, other=0.0)
+    return row_dot(denominator_terms(powers, branches), tl.broadcast_to(mean[None, :], powers[0].shape))
+
+
+@triton.jit
 def inverse_denominator(denominator, h, branches, tile, active_rows, k):
     """1 / (the denominator terms of head h of the queries . denominator.vector), (R,); saved in denominator.inverse."""
     E: tl.constexpr = k.D // k.H
-    chunk = tl.arange(0, k.BLOCK_D)
+    BLOCK_D: tl.constexpr = k.BLOCK_D
     total = tl.zeros(tile.token_ids.shape, tl.float32)
-    for c in range(0, E, k.BLOCK_D):
-        columns = h * E + c + chunk
-        powers = powers_of(branches, columns, tile_mask(active_rows, c + chunk, E, k.BLOCK_D), k.FAST)
-        mean = tl.load(denominator.vector + tile.segment * k.D + columns, mask=c + chunk < E, other=0.0)
-        total += row_dot(denominator_terms(powers, branches), tl.broadcast_to(mean[None, :], powers[0].shape))
+    # The few chunks of a head that a readout takes, in one piece: a loop around them would keep its own registers.
+    if E <= UNROLLED:
+        for c in tl.static_range(0, E, BLOCK_D):
+            total += denominator_dot(denominator, h, c, branches, tile, active_rows, k)
+    else:
+        for c in range(0, E, BLOCK_D):
+            total += denominator_dot(denominator, h, c, branches, tile, active_rows, k)
     inverse = reciprocal(total, k.FAST)
     tl.store(denominator.inverse + tile.token_ids * k.H + h, inverse, mask=tile.row_mask)
     return inverse

@@ -104,9 +104,9 @@ def spots_of(mask, n, row_mask, grid):
 @triton.jit
 def neighbour(x, stride_xn, mask, spots, columns, col_mask, down, right):
     """(R, C) float32: the tokens of x that lie down rows and right columns (-1, 0, 1) away, zero where none does."""
-    exists = spots.active_rows & (spots.row >= -down) & (spots.row < spots.height - down)
-    exists &= (spots.column >= -right) & (spots.column < spots.width - right)
-    n = spots.n + (down * spots.width + right)
+    n, active_rows, row, column, height, width = spots
+    exists = active_rows & (row >= -down) & (row < height - down) & (column >= -right) & (column < width - right)
+    n += down * width + right
     if mask is not None:
         exists &= tl.load(mask + n, mask=exists, other=0).to(tl.int1)
     pointers = x + n.to(tl.int64)[:, None] * stride_xn + columns[None, :]

@@ -26,18 +26,18 @@ from dydila_kernels.ops import configs
 from dydila_kernels.ops.arguments import Denominator, Scaling, strided
 from dydila_kernels.ops.branches import (
     branch_pointers,
-    denominator_terms,
     difference_of,
     inverse_denominator,
     load_neg_lam,
     load_per_head,
     load_row_stats,
     powers_of,
+    summed_terms,
     weigh,
 )
 from dydila_kernels.ops.context import LaunchContext, QKOperand
 from dydila_kernels.ops.depthwise import ImageGrid, Taps, convolve_tile, load_grid
-from dydila_kernels.ops.tiles import Tile, launch, padded, pin, product, tile_mask, tile_of_program
+from dydila_kernels.ops.tiles import Tile, launch, padded, pin, tile_mask, tile_of_program
 from dydila_kernels.ops.tokens import branches_of
 
 
@@ -97,10 +97,7 @@ def state_kernel(tokens, values, segments, tables, stats, scaling, denominator, 
             if denominator.inverse is not None:
                 y *= load_per_head(denominator.inverse, h, tile, tile.row_mask, k.H)[:, None]
             if denominator.sums is not None:
-                terms = denominator_terms(powers, branches)
-                if denominator.weights is not None:
-                    terms = product(terms, load_per_head(denominator.weights, h, tile, tile.row_mask, k.H)[:, None])
-                total += tl.sum(terms, axis=0)
+                total += tl.sum(summed_terms(powers, branches, denominator, h, tile, k), axis=0)
             y = pin(y)
         acc = tl.dot(tl.trans(y.to(x.dtype)), x, acc, input_precision=k.PRECISION)
 

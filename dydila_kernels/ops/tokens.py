@@ -31,16 +31,15 @@ from dydila_kernels.ops.arguments import Denominator
 from dydila_kernels.ops.branches import (
     RowStats,
     branch_pointers,
-    denominator_terms,
     difference_of,
     inverse_denominator,
     load_neg_lam,
-    load_per_head,
     load_row_stats,
     powers_of,
     reciprocal,
     relu_and_power,
     store_options,
+    summed_terms,
     weigh,
 )
 from dydila_kernels.ops.context import LaunchContext, QKOperand
@@ -51,7 +50,6 @@ from dydila_kernels.ops.tiles import (
     fold_max,
     launch,
     padded,
-    product,
     quotient,
     root,
     router_dot,
@@ -210,9 +208,7 @@ def write_tokens(out, denominator, branches, tile, active_rows, k):
                 store_mask = tile_mask(tile.row_mask, c + chunk, E, k.BLOCK_D)
                 tl.store(out + tile.token_ids[:, None] * k.D + columns[None, :], y, mask=store_mask)
             if denominator.sums is not None:
-                terms = denominator_terms(powers, branches)
-                if denominator.weights is not None:
-                    terms = product(terms, load_per_head(denominator.weights, h, tile, tile.row_mask, k.H)[:, None])
+                terms = summed_terms(powers, branches, denominator, h, tile, k)
                 sums = denominator.sums + tl.program_id(0).to(tl.int64) * k.D + columns
                 tl.store(sums, tl.sum(terms, axis=0), mask=c + chunk < E)
 

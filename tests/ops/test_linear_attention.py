@@ -30,7 +30,8 @@ def test_error_is_that_of_plain_pytorch(
 ) -> None:
     """Each option in float32, and in bfloat16 or float16, which the next in its row and column has not."""
     use_tiles(monkeypatch, columns=32)
-    compare_core(DTYPES[1 + i % 2] if half else torch.float32, 1, 21, 32, num_heads=2, **options)
+    # Of few seeds one can be ill-conditioned: a head whose sum is a small difference.
+    compare_core(DTYPES[1 + i % 2] if half else torch.float32, 1, 21, 32, seeds=5, num_heads=2, **options)
 
 
 @pytest.mark.parametrize(("i", "dim", "num_heads"), [(i, *size) for i, size in enumerate(HEADS)])

@@ -50,8 +50,10 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "benchmarks/README.md": "benchmarks.md",
     "benchmarks/QUESTIONS.md": "questions.md",
+    "benchmarks/offline/prediction/README.md": "predictions.md",
     "dydila_kernels/ops/README.md": "kernels.md",
     "examples/dydi_lit/README.md": "dydi_lit.md",
+    "tools/ptx/README.md": "emulator.md",
 }
 """Files of the repository and the pages that include them."""
 

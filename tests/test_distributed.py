@@ -191,7 +191,7 @@ def bytes_sent(four: DeviceMesh) -> None:
                 y.sum().backward()
             sides = 1 if four.get_local_rank() in (0, 3) else 2
             state, halo = maps * B * d * (d // H) * 4, sides * B * columns * d * 4
-            assert forward == {"all_reduce": state, "all_to_all_single": halo, "all_gather": 8 * 8}, forward
+            assert forward == {"all_reduce": state, "all_to_all_single": halo, "all_gather": 8 * 10}, forward
             assert backward == {"all_reduce": state, "all_to_all_single": halo, "all_gather": 0}, backward
             with Sent() as told:
                 attn(x, HW=(rows, columns), lengths=[rows * 2] * 4)

@@ -103,9 +103,9 @@ class DynamicProjection(nn.Module):
         dtype = autocast_dtype(x.device)
         if dtype is not None and x.dtype != torch.float64:
             x, weight = x.to(dtype), weight.to(dtype)
-        if norm is None:
-            return backend.project(x, weight, index, logits)
-        out = norm(backend.project(x, weight, index))
+        out = backend.project(x, weight, index)
+        if norm is not None:
+            out = norm(out)
         return out if logits is None else torch_backend.straight_through(out, logits, index.long())
 
     def extra_repr(self) -> str:

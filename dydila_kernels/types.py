@@ -150,11 +150,8 @@ class Backend(Protocol):
     def route(self, x: Tensor, routers: Sequence[Tensor]) -> Tensor:
         """Eq. 1 for routers (d, n_P) of one shape: x (B, N, d) -> (routers, B, N) integers."""
 
-    def project(self, x: Tensor, weight: Tensor, index: Tensor, logits: Tensor | None = None) -> Tensor:
-        """Eq. 2: x (B, N, d), weight (n_P, d, e), index (B, N) of :meth:`route` -> (B, N, e) in the dtype of x.
-
-        With the ``logits`` (B, N, n_P) of the router their gradient is the straight-through one, the value the same.
-        """
+    def project(self, x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+        """Eq. 2: x (B, N, d), weight (n_P, d, e), index (B, N) of :meth:`route` -> (B, N, e) in the dtype of x."""
 
     def attend(
         self,

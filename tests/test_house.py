@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "checks": {"types"},
     "stages": {"types"},
     "torch_backend": SHARED,
-    "ops": SHARED,
+    "ops": SHARED - {"reference"},
     "functional": {"checks", "precision", "types", "torch_backend", "ops"},
     "routers": {"checks"},
     "measure": {"routers"},

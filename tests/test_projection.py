@@ -33,8 +33,10 @@ def test_equals_the_reference(elements: int, choices: int, block_of: Callable[[i
     assert_agree(found, output_and_gradients(lambda t: reference.project(t["x"], t["weight"], index), inputs))
 
     found = output_and_gradients(
-        lambda t: torch_backend.project(
-            t["x"], t["weight"], index, torch_backend.projection_logits(t["x"], t["router"])
+        lambda t: torch_backend.straight_through(
+            torch_backend.project(t["x"], t["weight"], index),
+            torch_backend.projection_logits(t["x"], t["router"]),
+            index,
         ),
         inputs,
     )

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dydila_kernels import reference
 from dydila_kernels.ops import operators
 from dydila_kernels.ops.core import Inputs, Settings
 from dydila_kernels.stages import layer_in_stages
@@ -31,13 +30,9 @@ def route(x: Tensor, routers: Sequence[Tensor]) -> Tensor:
     return operators.route(x, routers)
 
 
-def project(x: Tensor, weight: Tensor, index: Tensor, logits: Tensor | None = None) -> Tensor:
-    """Eq. 2: x (B, N, d), weight (n_P, d, e), index (B, N) int8 -> (B, N, e), differentiable in x and weight.
-
-    With the ``logits`` (B, N, n_P) of the router their gradient is the straight-through one, and the value the same.
-    """
-    out = operators.project(x, weight, index)
-    return out if logits is None else out * reference.straight_through_one(logits, index.long()).to(out.dtype)
+def project(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    """Eq. 2: x (B, N, d), weight (n_P, d, e), index (B, N) int8 -> (B, N, e), differentiable in x and weight."""
+    return operators.project(x, weight, index)
 
 
 def attend(

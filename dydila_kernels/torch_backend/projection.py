@@ -4,7 +4,7 @@ A block of tokens is sorted by projector, multiplied group by group and put back
 projection whatever n_P is, and a projector without a token costs nothing and gets a zero gradient.
 
 A tracer sees the operator ``dydila_kernels::grouped_projection``, so that a compiled or exported layer does no more;
-torch.func, forward-mode AD, and second derivatives take the reference equation.
+torch.func and forward-mode AD take the reference equation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from dydila_kernels.torch_backend.blocks import (
     Workspace,
     all_blocks,
     choices_of_each,
-    differentiable_gradients,
     is_transformed,
     router_logits,
     side_by_side,
@@ -128,14 +127,9 @@ class GroupedProjection(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, index = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():
-
-            def plain(x: Tensor, weight: Tensor) -> Tensor:
-                return reference.project(x, weight, index)
-
-            return *differentiable_gradients(plain, (x, weight), needed, grad), None
-        return *backward(grad, x, weight, index, *needed), None
+            return *grouped_projection_backward(grad, x, weight, index), None
+        return *backward(grad, x, weight, index, *ctx.needs_input_grad[:2]), None
 
 
 # What a tracer sees ---------------------------------------------------------------------------------------------------
@@ -206,7 +200,8 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         out, one = ctx.saved_tensors
-        return grad * one.to(grad.dtype), (grad.to(one.dtype) * out.to(one.dtype)).sum(-1, keepdim=True)
+        done = (grad.to(one.dtype) * out.to(one.dtype)).sum(-1, keepdim=True)
+        return grad * one.to(grad.dtype) if torch.is_grad_enabled() else grad, done
 
 
 def straight_through(out: Tensor, logits: Tensor, index: Tensor) -> Tensor:
@@ -216,16 +211,11 @@ def straight_through(out: Tensor, logits: Tensor, index: Tensor) -> Tensor:
         return (out * one).to(out.dtype) if takes_plain_path(out, one) else StraightThrough.apply(out, one)
 
 
-def project(x: Tensor, weight: Tensor, index: Tensor, logits: Tensor | None = None) -> Tensor:
-    """Eq. 2: x (B, N, d), weight (n_P, d, e), index (B, N) int64 -> (B, N, e) in the dtype of x.
-
-    With the ``logits`` (B, N, n_P) of the router their gradient is the straight-through one, and the value the same.
-    """
+def project(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    """Eq. 2: x (B, N, d), weight (n_P, d, e), index (B, N) int64 -> (B, N, e) in the dtype of x."""
     with no_autocast(x.device):
         if is_transformed() or x.is_meta or weight.is_meta:
-            out = reference.project(x, weight, index)
-        elif takes_plain_path(x, weight):
-            out = grouped_projection(x, weight, index)
-        else:
-            out = GroupedProjection.apply(x, weight, index)
-        return out if logits is None else straight_through(out, logits, index)
+            return reference.project(x, weight, index)
+        if takes_plain_path(x, weight):
+            return grouped_projection(x, weight, index)
+        return GroupedProjection.apply(x, weight, index)

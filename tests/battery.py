@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,22 @@ def assert_is_its_equations(attn: DyDiLAttention, x: Tensor, **arguments: Any) -
             assert_agree({"y": attn(x, **arguments)}, {"y": found["output"]}, 1e-11)
             assert_agree({"y": fused(x, **arguments)}, {"y": found["output"]}, 1e-11)
             assert torch.equal(attn(x, **arguments), attn(x, **arguments))
+
+
+def assert_packed_is_one_by_one(
+    attn: DyDiLAttention, x: Tensor, grids: Sequence[tuple[int, ...]], bounds: Sequence[int]
+) -> None:
+    """Output and all gradients of images packed in one row x (1, N, d), and the output without gradients."""
+    inputs = layer_inputs(attn, x)
+
+    def one_by_one(t: Tensors) -> Tensor:
+        cuts = zip(bounds[:-1], bounds[1:], grids, strict=True)
+        return torch.cat([call_layer(attn, {**t, "x": t["x"][:, a:b]}, HW=grid) for a, b, grid in cuts], 1)
+
+    packed = output_and_gradients(lambda t: call_layer(attn, t, HW=grids, cu_seqlens=bounds), inputs)
+    assert_agree(packed, output_and_gradients(one_by_one, inputs))
+    with torch.no_grad():
+        assert relative_error(attn(x, HW=grids, cu_seqlens=bounds), packed["output"]) < 1e-12
 
 
 def assert_keeps_the_2x_rule(

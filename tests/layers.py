@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import cpu_offload
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dydila_kernels import DyDiLAttention
 from dydila_kernels.testing import assert_agree, with_distinct_factors
@@ -37,6 +38,20 @@ def gradients_of(attn: DyDiLAttention, x: Tensor) -> dict[str, Tensor]:
     wanted = [leaf, *(attn.get_parameter(name) for name in names)]
     found = torch.autograd.grad(out.square().sum(), wanted)
     return {"output": out.detach(), **dict(zip(["x", *names], found, strict=True))}
+
+
+class CallsAnother(TorchDispatchMode):
+    """Makes a call, say of another layer, once in so many operations of what is under it."""
+
+    def __init__(self, call: Callable[[], object], every: int) -> None:
+        super().__init__()
+        self.call, self.every, self.count = call, every, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        if self.count % self.every == 0:
+            self.call()
+        return func(*args, **(kwargs or {}))
 
 
 # What leaves the function as it is: each takes a layer and the names of some sub-modules ------------------------------

@@ -43,10 +43,9 @@ def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
 
 
-@pytest.mark.parametrize("build", [ViT, sana, unet])
-def test_threads_on_one_model_do_not_mix_their_grids(build: Callable[[], nn.Module]) -> None:
-    model, start = swapped(build), Barrier(len(SIZES))
-    expected = [output(model, *size) for size in SIZES]
+def assert_threads_do_not_mix(model: nn.Module) -> None:
+    """Each thread calls the model on images of its own size, all at once."""
+    start, expected = Barrier(len(SIZES)), [output(model, *size) for size in SIZES]
 
     def repeated(size: tuple[int, int]) -> list[Tensor]:
         start.wait()
@@ -55,6 +54,11 @@ def test_threads_on_one_model_do_not_mix_their_grids(build: Callable[[], nn.Modu
     with ThreadPoolExecutor(len(SIZES)) as pool:
         for outs, right in zip(pool.map(repeated, SIZES), expected, strict=True):
             assert all(torch.equal(out, right) for out in outs)
+
+
+@pytest.mark.parametrize("build", [ViT, sana, unet])
+def test_threads_on_one_model_do_not_mix_their_grids(build: Callable[[], nn.Module]) -> None:
+    assert_threads_do_not_mix(swapped(build))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -290,18 +294,10 @@ def test_a_graph_break_does_not_lose_the_grid() -> None:
 
 @pytest.mark.slow
 def test_threads_on_compiled_blocks_do_not_mix_their_grids() -> None:
-    model, start = swapped(), Barrier(len(SIZES))
+    model = swapped()
     for block in model.blocks:
         block.compile(backend="eager", fullgraph=True, dynamic=True)
-    expected = [output(model, *size) for size in SIZES]
-
-    def repeated(size: tuple[int, int]) -> list[Tensor]:
-        start.wait()
-        return [output(model, *size) for _ in range(10)]
-
-    with ThreadPoolExecutor(len(SIZES)) as pool:
-        for outs, right in zip(pool.map(repeated, SIZES), expected, strict=True):
-            assert all(torch.equal(out, right) for out in outs)
+    assert_threads_do_not_mix(model)
 
 
 def test_function_transforms_of_a_swapped_model() -> None:

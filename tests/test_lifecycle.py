@@ -19,7 +19,6 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dydila_kernels import DyDiLAttention
 from dydila_kernels.testing import (
@@ -31,7 +30,7 @@ from dydila_kernels.testing import (
     with_distinct_factors,
 )
 from tests import interpreter
-from tests.layers import SUB_MODULES
+from tests.layers import SUB_MODULES, CallsAnother
 
 CONFIGURATIONS: list[dict[str, Any]] = [
     {"num_heads": 2},
@@ -46,7 +45,7 @@ REPLACED = ["qkv", "proj", "projection_q", "projection_k"]
 CONTEXTS: dict[str, Callable[[], Any]] = {
     "none": nullcontext,
     "default device": lambda: torch.device("meta"),
-    "dispatch mode": lambda: CallsAnother(every=5),
+    "dispatch mode": lambda: calls_another_layer(),
 }
 
 seeds = st.integers(0, 2**16)
@@ -55,20 +54,14 @@ modes = st.sampled_from(sorted(MODES))
 dtypes = st.sampled_from([torch.float32, torch.float64])
 
 
-class CallsAnother(TorchDispatchMode):
-    """Another layer is called once in so many operations."""
+def calls_another_layer() -> CallsAnother:
+    other, x = DyDiLAttention(8, device="cpu"), torch.ones(2, 9, 8, device="cpu")
 
-    def __init__(self, every: int) -> None:
-        super().__init__()
-        self.every, self.count = every, 0
-        self.other, self.x = DyDiLAttention(8, device="cpu"), torch.ones(2, 9, 8, device="cpu")
+    def call() -> None:
+        with torch.no_grad():
+            other(x)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        if self.count % self.every == 0:
-            with torch.no_grad():
-                self.other(self.x)
-        return func(*args, **(kwargs or {}))
+    return CallsAnother(call, every=5)
 
 
 def through_file(state: dict[str, Tensor], file_format: str) -> dict[str, Tensor]:

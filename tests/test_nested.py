@@ -10,26 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dydila_kernels import DyDiLAttention
 from dydila_kernels.testing import assert_agree
 from dydila_kernels.torch_backend import blocks
-from tests.layers import SUB_MODULES, both_ways, gradients_of, layer_of
-
-
-class CallsAnother(TorchDispatchMode):
-    """Runs another layer once in so many operations of what is under it."""
-
-    def __init__(self, call: Callable[[], object], every: int) -> None:
-        super().__init__()
-        self.call, self.every, self.count = call, every, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        if self.count % self.every == 0:
-            self.call()
-        return func(*args, **(kwargs or {}))
+from tests.layers import SUB_MODULES, CallsAnother, both_ways, gradients_of, layer_of
 
 
 @pytest.fixture

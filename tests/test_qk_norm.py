@@ -21,6 +21,7 @@ from tests.battery import (
     assert_gradcheck,
     assert_is_its_equations,
     assert_keeps_the_2x_rule,
+    assert_packed_is_one_by_one,
     assert_transforms,
     compilations,
     spread,
@@ -152,14 +153,7 @@ def test_masked_tokens_are_not_seen() -> None:
 def test_packed_images_are_the_images() -> None:
     attn, bounds = layer("layer", "token", num_prefix_tokens=1), [0, 13, 15, 26]
     grids = [(3, 4), (1, 1), (5, 2)]
-    inputs = layer_inputs(attn, torch.randn(1, 26, 8, dtype=torch.float64))
-
-    def one_by_one(t: dict[str, Tensor]) -> Tensor:
-        cuts = zip(bounds[:-1], bounds[1:], grids, strict=True)
-        return torch.cat([call_layer(attn, {**t, "x": t["x"][:, a:b]}, HW=grid) for a, b, grid in cuts], 1)
-
-    packed = output_and_gradients(lambda t: call_layer(attn, t, HW=grids, cu_seqlens=bounds), inputs)
-    assert_agree(packed, output_and_gradients(one_by_one, inputs))
+    assert_packed_is_one_by_one(attn, torch.randn(1, 26, 8, dtype=torch.float64), grids, bounds)
 
 
 @EVERY_KIND

@@ -21,6 +21,7 @@ from tests.battery import (
     assert_gradcheck,
     assert_is_its_equations,
     assert_keeps_the_2x_rule,
+    assert_packed_is_one_by_one,
     assert_transforms,
     compilations,
     spread,
@@ -126,16 +127,7 @@ def test_packed_clips_are_the_clips(elements: int, block_of: Callable[[int], Non
     block_of(elements)
     attn, bounds = layer(num_prefix_tokens=1), [0, 13, 15, 26, 35]
     grids: list[tuple[int, ...]] = [(2, 3, 2), (1, 1, 1), (5, 2), (2, 2, 2)]
-    inputs = layer_inputs(attn, torch.randn(1, 35, 8, dtype=torch.float64))
-
-    def one_by_one(t: dict[str, Tensor]) -> Tensor:
-        cuts = zip(bounds[:-1], bounds[1:], grids, strict=True)
-        return torch.cat([call_layer(attn, {**t, "x": t["x"][:, a:b]}, HW=grid) for a, b, grid in cuts], 1)
-
-    packed = output_and_gradients(lambda t: call_layer(attn, t, HW=grids, cu_seqlens=bounds), inputs)
-    assert_agree(packed, output_and_gradients(one_by_one, inputs))
-    with torch.no_grad():
-        assert relative_error(attn(inputs["x"], HW=grids, cu_seqlens=bounds), packed["output"]) < 1e-12
+    assert_packed_is_one_by_one(attn, torch.randn(1, 35, 8, dtype=torch.float64), grids, bounds)
 
 
 def test_hidden_tokens_are_zeros_to_the_convolution() -> None:

@@ -143,6 +143,8 @@ def drawn(rows: Sequence[Row], baseline: str | None) -> list[Row]:
     found = [{**row, "label": label(row), "size": row["image" if "image" in row else "tokens"]} for row in rows]
     times: dict[object, float] = {}
     for row in found:
+        if (row.get("peak_mib") or 0) <= 0:  # which has no logarithm; what a process takes may seem to fall
+            row["peak_mib"] = None
         if not row["skipped"]:
             row["ms"] = milliseconds(row)
             if row["name"] == baseline:

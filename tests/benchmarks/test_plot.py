@@ -69,7 +69,7 @@ def test_a_picture_for_each_suite_and_width(tmp_path: Path) -> None:
 MODES = ("forward", "backward", "forward+backward")
 
 
-@pytest.mark.parametrize("memory", [None, 0.0])
+@pytest.mark.parametrize("memory", [None, 0.0, -0.13])
 def test_no_memory_no_panel(memory: float | None) -> None:
     figure = plot.draw([row("dydila", 64, 1.0, peak_mib=memory)])
     assert [axes.get_ylabel() for axes in figure.axes] == ["time (ms)", "% of the ceiling"]

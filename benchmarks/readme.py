@@ -26,8 +26,8 @@ NOT_SHOWN = """What these numbers do not show: quality, because one layer does n
 other widths, dtypes and machines, where the ratios are others; a whole model, of which attention is a part
 (`python -m benchmarks.model`). Weights and tokens are random. A ratio is that of medians of one run, in which all
 layers met the same input in turn; below 1x ours is slower. Before anything is timed it is held against float64, and
-what is wrong has no time. Memory is the peak of a call above weights and input.
-[benchmarks/README.md]({}/README.md) tells how to repeat it and what each row says."""
+what is wrong has no time. Memory is the peak of a call above weights and input. How to repeat it, and what each row
+says: [benchmarks/README.md]({}/README.md)."""
 TITLES = {"dydila": "ours", "softmax": "softmax", "sana": "Sana"}
 
 

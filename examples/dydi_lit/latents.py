@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from examples.dydi_lit.configs import check_types
@@ -97,7 +97,8 @@ def save_shard(file: Path, moments: Tensor, labels: Tensor, files: list[str]) ->
     """Writes a shard under a temporary name, then renames it: a shard is there whole or not at all."""
     partial = file.with_name(file.name + ".partial")
     # A single key of metadata, because safetensors does not fix the order of several: the bytes are to be the same.
-    save_file({"moments": moments, "labels": labels}, str(partial), {"files": json.dumps(files)})
+    # save_file has temporary names of its own, which a killed process leaves behind.
+    partial.write_bytes(save({"moments": moments, "labels": labels}, {"files": json.dumps(files)}))
     partial.replace(file)
 
 

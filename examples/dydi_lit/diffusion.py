@@ -2,14 +2,16 @@
 
 Written from arXiv 2006.11239 (DDPM), 2102.09672 (learned variance, respaced sampling) and 2010.02502 (DDIM), with the
 choices of DiT (arXiv 2212.09748). Time steps count from 0, as in DiT: x_t has alpha_bar[t], and x_0 has been noised
-once. Sampling has its own few lines rather than diffusers' schedulers. Those keep the schedule in float32, where
-1 - alpha_bar[t] loses three digits at small t, and their DDIM goes to the level of t - 1000 // steps, which is not the
-next of its time steps unless `steps` divides 1000.
+once. DDPM and DDIM have their own few lines rather than diffusers' schedulers. Those keep the schedule in float32,
+where 1 - alpha_bar[t] loses three digits at small t, and their DDIM goes to the level of t - 1000 // steps, which is
+not the next of its time steps unless `steps` divides 1000. DPM-Solver++ (arXiv 2211.01095) is that of diffusers.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +20,9 @@ from torch.special import log_ndtr
 from tqdm import tqdm
 
 from examples.dydi_lit.model import DiffusionTransformer
+
+if TYPE_CHECKING:
+    from diffusers import DPMSolverMultistepScheduler
 
 NOISE_SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": 1000,
@@ -28,7 +33,7 @@ NOISE_SCHEDULE: dict[str, Any] = {
 """The betas, in diffusers' words: 1000 of them, evenly from 1e-4 to 2e-2."""
 NUM_TIMESTEPS: int = NOISE_SCHEDULE["num_train_timesteps"]
 
-Sampler = Literal["ddpm", "ddim"]
+Sampler = Literal["ddpm", "ddim", "dpm-solver++"]
 GuidedChannels = Literal["all", "three"]
 
 
@@ -119,6 +124,8 @@ def timesteps_of(sampler: Sampler, steps: int) -> list[int]:
     halfway between two, which takes an odd number of steps, DiT's running sum may round it to the other one. A single
     step is at 0.)
     "ddim": every (1000 / steps)-th down from 999, so that the first step starts from pure noise, as it is given.
+    "dpm-solver++": from 999 to 0, as evenly in log(alpha_bar / (1 - alpha_bar)) as numbers that are all different can
+    be. (A single step is at 999.)
     """
     if not 1 <= steps <= NUM_TIMESTEPS:
         raise ValueError(f"steps must be in 1..{NUM_TIMESTEPS}; got {steps}")
@@ -126,7 +133,25 @@ def timesteps_of(sampler: Sampler, steps: int) -> list[int]:
         return [round((NUM_TIMESTEPS - 1) * step / max(steps - 1, 1)) for step in reversed(range(steps))]
     if sampler == "ddim":
         return [round(NUM_TIMESTEPS * step / steps) - 1 for step in range(steps, 0, -1)]
-    raise ValueError(f"unknown sampler {sampler!r}: choose ddpm or ddim")
+    if sampler == "dpm-solver++":
+        logits = torch.logit(_alpha_bar()).numpy()
+        nearest = np.abs(logits - np.linspace(logits[-1], logits[0], steps)[:, None]).argmin(1)
+        found = [int(nearest[-1])]
+        for step in range(steps - 2, -1, -1):
+            found.append(min(max(int(nearest[step]), found[-1] + 1), NUM_TIMESTEPS - 1 - step))
+        return found[::-1]
+    raise ValueError(f"unknown sampler {sampler!r}: choose ddpm, ddim or dpm-solver++")
+
+
+def dpm_solver(timesteps: Sequence[int]) -> DPMSolverMultistepScheduler:
+    """DPM-Solver++(2M), arXiv 2211.01095, from one of the time steps to the next; its steps take estimates of x_0."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    solver = DPMSolverMultistepScheduler(
+        **NOISE_SCHEDULE, algorithm_type="dpmsolver++", solver_order=2, prediction_type="sample"
+    )
+    solver.set_timesteps(timesteps=list(timesteps))
+    return solver
 
 
 def seeds_of(seed: int, indices: Iterable[int]) -> list[int]:
@@ -167,8 +192,9 @@ def sample(
     """Draws one image for each label (n,) int64: (n, C, size, size) float32 on the model's device.
 
     The noise of image i comes from a generator on the CPU seeded with seeds[i]: the start, then one for each step of
-    "ddpm" but the last. So a seed means the same noise on every device and in every batch. "ddim" is deterministic
-    (eta = 0); "ddpm" takes the learned variance, or that of the posterior where the model has none.
+    "ddpm" but the last. So a seed means the same noise on every device and in every batch. "ddim" (eta = 0) and
+    "dpm-solver++" are deterministic; "ddpm" takes the learned variance, or that of the posterior where the model has
+    none.
 
     `guidance` g makes the noise eps(null) + g (eps(label) - eps(null)), both in one pass of the model; at 1 the null
     half is left out. It acts on "all" channels, or on the first "three", as in DiT, where the fourth channel of the
@@ -204,13 +230,16 @@ def sample(
         return torch.cat([steered, given[:, guided:]], dim=1)
 
     levels = [*_alpha_bar()[timesteps].tolist(), 1.0]
+    solver = dpm_solver(timesteps) if sampler == "dpm-solver++" else None
     images = draw()
     for step, timestep in enumerate(tqdm(timesteps, unit="step", desc="sample", leave=False, disable=not progress)):
         output, here, there = estimate(images, timestep), levels[step], levels[step + 1]
         clean = (images - math.sqrt(1 - here) * output[:, :channels]) / math.sqrt(here)
         if clip:
             clean = clean.clamp(-1, 1)
-        if sampler == "ddim":
+        if solver is not None:
+            images = solver.step(clean, timestep, images, return_dict=False)[0]
+        elif sampler == "ddim":
             # The noise must follow the clipped estimate, or the two disagree and the error grows from step to step.
             noise = (images - math.sqrt(here) * clean) / math.sqrt(1 - here)
             images = math.sqrt(there) * clean + math.sqrt(1 - there) * noise  # DDIM, Eq. 12

@@ -30,7 +30,7 @@ class DrawConfig:
     guided_channels: GuidedChannels = "all"
     """Channels that guidance acts on; "three" leaves the fourth channel of a latent alone, as DiT's code does."""
     sampler: Sampler = "ddim"
-    """The paper's "ddpm", or "ddim", which makes do with fewer steps."""
+    """The paper's "ddpm", or "ddim" or "dpm-solver++", which make do with fewer steps."""
     steps: int = 30
     """Steps of the sampler, at most 1000."""
     seed: int = 0

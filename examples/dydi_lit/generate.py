@@ -49,7 +49,7 @@ class GenerateConfig(DrawConfig):
     guidance: float = 1.0
     """Scale of classifier-free guidance; 1 is none."""
     sampler: Sampler = "ddpm"
-    """The paper's "ddpm", or "ddim", which makes do with fewer steps."""
+    """The paper's "ddpm", or "ddim" or "dpm-solver++", which make do with fewer steps."""
     steps: int = 250
     """Steps of the sampler, at most 1000."""
 

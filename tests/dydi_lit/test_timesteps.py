@@ -1,11 +1,14 @@
 """The time steps that the samplers visit, and the seeds of images."""
 
+import math
+
 import numpy as np
 import pytest
 
 pytest.importorskip("examples.dydi_lit")
 
 from examples.dydi_lit.diffusion import seeds_of, timesteps_of
+from tests.dydi_lit.schedule import ALPHA_BAR
 
 
 @pytest.mark.parametrize("steps", [2, 10, 200, 250, 999, 1000])
@@ -15,6 +18,16 @@ def test_time_steps(steps: int) -> None:
     for visited, stride in ((ddpm, 999 / (steps - 1)), (ddim, 1000 / steps)):
         gaps = -np.diff(visited)
         assert len(visited) == steps and all(abs(gap - stride) <= 1 and gap >= 1 for gap in gaps)
+
+
+@pytest.mark.parametrize("steps", [2, 10, 30, 200, 999, 1000])
+def test_time_steps_of_dpm_solver(steps: int) -> None:
+    visited = timesteps_of("dpm-solver++", steps)
+    assert (visited[0], visited[-1], len(set(visited))) == (999, 0, steps) and visited == sorted(visited, reverse=True)
+    if steps == 10:  # far apart, each is the nearest to its place
+        logs = [math.log(ALPHA_BAR[t] / (1 - ALPHA_BAR[t])) for t in visited]
+        assert np.diff(logs) == pytest.approx((logs[-1] - logs[0]) / 9, rel=0.1)
+    assert timesteps_of("dpm-solver++", 1) == [999]
 
 
 def test_time_steps_of_the_paper() -> None:

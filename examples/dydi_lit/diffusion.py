@@ -7,11 +7,9 @@ where 1 - alpha_bar[t] loses three digits at small t, and their DDIM goes to the
 not the next of its time steps unless `steps` divides 1000. DPM-Solver++ (arXiv 2211.01095) is that of diffusers.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,9 +18,6 @@ from torch.special import log_ndtr
 from tqdm import tqdm
 
 from examples.dydi_lit.model import DiffusionTransformer
-
-if TYPE_CHECKING:
-    from diffusers import DPMSolverMultistepScheduler
 
 NOISE_SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": 1000,
@@ -143,11 +138,11 @@ def timesteps_of(sampler: Sampler, steps: int) -> list[int]:
     raise ValueError(f"unknown sampler {sampler!r}: choose ddpm, ddim or dpm-solver++")
 
 
-def dpm_solver(timesteps: Sequence[int]) -> DPMSolverMultistepScheduler:
-    """DPM-Solver++(2M), arXiv 2211.01095, from one of the time steps to the next; its steps take estimates of x_0."""
+def dpm_solver(timesteps: Sequence[int]) -> Any:
+    """diffusers' DPM-Solver++(2M), from one of the time steps to the next; its steps take estimates of x_0."""
     from diffusers import DPMSolverMultistepScheduler
 
-    solver = DPMSolverMultistepScheduler(
+    solver: Any = DPMSolverMultistepScheduler(
         **NOISE_SCHEDULE, algorithm_type="dpmsolver++", solver_order=2, prediction_type="sample"
     )
     solver.set_timesteps(timesteps=list(timesteps))

@@ -1,4 +1,4 @@
-"""Where training images come from: scikit-learn's digits, a folder of images, or latents extracted from such a folder.
+"""Where training images come from: scikit-learn's digits, a folder of images or latents of them, or drawn textures.
 
 `open_data` returns one of them as an `ImageData`, a dataset with workers and pickling in mind: what it loads is small
 (uint8 pixels, or float16 latents), and `to_images` makes the network's input of a whole batch, on the batch's device.
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset, get_worker_info
 from tqdm import tqdm
 
-DataKind = Literal["digits", "images", "latents"]
+DataKind = Literal["digits", "images", "latents", "twins"]
 Corrupt = Literal["skip", "refuse"]
 
 IMAGE_SIZE = 8
@@ -49,6 +49,8 @@ class ImageData(Dataset[tuple[Tensor, int]], ABC):
     """Height and width of what the network sees."""
     class_names: list[str]
     """Name of each label."""
+    patch_size: int | None = None
+    """That of networks for these images, where they have one of their own."""
     takes_noise = False
     """Whether `to_images` has a use for noise; where not, it may be empty."""
 
@@ -86,6 +88,7 @@ def open_data(
     - "digits": scikit-learn's, to train on; no path. image_size is None or 8.
     - "images": folder `path` with one sub-folder per class, cropped and scaled to image_size. `classes` is a text file
       naming the sub-folders to take, one to a line, such as Sub-IN's 100 of ImageNet's 1000; None takes all.
+    - "twins": textures that occur twice, drawn by :mod:`examples.dydi_lit.twins`; no path, image_size is None.
     - "latents": folder written by `extract_latents`; image_size in pixels is None or the one it was written at.
 
     A file that cannot be read is replaced by the next one that can, with a warning that names it ("skip"), or all of
@@ -96,8 +99,11 @@ def open_data(
             raise DataError(f"the digits come with scikit-learn and have no path; got {path}")
         if image_size not in (None, IMAGE_SIZE):
             raise DataError(f"the digits are {IMAGE_SIZE} pixels wide; got an image size of {image_size}")
+    elif kind == "twins":
+        if path is not None or image_size is not None:
+            raise DataError(f"twins are drawn, without a path or an image size; got {path} and {image_size}")
     elif kind not in ("images", "latents"):
-        raise DataError(f"unknown kind of data {kind!r}: choose digits, images or latents")
+        raise DataError(f"unknown kind of data {kind!r}: choose digits, images, latents or twins")
     elif path is None:
         raise DataError(f"{kind} need the path of their folder")
     if classes is not None and kind != "images":
@@ -105,6 +111,10 @@ def open_data(
 
     if kind == "digits":
         return DigitData()
+    if kind == "twins":
+        from examples.dydi_lit.twins import TwinData  # which imports this module
+
+        return TwinData()
     assert path is not None
     if kind == "latents":
         from examples.dydi_lit.latents import LatentData  # which imports this module

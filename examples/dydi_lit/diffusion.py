@@ -49,7 +49,7 @@ class GaussianDiffusion:
     num_timesteps = NUM_TIMESTEPS
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        alpha_bar = _alpha_bar()
+        alpha_bar = alpha_bars()
         before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
         beta = 1 - alpha_bar / before
         posterior_variance = beta * (1 - before) / (1 - alpha_bar)
@@ -129,7 +129,7 @@ def timesteps_of(sampler: Sampler, steps: int) -> list[int]:
     if sampler == "ddim":
         return [round(NUM_TIMESTEPS * step / steps) - 1 for step in range(steps, 0, -1)]
     if sampler == "dpm-solver++":
-        logits = torch.logit(_alpha_bar()).numpy()
+        logits = torch.logit(alpha_bars()).numpy()
         nearest = np.abs(logits - np.linspace(logits[-1], logits[0], steps)[:, None]).argmin(1)
         found = [int(nearest[-1])]
         for step in range(steps - 2, -1, -1):
@@ -224,7 +224,7 @@ def sample(
         steered = null[:, :guided] + guidance * (given[:, :guided] - null[:, :guided])
         return torch.cat([steered, given[:, guided:]], dim=1)
 
-    levels = [*_alpha_bar()[timesteps].tolist(), 1.0]
+    levels = [*alpha_bars()[timesteps].tolist(), 1.0]
     solver = dpm_solver(timesteps) if sampler == "dpm-solver++" else None
     images = draw()
     for step, timestep in enumerate(tqdm(timesteps, unit="step", desc="sample", leave=False, disable=not progress)):
@@ -264,7 +264,7 @@ def posterior_deviation(v: Tensor, here: float, there: float) -> Tensor | float:
     return torch.exp((share * math.log(beta) + (1 - share) * math.log(smallest)) / 2)
 
 
-def _alpha_bar() -> Tensor:
+def alpha_bars() -> Tensor:
     """(1000,) float64: the share of the signal's variance left in x_t."""
     betas = torch.linspace(NOISE_SCHEDULE["beta_start"], NOISE_SCHEDULE["beta_end"], NUM_TIMESTEPS, dtype=torch.float64)
     return torch.cumprod(1 - betas, dim=0)

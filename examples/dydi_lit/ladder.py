@@ -1,36 +1,40 @@
-"""Table 4's ladder at toy size, on digits and a CPU: python -m examples.dydi_lit.ladder
+"""Table 4's ladder at toy size, on a CPU: python -m examples.dydi_lit.ladder
 
 Every model is trained with several seeds. A seed fixes the order of the data, the noise, and the initial weights of
 all that two models have in common, so that differences are taken between runs of one seed. Beside the ladder stand
 DiT, the map-wise differential (Table 5), the increasing initial lambda (Table 6), and a control: the rows before
 the token differential have a denominator (Eq. 4) and Eq. 8 has none, so the control keeps the denominator.
 
-The measure is the held-out error: the mean squared error of the noise that the averaged model predicts in the digits
-it never saw, over evenly spaced time steps, with the same noise for every run.
+The measure is the held-out error: the mean squared error of the noise that the averaged model predicts in the images
+it never saw, over evenly spaced time steps, with the same noise for every run. Images are digits, in which neighbours
+say most, or `--data twins`, in which they say nothing (:mod:`examples.dydi_lit.twins`); for these the error is given
+between the two that frame it, too.
 """
 
 import csv
 import multiprocessing
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 import tyro
 from matplotlib.figure import Figure
+from torch import Tensor
 from tqdm import tqdm
 
 from examples.dydi_lit.checkpoint import load_ema_model, plain_errors, read_losses
 from examples.dydi_lit.configs import LADDER, TITLES, Model, Size
 from examples.dydi_lit.data import digits
-from examples.dydi_lit.diffusion import GaussianDiffusion
+from examples.dydi_lit.diffusion import GaussianDiffusion, alpha_bars
 from examples.dydi_lit.model import DiffusionTransformer
 from examples.dydi_lit.plots import DPI, save
 from examples.dydi_lit.train import TrainConfig, train
+from examples.dydi_lit.twins import HELD_OUT, bounds, twins
 
 COMPARED_WITH: dict[Model, Model] = {
     **dict(zip(LADDER[1:], LADDER, strict=False)),
@@ -60,6 +64,8 @@ class LadderConfig:
     """Rows to train."""
     seeds: int = 3
     """Seeds per row: 0, 1, and so on."""
+    data: Literal["digits", "twins"] = "digits"
+    """Images."""
     size: Size = "toy"
     """Size of the models."""
     steps: int = 500
@@ -74,10 +80,11 @@ class Run:
 
     model: Model
     seed: int
+    data: str
     size: Size
     steps: int
     held_out: float
-    """Mean squared error of the noise on held-out digits, averaged weights."""
+    """Mean squared error of the noise on held-out images, averaged weights."""
     training: float
     """Mean of the training loss over the last 100 steps."""
     seconds: float
@@ -93,6 +100,7 @@ def run(model: Model, seed: int, config: LadderConfig) -> Run:
         TrainConfig(
             model=model,
             size=config.size,
+            data=config.data,
             output=config.output / f"{model}-{seed}",
             steps=config.steps,
             learning_rate=2e-3,
@@ -105,22 +113,54 @@ def run(model: Model, seed: int, config: LadderConfig) -> Run:
     )
     seconds = time.perf_counter() - started
     training = statistics.fmean(read_losses(checkpoint)[-100:])
-    error = held_out_error(load_ema_model(checkpoint))
-    return Run(model, seed, config.size, config.steps, error, training, round(seconds, 1), torch.__version__)
+    error = held_out_error(load_ema_model(checkpoint), held_out(config.data))
+    return Run(
+        model, seed, config.data, config.size, config.steps, error, training, round(seconds, 1), torch.__version__
+    )
+
+
+class HeldOut(NamedTuple):
+    """Images (n, C, h, w) float32 and labels (n,) that no run trains on; of twins also where each tile's twin is."""
+
+    images: Tensor
+    labels: Tensor
+    partners: Tensor | None = None
+
+
+def held_out(data: Literal["digits", "twins"]) -> HeldOut:
+    if data == "digits":
+        return HeldOut(*digits("held-out").tensors)
+    images, partners = twins(HELD_OUT, 1)
+    return HeldOut(images.float(), torch.zeros(len(images), dtype=torch.int64), partners)
+
+
+def noised(images: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The time steps, the noise at each, and the images with it; the same for every run."""
+    diffusion, generator = GaussianDiffusion(), torch.Generator().manual_seed(0)
+    for step in _HELD_OUT_TIMES:
+        noise = torch.randn(images.shape, generator=generator)
+        yield step, noise, diffusion.add_noise(images, noise, torch.full((len(images),), step))
 
 
 @torch.inference_mode()
-def held_out_error(model: DiffusionTransformer) -> float:
-    """Mean squared error of the noise predicted in the held-out digits, which is 1 for a prediction of zero."""
-    images, labels = digits("held-out").tensors
-    diffusion, generator = GaussianDiffusion(), torch.Generator().manual_seed(0)
+def held_out_error(model: DiffusionTransformer, held_out: HeldOut) -> float:
+    """Mean squared error of the noise predicted in the held-out images, which is 1 for a prediction of zero."""
     errors = []
-    for step in _HELD_OUT_TIMES:
-        noise = torch.randn(images.shape, generator=generator)
-        timesteps = torch.full(labels.shape, step)
-        predicted = model(diffusion.add_noise(images, noise, timesteps), timesteps, labels)
-        errors.append((predicted[:, : images.shape[1]] - noise).square().mean().item())
+    for step, noise, noisy in noised(held_out.images):
+        predicted = model(noisy, torch.full_like(held_out.labels, step), held_out.labels)
+        errors.append((predicted[:, : noise.shape[1]] - noise).square().mean().item())
     return statistics.fmean(errors)
+
+
+def frame(held_out: HeldOut) -> tuple[float, float]:
+    """The errors of the best denoiser of single pixels, and of the best that knows every tile's twin."""
+    assert held_out.partners is not None
+    levels = alpha_bars()
+    found = [
+        bounds(noisy, noise, held_out.partners, float(levels[step])) for step, noise, noisy in noised(held_out.images)
+    ]
+    alone, paired = zip(*found, strict=True)
+    return statistics.fmean(alone), statistics.fmean(paired)
 
 
 def read_runs(path: Path) -> list[Run]:
@@ -202,7 +242,8 @@ def spread(values: list[float], *, signed: bool = False) -> str:
 def ladder(config: LadderConfig) -> list[Run]:
     """All the runs that `config` asks for, those of ladder.csv included."""
     path = config.output / "ladder.csv"
-    runs = [row for row in read_runs(path) if (row.size, row.steps) == (config.size, config.steps)]
+    wanted_kind = (config.data, config.size, config.steps)
+    runs = [row for row in read_runs(path) if (row.data, row.size, row.steps) == wanted_kind]
     done = {(row.model, row.seed) for row in runs}
     wanted = [(model, seed) for seed in range(config.seeds) for model in config.models]
     # Spawned: processes forked from one that has run torch can hang in its thread pool.
@@ -220,6 +261,9 @@ def main() -> None:
     with plain_errors():
         rows = ladder(config)
     print(table(rows))
+    if config.data == "twins":
+        alone, paired = frame(held_out("twins"))
+        print(f"pixels alone: {alone * 1000:.1f}; every twin known: {paired * 1000:.1f}")
     save(picture(rows), config.output / "ladder.png")
     print(f"wrote {config.output / 'ladder.csv'} and ladder.png")
 

@@ -19,7 +19,7 @@ class TrainConfig:
     size: Size = "tiny"
     """Its size; "tiny" is made for the digits and a CPU."""
     data: DataKind = "digits"
-    """The digits that ship with scikit-learn, a folder of images, or latents that extract_latents wrote."""
+    """The digits of scikit-learn, a folder of images, latents that extract_latents wrote, or textures with twins."""
     data_path: Path | None = None
     """Folder of the images or latents."""
     image_size: int | None = None

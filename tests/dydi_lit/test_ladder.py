@@ -18,7 +18,7 @@ COMMITTED = EXAMPLE / "results" / "ladder.csv"
 
 
 def result(model: str, seed: int, held_out: float) -> Run:
-    return Run(model, seed, "toy", 700, held_out, 0.05, 60.0, torch.__version__)  # type: ignore[arg-type]
+    return Run(model, seed, "digits", "toy", 700, held_out, 0.05, 60.0, torch.__version__)  # type: ignore[arg-type]
 
 
 def test_rows_survive_the_file(tmp_path: Path) -> None:

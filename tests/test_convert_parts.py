@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 from dydila_kernels import DyDiLAttention, replace_attention
@@ -147,6 +148,22 @@ def test_a_video_is_attended_to_as_a_whole_and_convolved_by_frames(build: Callab
         replace_attention(model, HW=lambda clip, **_: (clip.shape[2], 4, 6))
         model.load_state_dict(state)
         assert torch.equal(by_name(model, clips[0]), found[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [sana_video, wan])
+def test_a_video_model_compiles_as_often_as_it_did(build: Callable[[], nn.Module]) -> None:
+    """Twice for any number of grids."""
+    model = build().eval()
+    replace_attention(model)
+    random_convolutions(model)
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for sides in ((3, 8, 12), (2, 4, 6), (5, 8, 8), (4, 12, 8), (6, 6, 6)):
+            clip = torch.randn(2, 4, *sides)
+            assert relative_error(by_name(compiled, clip), by_name(model, clip)) < 1e-5
+    assert counter.frame_count <= 2
 
 
 class Tubelets(nn.Module):

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from tests import natives
-from tests.models import CROSS, SHAPE, D, H, ViT, call, diffusers, dit, pixart, sana, unet
+from tests.models import CROSS, SHAPE, D, H, ViT, diffusers, dit, pixart, sana
 
 TEXT = torch.linspace(-1, 1, 60).view(1, 5, 12)
-LEVELS = {"block_out_channels": (D, D), "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 8}
+LEVELS = {"block_out_channels": (16, 16), "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 8}
 VIDEO = {"num_attention_heads": H, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "num_layers": 2}
 WIDE = 4 * 12
 
@@ -49,6 +49,14 @@ def by_name(model: nn.Module, x: Tensor, **more: Any) -> Tensor:
     return out[:, : x.shape[1]]
 
 
+def of_class(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x, time(x), time(x) % 10, return_dict=False)[0][:, : x.shape[1]]
+
+
+def of_any_size(model: nn.Module, x: Tensor) -> Tensor:
+    return by_name(model, x, added_cond_kwargs={"resolution": None, "aspect_ratio": None})
+
+
 def sana_video() -> nn.Module:
     return diffusers.SanaVideoTransformer3DModel(
         **VIDEO, num_cross_attention_heads=H, cross_attention_head_dim=12, cross_attention_dim=WIDE,
@@ -68,6 +76,13 @@ def sana_controlnet() -> nn.Module:
 def controlled(model: nn.Module, x: Tensor) -> Tensor:
     samples = model(x, text(x), time(x), controlnet_cond=x, return_dict=False)[0]
     return torch.stack(tuple(samples))
+
+
+def stable_diffusion() -> nn.Module:
+    return diffusers.UNet2DConditionModel(
+        **LEVELS, in_channels=4, out_channels=4, down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2, cross_attention_dim=12, attention_head_dim=H,
+    )  # fmt: skip
 
 
 def latte() -> nn.Module:
@@ -92,11 +107,11 @@ def per_frame(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def svd() -> nn.Module:
-    levels = {name: value for name, value in LEVELS.items() if name != "norm_num_groups"}
     return diffusers.UNetSpatioTemporalConditionModel(
-        **levels, in_channels=4, out_channels=4, addition_time_embed_dim=D, projection_class_embeddings_input_dim=3 * D,
-        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"), cross_attention_dim=12,
-        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"), num_attention_heads=H,
+        block_out_channels=(D, D), layers_per_block=1, sample_size=8, in_channels=4, out_channels=4,
+        addition_time_embed_dim=D, projection_class_embeddings_input_dim=3 * D, cross_attention_dim=12,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"), num_attention_heads=H,
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
     )  # fmt: skip
 
 
@@ -157,9 +172,9 @@ MODELS = {
     "diffusers `SanaControlNetModel`": Model(sana_controlnet, IMAGE, controlled),
     "diffusers `SanaVideoTransformer3DModel`": Model(sana_video, CLIP, by_name),
     "diffusers `WanTransformer3DModel`": Model(wan, CLIP, by_name),
-    "diffusers `DiTTransformer2DModel`": Model(dit, (2, 4, 8, 8), call),
-    "diffusers `PixArtTransformer2DModel`": Model(pixart, (2, 4, 8, 8), call),
-    "diffusers `UNet2DConditionModel`, Stable Diffusion 1, 2, XL": Model(unet, IMAGE, call),
+    "diffusers `DiTTransformer2DModel`": Model(dit, (2, 4, 8, 8), of_class),
+    "diffusers `PixArtTransformer2DModel`": Model(pixart, IMAGE, of_any_size),
+    "diffusers `UNet2DConditionModel`, Stable Diffusion 1, 2, XL": Model(stable_diffusion, IMAGE, by_name),
     "diffusers `LatteTransformer3DModel`": Model(latte, (1, 4, 4, 8, 8), by_name),
     "diffusers `UNetMotionModel`, AnimateDiff": Model(animatediff, (1, 4, 4, 8, 8), per_frame),
     "diffusers `UNetSpatioTemporalConditionModel`, SVD": Model(svd, (1, 4, 4, 8, 8), frames_first),

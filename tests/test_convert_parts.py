@@ -42,6 +42,13 @@ class RMSNormOfTheRoot(natives.ScaledRMSNorm):
         return self.weight * x / (x.square().mean(-1, keepdim=True).sqrt() + self.eps)
 
 
+class FusedRMSNorm(natives.ScaledRMSNorm):
+    """Of a kernel that this device does not run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise OSError("no such device")
+
+
 ZeroCentred.__name__ = "GemmaRMSNorm"
 
 
@@ -95,6 +102,7 @@ def test_norms_are_carried_over(make: Callable[[], nn.Module], expected: Any, dt
     [
         ZeroCentred,
         lambda: RMSNormOfTheRoot(E),
+        lambda: FusedRMSNorm(E),
         lambda: nn.LayerNorm(5),
         lambda: nn.BatchNorm1d(E),
         lambda: nn.GroupNorm(1, D),
@@ -125,6 +133,32 @@ def test_options_of_norms_are_left_to_old_layers_that_have_some() -> None:
     report = replace_attention(ViT(), qk_norm="rms")
     assert {layer.new.qk_norm for layer in report.swapped} == {"rms"}
     assert "blocks.0.attn.q_norm.weight" in report.new_parameters
+
+
+def test_heads_that_have_norms_are_left_to_the_old_layer() -> None:
+    model = ViT(natives.TimmAttention())
+    with pytest.raises(ValueError, match=r"num_heads must be that of the old layer blocks\.0\.attn, 4, .*; got 2"):
+        replace_attention(model, num_heads=2)
+    assert not new_layers(model)
+    replace_attention(model, num_heads=H)
+    replace_attention(ViT(with_norms(lambda: nn.LayerNorm(D))), num_heads=2)
+
+
+def test_where_no_key_answers_the_new_layer_gives_zero() -> None:
+    """SANA-Video divides what the rotation makes of such keys by its epsilon."""
+    model = sana_video()
+    attn = model.transformer_blocks[0].attn1
+    even = (torch.arange(48) % 2 == 0).float()
+    with torch.no_grad():
+        attn.to_q.weight.copy_(torch.diag(even))  # queries and keys have no channel in common
+        attn.to_k.weight.copy_(torch.diag(1 - even))
+    x, tables = torch.rand(1, 12, 48) + 0.1, model.rope(torch.zeros(1, 4, 2, 4, 6))
+    with torch.no_grad():
+        old = attn(x, rotary_emb=tables)
+        replace_attention(model, lambda_init=0.0, dwc_branches=())
+        new = model.transformer_blocks[0].attn1
+        assert old.abs().max() > 1e9
+        assert torch.equal(new(x, rotary_emb=tables), new.proj.bias.expand(1, 12, 48))
 
 
 @pytest.mark.parametrize("build", [sana_video, wan])

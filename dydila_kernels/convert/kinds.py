@@ -102,7 +102,7 @@ def read(layer: nn.Module, owners: Counter[int], around: Sequence[nn.Module]) ->
     reasons += [f"{name} is not an nn.Linear" for name, p in projections.items() if not isinstance(p, nn.Linear)]
     norms = {name: m for name in kind.norms if is_more(m := child(layer, name))}
     num_heads = getattr(layer, kind.heads, None)
-    if isinstance(num_heads, bool) or not isinstance(num_heads, Integral):
+    if isinstance(num_heads, bool) or not isinstance(num_heads, Integral) or num_heads < 1:
         return None, [*reasons, f"it has no {kind.heads}"]
     if len(linears) < len(projections):
         return None, reasons

@@ -158,11 +158,7 @@ def build(model: nn.Module, found: Found, options: dict[str, Any]) -> ReplacedAt
     assert weights is not None
     qkv, proj = weights.qkv, weights.proj
     if weights.qk_norm is not None:
-        for name in options.keys() & set(QKNorm._fields):
-            raise TypeError(
-                f"{name} must be left to the old layer {found.names[0]}, which has norms; got {options[name]!r}"
-            )
-        options = options | weights.qk_norm._asdict()
+        options = with_norm(options, found.names[0], weights.qk_norm, weights.num_heads)
     new = weights.replacement(
         proj.out_features,
         **{
@@ -190,6 +186,18 @@ def build(model: nn.Module, found: Found, options: dict[str, Any]) -> ReplacedAt
             for branch in new.dwc.branches.values():
                 branch.zero_()
     return new.train(found.layer.training)  # type: ignore[return-value]
+
+
+def with_norm(options: dict[str, Any], place: str, norm: QKNorm, num_heads: int) -> dict[str, Any]:
+    """The options with those of the old layer's norms.  Raises TypeError or ValueError where the caller has others."""
+    for name in options.keys() & set(QKNorm._fields):
+        raise TypeError(f"{name} must be left to the old layer {place}, which has norms; got {options[name]!r}")
+    if norm.qk_norm_across == "head" and options.get("num_heads", num_heads) != num_heads:
+        raise ValueError(
+            f"num_heads must be that of the old layer {place}, {num_heads}, whose norms are of its heads; "
+            f"got {options['num_heads']!r}"
+        )
+    return options | norm._asdict()
 
 
 def prefix_tokens(model: nn.Module, name: str) -> int:

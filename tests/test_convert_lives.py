@@ -36,6 +36,7 @@ ALIKE = (
     "DiT, timm",
 )
 """Of a kind with others that are trained here, or in test_convert_calls.py."""
+KINDS = [name for name in SWAPPED if not any(part in name for part in ALIKE)]
 
 
 def each(names: list[str]) -> list[Any]:
@@ -70,7 +71,7 @@ def recomputing(model: nn.Module, report: Any) -> None:
         block.forward = forward
 
 
-@pytest.mark.parametrize("name", each([name for name in SWAPPED if not any(part in name for part in ALIKE)]))
+@pytest.mark.parametrize("name", each(KINDS))
 def test_a_swapped_model_trains_averages_saves_and_loads(name: str, tmp_path: Path) -> None:
     """A hundred steps under activation checkpointing, with a moving average of the weights."""
     entry = MODELS[name]
@@ -156,4 +157,4 @@ def train_on_ranks(names: list[str]) -> None:
 
 @pytest.mark.slow
 def test_data_parallel_gradients_are_those_of_one_process() -> None:
-    on_ranks(2, train_on_ranks, SWAPPED)
+    on_ranks(2, train_on_ranks, KINDS)

@@ -185,16 +185,14 @@ def test_a_video_is_attended_to_as_a_whole_and_convolved_by_frames(build: Callab
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("build", [sana_video, wan])
-def test_a_video_model_compiles_as_often_as_it_did(build: Callable[[], nn.Module]) -> None:
-    """Twice for any number of grids."""
-    model = build().eval()
+def test_a_video_model_compiles_twice_for_any_number_of_grids() -> None:
+    model = sana_video(num_layers=1).eval()
     replace_attention(model)
     random_convolutions(model)
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
     with torch.no_grad():
-        for sides in ((3, 8, 12), (2, 4, 6), (5, 8, 8), (4, 12, 8), (6, 6, 6)):
+        for sides in ((3, 8, 12), (2, 4, 6), (5, 8, 8), (6, 6, 6)):
             clip = torch.randn(2, 4, *sides)
             assert relative_error(by_name(compiled, clip), by_name(model, clip)) < 1e-5
     assert counter.frame_count <= 2

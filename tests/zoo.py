@@ -57,9 +57,9 @@ def of_any_size(model: nn.Module, x: Tensor) -> Tensor:
     return by_name(model, x, added_cond_kwargs={"resolution": None, "aspect_ratio": None})
 
 
-def sana_video() -> nn.Module:
+def sana_video(**more: Any) -> nn.Module:
     return diffusers.SanaVideoTransformer3DModel(
-        **VIDEO, num_cross_attention_heads=H, cross_attention_head_dim=12, cross_attention_dim=WIDE,
+        **VIDEO | more, num_cross_attention_heads=H, cross_attention_head_dim=12, cross_attention_dim=WIDE,
         caption_channels=12, mlp_ratio=2.0, sample_size=8, rope_max_seq_len=32,
     )  # fmt: skip
 

@@ -182,23 +182,20 @@ def grid(value: object, length: int, num_prefix_tokens: int, where: str = "") ->
                 hint = f"; {side} x {side} and {extra} class or register tokens need num_prefix_tokens={extra}"
             raise ValueError(f"HW=(rows, columns) is needed where N is no square; got N = {count}{prefix}{where}{hint}")
         return side, side
+    found = sides(value, 0, where)
+    product = found[-2] * found[-1] if len(found) == 2 else found[0] * found[1] * found[2]
+    if product != count:
+        listed = " x ".join(map(str, found))
+        raise ValueError(f"HW must multiply to N = {count}{prefix}{where}; got {listed} = {product}")
+    return found
+
+
+def sides(value: Any, minimum: int, where: str = "") -> tuple[int, ...]:
+    """HW as two or three integers, from a tuple, a list, a torch.Size, an array or a tensor."""
     listed = as_list(value)
     if listed is None or len(listed) not in (2, 3):
         raise TypeError(f"HW must be (rows, columns), or (frames, rows, columns) of a video{where}; got {value!r}")
-    sides = tuple(integer(f"HW[{i}]", side, 0) for i, side in enumerate(listed))
-    product = sides[-2] * sides[-1] if len(sides) == 2 else sides[0] * sides[1] * sides[2]
-    if product != count:
-        found = " x ".join(map(str, sides))
-        raise ValueError(f"HW must multiply to N = {count}{prefix}{where}; got {found} = {product}")
-    return sides
-
-
-def pair(name: str, value: Any, where: str = "") -> tuple[int, int]:
-    """(rows, columns) of a sequence of two integers: a tuple, a list, a torch.Size, an array or a tensor (2,)."""
-    listed = as_list(value)
-    if listed is None or len(listed) != 2:
-        raise TypeError(f"{name} must be (rows, columns){where}; got {value!r}")
-    return integer(f"{name}[0]", listed[0], 0), integer(f"{name}[1]", listed[1], 0)
+    return tuple(integer(f"HW[{i}]", side, minimum) for i, side in enumerate(listed))
 
 
 def as_list(value: Any) -> list[Any] | None:
@@ -320,8 +317,8 @@ EXPLAINED = {
     "need_weights": "there is no matrix of weights, and the output is one tensor",
     "average_attn_weights": "there is no matrix of weights, and the output is one tensor",
     "rope": "say rotary=(cos, sin)",
-    "image_rotary_emb": "say rotary=(cos, sin)",
-    "rotary_emb": "say rotary=(cos, sin)",
+    "image_rotary_emb": "DyDiLAttention has rotary=(cos, sin), which rotates after the kernel",
+    "rotary_emb": "DyDiLAttention has rotary=(cos, sin), which rotates after the kernel",
     "encoder_hidden_states": "the layer attends to its own tokens alone",
 }
 """Why a layer has no use for arguments that others take."""

@@ -45,3 +45,11 @@ def anchors(page: Path) -> set[str]:
     included = [anchors(page.parent / name) for name in INCLUDE.findall(text)]
     headings = re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}.union(*included)
+
+
+def table(page: Path, header: str) -> dict[str, list[str]]:
+    """The rows of the one table of a page that has this header above its first column, by their first cells."""
+    text = page.read_text(encoding="utf-8")
+    (found,) = re.findall(rf"^\| {header} \|.*\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in found.splitlines()]
+    return {first: rest for first, *rest in rows}

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dydila_kernels import DyDiLAttention, replace_attention
+from dydila_kernels import DyDiLAttention, repeat_replacement, replace_attention
 from dydila_kernels.testing import relative_error
 from tests.models import (
     Attention,
@@ -180,11 +180,11 @@ def test_a_swapped_model_trains_saves_and_loads(build: Callable[[], nn.Module], 
     start, end = sum(losses[:10]), sum(losses[-10:])
     assert end < 0.6 * start, (start, end)
 
-    torch.save({"model": model.state_dict(), "options": report.options}, tmp_path / "model.pt")
+    torch.save({"model": model.state_dict(), "recipe": report.recipe()}, tmp_path / "model.pt")
     saved = torch.load(tmp_path / "model.pt", weights_only=True)
     expected = output(model.eval())
     fresh = build()
-    replace_attention(fresh, **saved["options"])
+    repeat_replacement(fresh, saved["recipe"])
     fresh.load_state_dict(saved["model"])
     assert torch.equal(output(fresh.eval()), expected)
 
@@ -200,7 +200,7 @@ def test_what_from_pretrained_makes_of_a_swapped_model(tmp_path: Path) -> None:
     assert {name for name, p in loaded.named_parameters() if p.is_meta} == {
         f"{layer.name}.{name}" for layer in report.swapped for name, _ in layer.old.named_parameters()
     }
-    replace_attention(loaded, **report.options)
+    repeat_replacement(loaded, report.recipe())
     loaded.load_state_dict(load_file(tmp_path / "diffusion_pytorch_model.safetensors"), assign=True)
     assert torch.equal(output(loaded.eval(), 4, 16), output(model, 4, 16))
 

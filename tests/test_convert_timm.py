@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from dydila_kernels import replace_attention
+from tests.test_convert_models import ROWS, check_row
 
 timm = pytest.importorskip("timm", reason="its own models; the CI of this project has no torchvision, which it needs")
 
@@ -35,31 +38,26 @@ def test_a_vision_transformer_is_swapped_trained_and_put_back(name: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("vit_small_patch16_dinov3", "its forward takes rope"),
-        ("beit_base_patch16_224", "its forward takes shared_rel_pos_bias"),
-        ("swin_tiny_patch4_window7_224", "would be lost"),
-    ],
+    ("name", "row"),
+    [(name, row) for key, row in ROWS.items() if key.startswith("timm `") for name in re.findall("`(.+?)`", key)],
 )
-def test_attention_of_another_kind_is_kept_and_told_why(name: str, reason: str) -> None:
-    depth = (1, 1, 1, 1) if "swin" in name else 1
-    model = timm.create_model(name, num_classes=10, **{"depths" if "swin" in name else "depth": depth})
-    with pytest.raises(ValueError, match=reason):
-        replace_attention(model)
+def test_a_row_of_the_guides_table(name: str, row: list[str]) -> None:
+    depth = {"swin": {"depths": (1, 1, 1, 1)}, "vit_": {"depth": 1}, "beit": {"depth": 1}, "deit": {"depth": 1}}
+    check_row(timm.create_model(name, num_classes=10, **depth.get(name[:4], {})), *row[:2])
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("nest_tiny", "it takes tokens of other than 3 dimensions"),
-        ("volo_d1_224", "it takes tokens of other than 3 dimensions"),
-        ("davit_tiny", "of another kind"),
-    ],
-)
-def test_tokens_in_other_shapes_are_kept(name: str, reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
-        replace_attention(timm.create_model(name, num_classes=10))
+@pytest.mark.parametrize(("norm", "kind"), [(None, "layer"), ("rmsnorm", "rms")])
+def test_norms_of_queries_and_keys_are_carried_over(norm: str | None, kind: str) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10, depth=1, qk_norm=True, norm_layer=norm).eval()
+    old = model.blocks[0].attn
+    for part in (old.q_norm, old.k_norm):
+        torch.nn.init.uniform_(part.weight)
+    report = replace_attention(model)
+    new = report.swapped[0].new
+    assert (new.qk_norm, new.qk_norm_across) == (kind, "head") and new.q_norm.eps == old.q_norm.eps
+    assert torch.equal(new.q_norm.weight, old.q_norm.weight) and torch.equal(new.k_norm.weight, old.k_norm.weight)
+    with torch.no_grad():
+        assert model(torch.randn(1, *model.default_cfg["input_size"])).isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["naflexvit_base_patch16_gap", "pit_ti_224"])

@@ -43,7 +43,7 @@ MAY_IMPORT = {
         *MODULES,
     },
     "distributed": {"attention", "checks", "precision", "torch_backend", "types"},
-    "convert": {"attention", "checks"},
+    "convert": {"attention", "checks", "norms"},
     "tuning": {"attention", "checks", "functional", "ops"},
     "testing": {"attention", "functional", "reference", "types"},
 }

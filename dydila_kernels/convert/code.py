@@ -26,6 +26,12 @@ def attends(kind: type) -> bool:
     )
 
 
+def names(function: Callable[..., Any], attribute: str) -> bool:
+    """Whether the function uses an attribute of that name."""
+    function = inspect.unwrap(function)
+    return inspect.isfunction(function) and attribute in function.__code__.co_names
+
+
 def dims_of_argument(function: Callable[..., Any], argument: str) -> set[int]:
     """Into how many names the function unpacks the shape of an argument: {3} for ``B, N, C = x.shape``."""
     function = inspect.unwrap(function)

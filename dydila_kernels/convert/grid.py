@@ -1,4 +1,4 @@
-"""The rows and columns of the image that a call of a model is about, for the layers deep inside of it.
+"""The rows and columns of the image, or frames of the video, that a call of a model is about, for its layers.
 
 No block tells its attention the grid.  Hooks note it where it can be seen: at a convolution that makes patches, at a
 module that is called with a map (B, C, rows, columns), or in the arguments of the model.  What they note belongs to the
@@ -11,6 +11,7 @@ is before it recomputes anything, it learns which grids it is about.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 
 from dydila_kernels import checks
 
-RowsColumns = tuple[int, int]
+Sides = tuple[int, ...]
+"""(rows, columns) of an image, or (frames, rows, columns) of a video."""
 NO_BACKWARD = -1
 
 
@@ -30,10 +32,10 @@ class Here:
     """What one thread knows.  A grid is the shape of an empty tensor, for torch.compile takes ints to be constants."""
 
     def __init__(self) -> None:
-        self.grid: Tensor | RowsColumns | None = None  # of the call under way
+        self.grid: Tensor | Sides | None = None  # of the call under way
         self.task = NO_BACKWARD  # the backward pass in which that call began
-        self.outer: list[tuple[Tensor | RowsColumns | None, int]] = []  # the calls around it
-        self.recomputed: Tensor | RowsColumns | None = None  # of the backward pass under way, for compiled blocks
+        self.outer: list[tuple[Tensor | Sides | None, int]] = []  # the calls around it
+        self.recomputed: Tensor | Sides | None = None  # of the backward pass under way, for compiled blocks
         self.passes: set[int] = set()  # the backward passes that came by in this thread
 
 
@@ -45,23 +47,23 @@ class OfEachThread(threading.local):
 
 
 class ImageGrid:
-    """(rows, columns) for all layers that have them from one place.
+    """The sides of the grid for all layers that have them from one place.
 
     Args:
         source: what this place is, in words.
         fixed: the same grid for all calls.
-        of_arguments: returns (rows, columns), or None, for the arguments of the module that :meth:`around` is told.
+        of_arguments: returns the sides, or None, for the arguments of the module that :meth:`around` is told.
     """
 
     def __init__(
         self,
         source: str,
-        fixed: RowsColumns | None = None,
-        of_arguments: Callable[..., RowsColumns | None] | None = None,
+        fixed: Sides | None = None,
+        of_arguments: Callable[..., Sides | None] | None = None,
     ) -> None:
         self.source, self.fixed, self.of_arguments = source, fixed, of_arguments
         self.threads = OfEachThread()
-        self.backward: dict[int, set[RowsColumns]] = {}  # the grids that a backward pass has come by, of all threads
+        self.backward: dict[int, set[Sides]] = {}  # the grids that a backward pass has come by, of all threads
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy is about calls of its own."""
@@ -85,7 +87,7 @@ class ImageGrid:
             self.forget_failed()
         grid = None if self.of_arguments is None else self.of_arguments(*args, **kwargs)
         if grid is not None:
-            self.note(*checks.pair("HW", grid, f", {self.source},"))
+            self.note(*checks.sides(grid, 1, f", {self.source}"))
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.mark(module, args, output)
@@ -93,18 +95,18 @@ class ImageGrid:
             self.here.grid, self.here.task = self.here.outer.pop()
 
     def after_patches(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """Forward hook of the convolution whose output (B, d, rows, columns) is the tokens."""
-        self.note(*output.shape[-2:])
+        """Forward hook of the convolution whose output (B, d, rows, columns) is the tokens; a video has frames, too."""
+        self.note(*output.shape[2:])
 
-    def note(self, rows: int, columns: int) -> None:
-        checks.integer("HW[0]", rows, 1)
-        checks.integer("HW[1]", columns, 1)
+    def note(self, *sides: int) -> None:
+        for i, side in enumerate(sides):
+            checks.integer(f"HW[{i}]", side, 1)
         if torch.compiler.is_compiling():
-            self.here.grid = (rows, columns)
+            self.here.grid = sides
         elif self.here.task == backward_pass():
-            self.here.grid = torch.empty(rows, columns, device="meta")
+            self.here.grid = torch.empty(sides, device="meta")
         else:  # a part of the model is recomputed, in which the patches are made
-            self.come_by(rows, columns)
+            self.come_by(sides)
 
     def mark(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook: leaves the grid of the call in the graph of the output."""
@@ -112,17 +114,17 @@ class ImageGrid:
             return
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
-                leaf.grad_fn.register_prehook(partial(self.come_by, *sides(self.here.grid)))
+                leaf.grad_fn.register_prehook(partial(self.come_by, sides_of(self.here.grid)))
 
-    def come_by(self, rows: int, columns: int, *gradients: Any) -> None:
+    def come_by(self, sides: Sides, *gradients: Any) -> None:
         """The backward pass under way is about this grid, too."""
         task = backward_pass()
         if task not in self.backward:
             self.backward[task] = set()
             self.here.passes.add(task)
             torch.autograd.Variable._execution_engine.queue_callback(partial(self.forget, task))
-        self.backward[task].add((rows, columns))
-        self.here.recomputed = torch.empty(rows, columns, device="meta")
+        self.backward[task].add(sides)
+        self.here.recomputed = torch.empty(sides, device="meta")
 
     def forget(self, task: int) -> None:
         self.backward.pop(task, None)
@@ -134,7 +136,7 @@ class ImageGrid:
         for task in tuple(self.here.passes):
             self.forget(task)
 
-    def of(self, tokens: int | None) -> RowsColumns:
+    def of(self, tokens: int | None) -> Sides:
         """The grid of a layer that is called with so many tokens beside those before the grid; None: with some of them.
 
         Raises:
@@ -155,11 +157,11 @@ class ImageGrid:
                 f"the grid is {self.source}, and no call is under way in which this has shown it: call the model "
                 "itself, or pass HW=(rows, columns) to this layer, or HW to replace_attention"
             )
-        return sides(grid)
+        return sides_of(grid)
 
-    def of_recomputation(self, tokens: int | None) -> RowsColumns:
+    def of_recomputation(self, tokens: int | None) -> Sides:
         grids = sorted(self.backward.get(backward_pass(), ()))
-        fitting = [grid for grid in grids if tokens is None or grid[0] * grid[1] == tokens]
+        fitting = [grid for grid in grids if tokens is None or fits(grid, tokens)]
         if len(fitting) == 1:
             return fitting[0]
         raise RuntimeError(
@@ -168,9 +170,13 @@ class ImageGrid:
         )
 
 
-def sides(grid: Tensor | RowsColumns) -> RowsColumns:
-    rows, columns = grid.shape if isinstance(grid, Tensor) else grid
-    return rows, columns
+def sides_of(grid: Tensor | Sides) -> Sides:
+    return tuple(grid.shape) if isinstance(grid, Tensor) else grid
+
+
+def fits(grid: Sides, tokens: int) -> bool:
+    """Whether so many tokens are those of the whole grid, or of each frame of a video."""
+    return math.prod(grid) == tokens or (len(grid) == 3 and grid[1] * grid[2] == tokens)
 
 
 def backward_pass() -> int:
@@ -184,7 +190,7 @@ class FirstArgument:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def __call__(self, *args: Any, **kwargs: Any) -> RowsColumns | None:
+    def __call__(self, *args: Any, **kwargs: Any) -> Sides | None:
         value = args[0] if args else kwargs.get(self.name)
         if not isinstance(value, Tensor) or value.dim() != 4:
             return None

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch import nn
 
-from dydila_kernels.convert.grid import RowsColumns
+from dydila_kernels.convert.grid import Sides
 from dydila_kernels.convert.layers import ReplacedAttention
+from dydila_kernels.convert.norms import QKNorm, carry_norm
+from dydila_kernels.convert.recipe import FROM_THE_OLD_LAYER, read
 from dydila_kernels.convert.report import Kept, ReplacementReport, Swapped, table, title
 from dydila_kernels.convert.sources import Sources
 from dydila_kernels.convert.structure import Found, Selection, ancestors, find_attention, put, require_plain, select
-
-FROM_THE_OLD_LAYER = ("dim", "qkv_bias", "proj_bias", "device", "dtype")
-"""Arguments of DyDiLAttention that the old layer decides."""
 
 
 def replace_attention(
@@ -24,7 +23,7 @@ def replace_attention(
     *,
     include: Selection | None = None,
     exclude: Selection = (),
-    HW: RowsColumns | Callable[..., RowsColumns] | None = None,
+    HW: Sides | Callable[..., Sides] | None = None,
     num_heads: int | None = None,
     num_prefix_tokens: int | None = None,
     proj_drop: float | None = None,
@@ -35,22 +34,25 @@ def replace_attention(
 ) -> ReplacementReport:
     """Swaps the self-attention layers of a model, in place, for DyDiLAttention with their weights.
 
-    Recognised are the attention of timm and DiT (``qkv``, ``proj``) and that of diffusers (``to_q``, ``to_k``,
-    ``to_v``, ``to_out``), as in DiTTransformer2DModel, SanaTransformer2DModel and UNet2DConditionModel.  A layer that
-    has anything which the new one would lose is kept, and so are cross-attention and attention between frames; the
-    report tells why.
+    Recognised by their structure are the attention of timm, DiT, PixArt, NVlabs' Sana and LightningDiT (``qkv``,
+    ``proj``) and that of diffusers (``to_q``, ``to_k``, ``to_v``, ``to_out``), as in SanaTransformer2DModel,
+    SanaVideoTransformer3DModel, WanTransformer3DModel and UNet2DConditionModel, with RMS or layer norms of queries and
+    keys or without.  A layer that has anything which the new one would lose is kept, and so are cross-attention, joint
+    attention to text and attention between frames; the report tells why.
 
     The new layers start near plain linear attention (Eq. 4 of the paper) with the old weights: the convolution at
-    zero, gamma at 1, lambda small.  Only for Sana, which has that attention, are they nearly what the old layers were.
+    zero, gamma at 1, lambda small.  Only for Sana and SANA-Video, which have that attention, are they nearly what the
+    old layers were.  Rotary embeddings turn queries and keys after the kernel, as in SANA-Video.
 
     Args:
         model: the model, neither wrapped (DDP, FSDP) nor compiled; of a pipeline, the network in it.
         include, exclude: which layers to swap, by default all, and which not: a name, a glob or an index, or several.
             A name may be that of the layer or of a module around it ("blocks.3"); an index counts the layers that can
             be swapped.
-        HW: the grid of the image.  None: each layer has it from the nearest module around it that is called with a map
-            (B, C, rows, columns), or in which one Conv2d with kernel = stride makes the patches; (rows, columns): this
-            one in every call; or a function of the arguments of the model that returns it.
+        HW: the grid of the image, (rows, columns), or of the video, (frames, rows, columns).  None: each layer has it
+            from the nearest module around it that is called with a map (B, C, rows, columns), or in which one
+            convolution with kernel = stride makes the patches, or from its block, where that passes it; sides: these in
+            every call; or a function of the arguments of the model that returns them.
         num_heads: H, by default that of the old layer.
         num_prefix_tokens: class and register tokens before the grid, by default what the model says, or 0.
         proj_drop: dropout on the output, by default that of the old layer.
@@ -74,6 +76,51 @@ def replace_attention(
 
     found = find_attention(model)
     select(found, include, exclude)
+    return swap(model, found, HW, options)
+
+
+def repeat_replacement(
+    model: nn.Module, recipe: Mapping[str, Any], *, HW: Callable[..., Sides] | None = None
+) -> ReplacementReport:
+    """Swaps the layers that a recipe names, in place, with its options, so that trained weights can be loaded.
+
+    Args:
+        model: built as the one was of whose report the recipe is; as for :func:`replace_attention`.
+        recipe: what :meth:`ReplacementReport.recipe` returned, also by way of JSON.  Nothing in it is executed.
+        HW: the function that the swap was made with, where it was made with one.
+
+    Returns:
+        A report, as :func:`replace_attention` does.
+
+    Raises:
+        TypeError, ValueError: the recipe is malformed, the model lacks one of its layers or cannot have it swapped, or
+            as for :func:`replace_attention`.  The model is then as it was.
+    """
+    require_module(model)
+    require_plain(model)
+    layers, sides, options = read(recipe, HW)
+    found = find_attention(model)
+    by_name = {name: a for a in found for name in a.names}
+    for name in layers:
+        if name not in by_name:
+            raise ValueError(
+                f"recipe['layers'] has {name!r}, which is no attention layer of the model; there are: "
+                f"{', '.join(by_name) or 'none'}"
+            )
+        if by_name[name].reasons:
+            raise ValueError(
+                f"recipe['layers'] has {name!r}, which cannot be swapped in this model: "
+                f"{'; '.join(by_name[name].reasons)}"
+            )
+    named = {id(by_name[name]) for name in layers}
+    for a in found:
+        if id(a) not in named and not a.reasons:
+            a.reasons.append("the recipe does not name it")
+    return swap(model, found, sides, options)
+
+
+def swap(model: nn.Module, found: Sequence[Found], HW: Any, options: dict[str, Any]) -> ReplacementReport:
+    """Swaps what has no reason to stay."""
     kept = [Kept(name, a.layer, "; ".join(a.reasons)) for a in found for name in a.names if a.reasons]
     chosen = [a for a in found if not a.reasons]
     if not chosen:
@@ -93,7 +140,7 @@ def replace_attention(
             put(model, name, new)
     swapped = [Swapped(name, a.layer, new) for a, new in zip(chosen, built, strict=True) for name in a.names]
     grid = "none, for want of a convolution" if sources is None else str(sources)
-    return ReplacementReport(swapped, kept, options, grid, model, [] if sources is None else sources.install())
+    return ReplacementReport(swapped, kept, options, grid, model, HW, [] if sources is None else sources.install())
 
 
 def require_module(model: object) -> None:
@@ -110,6 +157,8 @@ def build(model: nn.Module, found: Found, options: dict[str, Any]) -> ReplacedAt
     weights = found.weights
     assert weights is not None
     qkv, proj = weights.qkv, weights.proj
+    if weights.qk_norm is not None:
+        options = with_norm(options, found.names[0], weights.qk_norm, weights.num_heads)
     new = weights.replacement(
         proj.out_features,
         **{
@@ -130,10 +179,25 @@ def build(model: nn.Module, found: Found, options: dict[str, Any]) -> ReplacedAt
             if mine.bias is not None:
                 mine.bias.copy_(torch.cat([linear.bias for linear in old]))
                 mine.bias.requires_grad_(old[0].bias.requires_grad)
+        for norm, old_norm in zip((new.q_norm, new.k_norm), weights.norms, strict=False):
+            assert norm is not None
+            carry_norm(norm, old_norm)
         if new.dwc is not None:
             for branch in new.dwc.branches.values():
                 branch.zero_()
     return new.train(found.layer.training)  # type: ignore[return-value]
+
+
+def with_norm(options: dict[str, Any], place: str, norm: QKNorm, num_heads: int) -> dict[str, Any]:
+    """The options with those of the old layer's norms.  Raises TypeError or ValueError where the caller has others."""
+    for name in options.keys() & set(QKNorm._fields):
+        raise TypeError(f"{name} must be left to the old layer {place}, which has norms; got {options[name]!r}")
+    if norm.qk_norm_across == "head" and options.get("num_heads", num_heads) != num_heads:
+        raise ValueError(
+            f"num_heads must be that of the old layer {place}, {num_heads}, whose norms are of its heads; "
+            f"got {options['num_heads']!r}"
+        )
+    return options | norm._asdict()
 
 
 def prefix_tokens(model: nn.Module, name: str) -> int:

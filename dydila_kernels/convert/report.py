@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from dydila_kernels.attention import DyDiLAttention
+from dydila_kernels.convert.kinds import child, is_more
+from dydila_kernels.convert.recipe import write
 from dydila_kernels.convert.structure import put, require_plain
 
 
@@ -44,18 +46,27 @@ class ReplacementReport:
     options: dict[str, Any]
     grid: str
     _model: nn.Module = field(repr=False)
+    _HW: Any = field(repr=False)
     _hooks: list[Any] = field(default_factory=list, repr=False)
     _undone: bool = field(default=False, repr=False)
 
     @property
     def new_parameters(self) -> list[str]:
         """The names in the model of the parameters that were not there before, fixed routers included."""
-        return [f"{layer.name}.{name}" for layer in self.swapped for name, _ in fresh_parameters(layer.new)]
+        return [f"{layer.name}.{name}" for layer in self.swapped for name, _ in fresh_parameters(layer)]
 
     @property
     def linears(self) -> list[str]:
         """The names in the model of the ``qkv`` and ``proj`` of the new layers, as ``target_modules`` of peft takes."""
         return [f"{layer.name}.{part}" for layer in self.swapped for part in ("qkv", "proj")]
+
+    def recipe(self) -> dict[str, Any]:
+        """What :func:`repeat_replacement` needs to do the same to another such model, in types that JSON holds.
+
+        ``{"version": 1, "layers": [names], "HW": None, sides or "function", "options": {...}}``.  A function that was
+        given as ``HW`` is not in it: it has to be given again.
+        """
+        return write([layer.name for layer in self.swapped], self._HW, self.options)
 
     def undo(self) -> None:
         """Puts the old layers back, as they were: the model computes what it did before, to the bit.
@@ -87,11 +98,11 @@ class ReplacementReport:
         self._undone = True
 
     def __str__(self) -> str:
-        fresh = {id(p): p.numel() for layer in self.swapped for _, p in fresh_parameters(layer.new)}
+        fresh = {id(p): p.numel() for layer in self.swapped for _, p in fresh_parameters(layer)}
         return "\n".join(
             [
                 f"swapped: {len(self.swapped)}, with {sum(fresh.values()):,} new parameters",
-                *table((name, title(old), f"d = {new.dim}, H = {new.num_heads}") for name, old, new in self.swapped),
+                *table((name, title(old), sizes(new)) for name, old, new in self.swapped),
                 f"  options: {', '.join(f'{name}={value!r}' for name, value in self.options.items())}",
                 f"  grid: {self.grid}",
                 f"kept: {len(self.kept)}",
@@ -100,15 +111,22 @@ class ReplacementReport:
         )
 
 
-def fresh_parameters(layer: DyDiLAttention) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters that no old layer has."""
-    return ((name, p) for name, p in layer.named_parameters() if not name.startswith(("qkv.", "proj.")))
+def fresh_parameters(layer: Swapped) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that the old layer does not have."""
+    norms = any(is_more(child(layer.old, name)) for name in ("q_norm", "norm_q"))
+    carried = ("qkv.", "proj.", "q_norm.", "k_norm.") if norms else ("qkv.", "proj.")
+    return ((name, p) for name, p in layer.new.named_parameters() if not name.startswith(carried))
 
 
 def title(layer: nn.Module) -> str:
     """The class of a layer, and in diffusers its processor."""
     processor = getattr(layer, "processor", None)
     return type(layer).__name__ + ("" if processor is None else f" ({type(processor).__name__})")
+
+
+def sizes(layer: DyDiLAttention) -> str:
+    text = f"d = {layer.dim}, H = {layer.num_heads}"
+    return text if layer.qk_norm is None else f"{text}, {layer.qk_norm} norm of each {layer.qk_norm_across}"
 
 
 def table(rows: Any) -> list[str]:

@@ -1,7 +1,8 @@
-"""Where the layers of a model have the rows and columns of the image from, which is decided before any is swapped."""
+"""Where the layers of a model have the sides of the grid from, which is decided before any is swapped."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,8 @@ from dydila_kernels.convert.structure import Found, ancestors
 HOLDERS = (nn.ModuleList, nn.ModuleDict)
 """Modules that are never called."""
 
-POOLS = (nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
+POOLS = (nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool3d, nn.MaxPool3d)
 
 
 class Place(NamedTuple):
@@ -35,16 +37,20 @@ class Sources:
         if HW is None:
             convolutions = find_convolutions(model, found)
             places = [place_of_all(model, a, convolutions) for a in chosen]
-            if unknown := [a.names[0] for a, place in zip(chosen, places, strict=True) if place is None]:
+            told = ImageGrid("what the blocks pass as HW")
+            unknown = [
+                a.names[0] for a, place in zip(chosen, places, strict=True) if place is None and not is_told(model, a)
+            ]
+            if unknown:
                 raise ValueError(
                     "HW=(rows, columns), or a function of the model's arguments that returns it, is needed, or "
                     "dwc_branches=(), which leaves the convolution out, or exclude: nothing in the model shows the "
                     f"grid of the image to {', '.join(unknown)}"
                 )
             for place in places:
-                assert place is not None
-                self.places.setdefault(place, grid_of(model, place))
-            self.grids = [self.places[place] for place in places if place is not None]
+                if place is not None and place not in self.places:
+                    self.places[place] = grid_of(model, place)
+            self.grids = [told if place is None else self.places[place] for place in places]
         elif callable(HW):
             grid = ImageGrid(f"{getattr(HW, '__name__', repr(HW))} of the model's arguments", of_arguments=HW)
             self.places[Place("", None)] = grid
@@ -74,11 +80,8 @@ class Sources:
 
 
 def fixed_grid(HW: Any) -> ImageGrid:
-    listed = checks.as_list(HW)
-    if listed is None or len(listed) != 2:
-        raise TypeError(f"HW must be None, (rows, columns) or a function that returns it; got {HW!r}")
-    rows, columns = checks.integer("HW[0]", listed[0], 1), checks.integer("HW[1]", listed[1], 1)
-    return ImageGrid(f"always {rows} x {columns}", fixed=(rows, columns))
+    sides = checks.sides(HW, 1, ", or a function that returns it")
+    return ImageGrid(f"always {' x '.join(map(str, sides))}", fixed=sides)
 
 
 def grid_of(model: nn.Module, place: Place) -> ImageGrid:
@@ -97,7 +100,7 @@ def find_convolutions(model: nn.Module, found: Sequence[Found]) -> dict[str, nn.
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Conv2d, *POOLS)) and not any(is_in(name, block) for block in blocks)
+        if isinstance(module, (*CONVOLUTIONS, *POOLS)) and not any(is_in(name, block) for block in blocks)
     }
 
 
@@ -115,17 +118,25 @@ def place_of(model: nn.Module, name: str, a: Found, convolutions: dict[str, nn.M
         patches = {
             n: m.kernel_size
             for n, m in inside.items()
-            if isinstance(m, nn.Conv2d) and m.out_channels == a.weights.proj.out_features and m.kernel_size == m.stride
+            if isinstance(m, CONVOLUTIONS)
+            and m.out_channels == a.weights.proj.out_features
+            and m.kernel_size == m.stride
         }
-        cutting = [n for n, kernel in patches.items() if kernel != (1, 1)]
+        cutting = [n for n, kernel in patches.items() if set(kernel) != {1}]
         if not cutting and code.takes_maps(model.get_submodule(outer)):
-            same = all(isinstance(m, nn.Conv2d) and set(m.stride) == {1} for m in inside.values())
+            same = all(isinstance(m, CONVOLUTIONS) and set(m.stride) == {1} for m in inside.values())
             return Place(outer, None) if same else None
         if patches:
             around = next(o for o in (outer, *ancestors(outer)) if not isinstance(model.get_submodule(o), HOLDERS))
             (one, *more) = cutting or patches
             return None if more else Place(around, one)
     return None
+
+
+def is_told(model: nn.Module, a: Found) -> bool:
+    """Whether all blocks around a layer are told the grid, and it takes it, as in NVlabs' Sana and PixArt."""
+    blocks = [model.get_submodule(name.rpartition(".")[0]) for name in a.names]
+    return all("HW" in inspect.signature(module.forward).parameters for module in (a.layer, *blocks))
 
 
 def is_in(name: str, outer: str) -> bool:

@@ -7,9 +7,10 @@
 import os
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -49,8 +50,8 @@ class ImageData(Dataset[tuple[Tensor, int]], ABC):
     """Height and width of what the network sees."""
     class_names: list[str]
     """Name of each label."""
-    patch_size: int | None = None
-    """That of networks for these images, where they have one of their own."""
+    network: ClassVar[Mapping[str, Any]] = {}
+    """Fields of `ModelConfig` that networks for these images have in place of those of their size."""
     takes_noise = False
     """Whether `to_images` has a use for noise; where not, it may be empty."""
 

@@ -282,7 +282,7 @@ def model_config_of(config: TrainConfig, data: ImageData) -> ModelConfig:
         in_channels=data.channels,
         num_classes=data.num_classes,
         learn_sigma=config.learn_sigma,
-        **({} if data.patch_size is None else {"patch_size": data.patch_size}),
+        **data.network,
     )
     if data.size % model_config.patch_size:
         raise SettingsError(f"images of size {data.size} do not divide into patches of {model_config.patch_size}")

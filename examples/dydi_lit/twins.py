@@ -10,7 +10,7 @@ each pixel alone, and that of the best that knows where the twin is.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -42,7 +42,8 @@ class TwinData(ImageData):
     kind: DataKind = "twins"
     channels = 1
     size = GRID * TILE
-    patch_size = TILE
+    network: ClassVar[dict[str, Any]] = {"patch_size": TILE, "feed_forward": "mlp", "ffn_ratio": 4.0}
+    """The same feed-forward for all, wide enough for what a tile says of itself: attention makes the difference."""
 
     def __init__(self) -> None:
         self.class_names = ["twins"]

@@ -88,7 +88,8 @@ def test_a_tile_is_a_token() -> None:
     config = model_config_of(TrainConfig(size="toy", data="twins", learn_sigma=False), data)
     assert (config.patch_size, config.in_channels, config.num_classes) == (TILE, 1, 1)
     assert config == config_of(
-        "dydi-lit", "toy", patch_size=TILE, in_channels=1, num_classes=1, learn_sigma=False
+        "dydi-lit", "toy", patch_size=TILE, feed_forward="mlp", ffn_ratio=4.0, in_channels=1, num_classes=1,
+        learn_sigma=False,
     )  # fmt: skip
     item, label = data[3]
     batch = torch.stack([item, item])

@@ -5,11 +5,10 @@ A row is a flat dict, stored as one line of JSON.  Times are in milliseconds, me
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -46,12 +45,10 @@ class CheckFailed(RuntimeError):
     """The results are wrong, so their speed is not worth measuring."""
 
 
-def require_correct(error_ratio: float, limit: float = LARGEST_RATIO) -> None:
-    """Raise unless our error is at most ``limit`` times that of plain PyTorch.  To be called before any timing."""
-    if not error_ratio <= limit:  # written so that NaN fails
-        raise CheckFailed(
-            f"our error is {error_ratio:.3g} times that of plain PyTorch (limit {limit:g}): nothing timed"
-        )
+def require_correct(error_ratio: float) -> None:
+    """Raise unless our error is small enough.  To be called before any timing."""
+    if not error_ratio <= LARGEST_RATIO:  # written so that NaN fails
+        raise CheckFailed(f"our error is {error_ratio:.3g} times that of plain PyTorch, over {LARGEST_RATIO:g}")
 
 
 @dataclass(frozen=True)
@@ -105,25 +102,6 @@ def interleave(clocks: Mapping[Name, Clock], repeats: int, budget_seconds: float
     return {name: samples[1:] or samples for name, samples in seconds.items()}
 
 
-def in_turn(calls: Sequence[Call]) -> Call:
-    """One call that makes these, one each time, over and over."""
-    turns = itertools.cycle(calls)
-    return lambda: next(turns)()
-
-
-def sets_for_cold_cache(bytes_per_set: int, device: str) -> int:
-    """How many sets of inputs to use in turn, so that each has left the last cache before it is used again: 1 to 8."""
-    return min(max(math.ceil(2 * cache_bytes(device) / max(bytes_per_set, 1)) + 1, 1), 8)
-
-
-def cache_bytes(device: str) -> int:
-    """Size of the device's last cache; 0 where it cannot be told."""
-    size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
-    if is_gpu(device):
-        return torch.cuda.get_device_properties(device).L2_cache_size
-    return int(size.read_text().strip().removesuffix("K")) * 1024 if size.exists() else 0
-
-
 def captured(prepare: Callable[[], Call]) -> Call:
     """The call that is prepared, as a CUDA graph: replaying it takes the time of the device alone.
 
@@ -172,32 +150,30 @@ def peak_growth_mib(call: Call, device: str = "cpu") -> float | None:
     has returned to the allocator, but not to the system, would hide the growth.
     """
     if is_gpu(device):
-        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        held = torch.cuda.memory_allocated(device)
         call()
-        torch.cuda.synchronize(device)
-        return (torch.cuda.max_memory_allocated(device) - before) / MIB
+        return (torch.cuda.max_memory_allocated(device) - held) / MIB
     if platform.system() != "Linux":
         return None
     # Not ru_maxrss: it starts at the parent's peak and cannot be reset.
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present level
-    before = _resident_kib("VmRSS")
+    before = _resident_mib("VmRSS")
     call()
-    return (_resident_kib("VmHWM") - before) / 1024
+    return _resident_mib("VmHWM") - before
 
 
-def _resident_kib(field: str) -> int:
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return next(int(words[1]) for words in lines if words[0] == f"{field}:")
+def _resident_mib(field: str) -> float:
+    (kib,) = re.findall(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(kib) / 1024
 
 
 def stored(
     suite: str, rows: Iterable[Row], device: str, dtype: torch.dtype, folder: Path | None, *, total: int | None = None
 ) -> list[Row]:
     """The rows, to which the facts of the run are added; each goes to FOLDER/SUITE.jsonl as it comes."""
-    facts = {"suite": suite, **environment(device), "device_type": torch.device(device).type}
-    facts["dtype"] = str(dtype).removeprefix("torch.")
+    kind = {"device_type": torch.device(device).type, "dtype": str(dtype).removeprefix("torch.")}
+    facts = {"suite": suite, **environment(device), **kind}
     found: list[Row] = []
     for row in tqdm(rows, suite, total, unit="row"):
         row |= facts
@@ -244,13 +220,12 @@ def device_name(device: str) -> str:
     if is_gpu(device):
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.processor() or platform.machine())
+    names = re.findall(r"^model name\s*: (.*)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def folder_of(device_type: str, name: str, results: Path = RESULTS) -> Path:
-    """The folder of a device among the results."""
+    """Where the rows of a device are kept."""
     return results / (name.replace(" ", "-").lower() if device_type == "cuda" else "cpu")
 
 

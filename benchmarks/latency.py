@@ -8,6 +8,7 @@ A step of one image, and of two as guidance has them: with its class and without
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -17,7 +18,6 @@ import torch
 import tyro
 
 from benchmarks import harness, model, suite
-from benchmarks.harness import Row
 from benchmarks.model import Case
 from benchmarks.suite import Comparison, Contender, Mode
 from dydila_kernels.testing import cast, equations, layer_inputs, relative_error
@@ -32,24 +32,17 @@ class Config(model.ModelOptions):
     """Images at once: one, and two for guidance."""
 
 
-def main(config: Config) -> list[Row]:
-    """Check, measure, print tables and store the rows."""
-    return suite.run("latency", config, comparisons(config))
-
-
-def comparisons(config: Config) -> list[Comparison]:
+def comparisons(config: Config) -> Iterator[Comparison]:
     """By batch, each in rising order of size."""
-    return [
-        model.comparison(config.cases("forward", batch, image, fused=True), contender)
-        for batch, image in product(config.batches, config.images(on_cpu=2))
-    ]
+    for batch, image in product(config.batches, config.images(on_cpu=2)):
+        yield [contender(case) for case in config.cases("forward", batch, image, fused=True)]
 
 
 def contender(case: Case) -> Contender:
-    checked = case.fused or harness.is_gpu(case.device)
-    labels = {"heads": model.config_of(case).num_heads, "fused": case.fused}
-    check = partial(error_ratio, case) if checked else None
-    return Contender(partial(model.prepare, case), labels, model.cost(case), check, graph=True)
+    check = partial(error_ratio, case) if case.fused or harness.is_gpu(case.device) else None
+    return Contender(
+        partial(model.prepare, case), {**case.labels, "fused": case.fused}, model.cost(case), check, graph=True
+    )
 
 
 def error_ratio(case: Case) -> float:
@@ -61,7 +54,7 @@ def error_ratio(case: Case) -> float:
 def fused_error_ratio(case: Case) -> float:
     """Of the output of the first block's attention layer after ``fuse()``, over that of the plain equations."""
     attn = model.network(case.name, case.size, False, False, case.device, case.dtype).blocks[0].attention
-    x = torch.randn(1, min(case.tokens, model.CHECKED_TOKENS), attn.dim, device=case.device, dtype=case.dtype)
+    x = torch.randn(1, min(case.tokens, suite.CHECKED_TOKENS), attn.dim, device=case.device, dtype=case.dtype)
     with torch.no_grad():
         given, indices = layer_inputs(attn, x), attn.routing(x).indices
         exact = equations(attn, cast(given, torch.float64), indices=indices)
@@ -85,6 +78,8 @@ def captured_difference(case: Case) -> float:
     replay()
     return relative_error(outputs[-1], outputs[0]) / torch.finfo(case.dtype).eps
 
+
+main = partial(suite.run, "latency", comparisons)
 
 if __name__ == "__main__":
     suite.command(main, Config)

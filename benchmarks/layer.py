@@ -18,14 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import rivals, roofline, suite
-from benchmarks.harness import Call, Row
+from benchmarks.harness import Call
 from benchmarks.roofline import Cost
 from benchmarks.suite import Case, Comparison, Contender
 from dydila_kernels import DyDiLAttention
 from dydila_kernels.testing import equations, layer_error_ratio
-
-CHECKED_TOKENS = 48**2
-"""Tokens of the image that the check is done on at most: longer ones take the same path."""
 
 
 @dataclass(frozen=True)
@@ -44,37 +41,25 @@ class Config(suite.Options):
     """Layers to compare ours with; "dydila eager" is our reference equations in eager PyTorch, "compiled" a layer under
     torch.compile."""
 
-    def widths(self) -> tuple[int, ...]:
-        """The values of d to run."""
-        return self.dims or ((128,) if self.smoke else (384, 512, 768, 1152) if self.on_gpu else (384,))
-
-
-def main(config: Config) -> list[Row]:
-    """Check, measure, print tables and goals, and store the rows."""
-    return suite.run("layer", config, list(comparisons(config)))
-
 
 def comparisons(config: Config) -> Iterator[Comparison]:
     """By width and mode, each in rising order of N."""
     sizes = sorted(config.lengths(cpu=(256, 1024, 4096, 16384), gpu=(256, 1024, 2304, 4096, 16384, 65536)))
-    for dim, mode, tokens in product(config.widths(), config.modes, sizes):
-        of_softmax = (max(dim // 64, 1),)
-        who = [
-            (name, heads)
-            for name in ("dydila", *config.rivals)
-            for heads in suite.heads_of(of_softmax if name == "softmax" else config.heads, dim)
-        ]
-        yield suite.comparison(config, mode, tokens, dim, who, contender, inputs=1)
+    dims = config.dims or ((128,) if config.smoke else (384, 512, 768, 1152) if config.on_gpu else (384,))
+    for dim, mode, tokens in product(dims, config.modes, sizes):
+        ours, of_softmax = suite.heads_of(config.heads, dim), (max(dim // 64, 1),)
+        names = ("dydila", *config.rivals)
+        who = [(name, h) for name in names for h in (of_softmax if name == "softmax" else ours)]
+        yield [contender(case) for case in suite.cases(config, mode, tokens, dim, who)]
 
 
 def contender(case: Case) -> Contender:
-    checked = case.one_of(min(case.shape.tokens, CHECKED_TOKENS), "forward")
     checks = case.name not in ("dydila eager", "dydila compiled")  # which are the formula that ours is checked against
     return Contender(
-        prepare=partial(prepare, case),
-        labels={"name": case.name, "heads": case.shape.heads},
-        cost=cost(case),
-        error_ratio=partial(error_ratio, checked) if checks else None,
+        partial(prepare, case),
+        case.labels,
+        cost(case),
+        partial(error_ratio, case.checked) if checks else None,
         # What the backward pass alone adds to memory says nothing without what the forward pass has left there.
         warm_up=None if case.mode == "backward" else suite.warm_up(prepare, case),
         graph=True,
@@ -136,6 +121,8 @@ def cost(case: Case) -> Cost:
         return total + rivals.RIVALS[name].cost(shape, mode)
     return total + square(shape.dim, weights=3) * 2 + roofline.core(shape, mode) + roofline.convolution(shape, mode)
 
+
+main = partial(suite.run, "layer", comparisons)
 
 if __name__ == "__main__":
     suite.command(main, Config)

@@ -122,10 +122,9 @@ def flash_bla(q: Tensor, k: Tensor, v: Tensor, *, heads: int) -> Tensor:
 
 
 class Rival(NamedTuple):
-    """Whom ours is compared with.
+    """Whom ours is compared with; a package of others has a ``module`` and says what it ``computes``.
 
-    ``attend`` is None if not comparable, and ``formula`` what it is checked against, None if nothing.  A package of
-    others has a ``module`` and says what it ``computes``.
+    ``attend`` is None if not comparable, and ``formula`` what it is checked against, None if nothing.
     """
 
     attend: Any
@@ -136,11 +135,13 @@ class Rival(NamedTuple):
 
 
 SOFTMAX = ("softmax", *BACKENDS)
+ANY_WIDTH = ("sana", "focused", "sana compiled")
 PACKAGES = ("flash-attn", "flash_bla", "flash-linear-attention")
 RIVALS = {
     **{name: Rival(partial(softmax, backend=name), plain_softmax, softmax_core) for name in SOFTMAX},
     "sana": Rival(sana, plain_linear, linear_core),
     "focused": Rival(focused, None, linear_core),
+    "sana compiled": Rival(sana, None, linear_core),
     "flash-attn": Rival(flash_attn, plain_softmax, softmax_core, "flash_attn", "softmax attention"),
     "flash_bla": Rival(flash_bla, plain_linear, linear_core, "flash_bla", "ReLU linear attention, Eq. 4"),
     "flash-linear-attention": Rival(None, None, linear_core, "fla", "causal linear attention"),
@@ -148,12 +149,16 @@ RIVALS = {
 """By the names of rows."""
 
 
-def missing(name: str, device: str) -> str | None:
-    """Why a package takes no part; None: it does."""
-    package = RIVALS[name]
-    if importlib.util.find_spec(package.module) is None:
+def missing(name: str, shape: Shape, device: str) -> str | None:
+    """Why a rival takes no part; None: it does."""
+    rival = RIVALS[name]
+    if name in BACKENDS:
+        return why_not_softmax(name, device, shape.dtype, shape.dim // shape.heads)
+    if not rival.module:
+        return None
+    if importlib.util.find_spec(rival.module) is None:
         return "missing: not installed"
-    if package.attend is None:
+    if rival.attend is None:
         return "missing: its linear attention is causal only: not the same function"
     return None if torch.device(device).type == "cuda" else "missing: it needs a GPU"
 

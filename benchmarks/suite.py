@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import tyro
@@ -20,13 +20,18 @@ from torch._functorch import config as functorch_config
 
 from benchmarks import harness, roofline
 from benchmarks.goals import goals, verdicts
-from benchmarks.harness import Call, Clock, Row
+from benchmarks.harness import Call, Row
 from benchmarks.roofline import Cost, Shape
 from dydila_kernels.testing import relative_error
 
 Mode = Literal["forward", "backward", "forward+backward"]
-WRONG = "wrong: the error is over twice that of plain PyTorch"
 MODES: tuple[Mode, ...] = ("forward", "backward", "forward+backward")
+WRONG = "wrong: the error is over twice that of plain PyTorch"
+FLUSHED = 2**28
+"""Bytes that are written before each timed call: more than the last cache has, so that inputs come from memory."""
+CHECKED_TOKENS = 48**2
+"""Tokens of the image that a check is done on at most: longer ones take the same path."""
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Options(harness.Options):
 
 
 class Case(NamedTuple):
-    """A contender by its name, what it meets, and the stage that it is about, if it is about one."""
+    """A contender of one of the attention suites by its name, what it meets, and the stage that it is about, if any."""
 
     name: str
     mode: Mode
@@ -81,9 +86,29 @@ class Case(NamedTuple):
     device: str
     stage: str = ""
 
+    @property
+    def labels(self) -> Row:
+        """What its row says."""
+        stage = {"stage": self.stage} if self.stage else {}
+        where = {"mode": self.mode, "dim": self.shape.dim, "batch": self.shape.batch, "tokens": self.shape.tokens}
+        return {"name": self.name, "heads": self.shape.heads, **stage, **where}
+
+    @property
+    def checked(self) -> Case:
+        """What it is checked on."""
+        return self.one_of(min(self.shape.tokens, CHECKED_TOKENS), "forward")
+
     def one_of(self, tokens: int, mode: Mode) -> Case:
         """The whole for one image of so many tokens."""
         return self._replace(mode=mode, shape=replace(self.shape, batch=1, tokens=tokens), stage="")
+
+
+def cases(
+    options: Options, mode: Mode, tokens: int, dim: int, who: Iterable[tuple[str, int]], stage: str = ""
+) -> list[Case]:
+    """Of contenders by name and number of heads, who meet the same input."""
+    shape = Shape(options.batch(tokens), tokens, dim, 1, options.torch_dtype)
+    return [Case(name, mode, replace(shape, heads=heads), options.device, stage) for name, heads in who]
 
 
 def heads_of(asked: tuple[int, ...], dim: int) -> tuple[int, ...]:
@@ -96,9 +121,9 @@ class Contender:
     """One of those compared, with its row, in which whatever goes wrong ends up.
 
     Attributes:
-        prepare: makes a call to time, on inputs of its own, so that several sets of inputs can take turns.  It must
-            pickle (a partial of a function of a module) where memory is to be measured on a CPU.
-        labels: what its row says beside its name, such as heads.
+        prepare: makes a call to time, on inputs of its own.  It must pickle (a partial of a function of a module) where
+            memory is to be measured on a CPU.
+        labels: what its row says: ``name``, ``mode`` and where on the plot of its suite it is.
         cost: what a call moves and computes, if declared.
         error_ratio: our error over that of plain PyTorch, measured in this run before any time; over 2 is wrong.
         missing: why it cannot run here, such as a package that is not installed.
@@ -109,7 +134,7 @@ class Contender:
     """
 
     prepare: Callable[[], Call]
-    labels: Mapping[str, object] = field(default_factory=dict)
+    labels: Row
     cost: Cost | None = None
     error_ratio: Callable[[], float] | None = None
     missing: str | None = None
@@ -117,15 +142,15 @@ class Contender:
     graph: bool = False
     clock: Callable[[Call], float] | None = None
     row: Row = field(default_factory=dict, init=False)
-    calls: dict[str, list[Call]] = field(default_factory=dict, init=False)
 
-    def try_to(self, action: Callable[[], Any], where: str = "skipped") -> Any:
-        """What the action returns; from the first failure on nothing is done, and None.  ``where`` in the row what goes
-        wrong is noted."""
+    def try_to(self, action: Callable[[], Result], where: str = "skipped") -> Result | None:
+        """What the action returns; None, and a note of what went wrong ``where`` in the row, from a failure on."""
         if self.row["skipped"]:
             return None
         try:
             return action()
+        except harness.CheckFailed:
+            self.row[where] = WRONG
         except torch.OutOfMemoryError:
             self.row[where] = "out of memory"
         except Exception as error:  # of a rival, or of a compiler: the others go on
@@ -133,69 +158,29 @@ class Contender:
             self.row[where] = f"failed: {type(error).__name__}: {reason}"
         return None
 
-    def check(self) -> None:
+    def checked(self) -> Call:
+        """The call to time, once its results are known to be right."""
         if self.error_ratio is not None:
             self.row["error_ratio"] = self.error_ratio()
-            if not self.row["error_ratio"] <= harness.LARGEST_RATIO:  # written so that NaN fails
-                self.row["skipped"] = WRONG
+            harness.require_correct(self.row["error_ratio"])
+        return self.prepare()
 
-    def make(self, sets: int) -> None:
-        self.calls[""] = [self.prepare() for _ in range(sets)]
-
-    def in_turn(self, prefix: str, device: str) -> Clock:
-        """The clock of the calls in turn; 0 from the first failure on."""
-        call = harness.in_turn(self.calls[prefix])
-        clock = partial(self.clock, call) if self.clock else harness.clock(call, device)
-        return lambda: self.try_to(clock) or 0.0
-
-    def capture(self) -> None:
-        if self.graph:
-            self.calls["graph_"] = [harness.captured(self.prepare) for _ in self.calls[""]]
-
-    def finish(self, options: Options, ceilings: Row) -> None:
+    def finish(self, call: Call, options: Options, ceilings: Row) -> None:
         """Memory, and the percentage of the ceilings."""
-        row = self.row
         if self.warm_up is not None:
-            arguments = (self.prepare, self.warm_up, options.threads)
+            elsewhere = partial(peak_mib, self.prepare, self.warm_up, options.threads)
             if options.on_gpu:
-                row["peak_mib"] = harness.peak_growth_mib(self.calls[""][0], options.device)
-            elif options.smoke:  # processes take seconds to start
-                row["peak_mib"] = peak_mib(*arguments)
-            else:
-                row["peak_mib"] = harness.in_fresh_process(peak_mib, *arguments)
+                self.row["peak_mib"] = harness.peak_growth_mib(call, options.device)
+            else:  # processes take seconds to start
+                self.row["peak_mib"] = elsewhere() if options.smoke else harness.in_fresh_process(elsewhere)
         if self.cost is not None:
-            seconds = milliseconds(row) / 1e3
-            row |= {"bytes": self.cost.bytes, "flops": self.cost.flops}
-            row |= roofline.against(self.cost, seconds, ceilings, options.torch_dtype)
+            seconds = milliseconds(self.row) / 1e3
+            self.row |= {"bytes": self.cost.bytes, "flops": self.cost.flops}
+            self.row |= roofline.against(self.cost, seconds, ceilings, options.torch_dtype)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Contenders by name who meet the same input.
-
-    ``series`` and ``point`` are the labels of its rows: what a curve of a plot has in common, and its place there.
-    ``input_bytes`` is the size of one set of inputs.
-    """
-
-    series: Row
-    point: Row
-    contenders: Mapping[str, Contender]
-    input_bytes: int
-
-
-def comparison(
-    options: Options, mode: Mode, tokens: int, dim: int, who: Iterable[tuple[str, int]],
-    contender: Callable[[Case], Contender], *, inputs: int, stage: str = "",
-) -> Comparison:  # fmt: skip
-    """Of contenders by name and number of heads, on ``inputs`` tensors of so many tokens an image."""
-    shape = Shape(options.batch(tokens), tokens, dim, 1, options.torch_dtype)
-    contenders = {
-        f"{name} {heads}": contender(Case(name, mode, replace(shape, heads=heads), options.device, stage))
-        for name, heads in who
-    }
-    series: Row = {"stage": stage} if stage else {}
-    point = {"batch": shape.batch, "tokens": tokens}
-    return Comparison({**series, "mode": mode, "dim": dim}, point, contenders, inputs * shape.token_bytes)
+Comparison = Sequence[Contender]
+"""Those who meet the same input."""
 
 
 def warm_up(prepare: Callable[[Case], Call], case: Case) -> Callable[[], Call] | None:
@@ -230,13 +215,13 @@ def command(main: Callable[..., Sequence[Row]], config: type) -> None:
     raise SystemExit(exit_code(harness.told(lambda: main(tyro.cli(config)))))
 
 
-def run(suite: str, options: Options, comparisons: Sequence[Comparison]) -> list[Row]:
+def run(suite: str, comparisons: Callable[[Any], Iterable[Comparison]], options: Options) -> list[Row]:
     """Measures the comparisons, each series in rising order of size, and stores the rows as they come.
 
     Prints tables, and how the rows stand to the goals of the project."""
     torch.set_num_threads(options.threads)
-    found, folder = measured(options, comparisons), options.folder()
-    total = sum(len(comparison.contenders) for comparison in comparisons)
+    todo, folder = list(comparisons(options)), options.folder()
+    found, total = measured(options, todo), sum(map(len, todo))
     rows = harness.stored(suite, found, options.device, options.torch_dtype, folder, total=total)
     print(*filter(None, (report(rows), verdicts(goals(rows)))), sep="\n\n")
     if folder is not None:
@@ -250,7 +235,7 @@ def measured(options: Options, comparisons: Sequence[Comparison]) -> Iterator[Ro
     rows: list[Row] = []
     for comparison in comparisons:
         # What is compiled would give its saved tensors away, and could not run its backward pass again.
-        with functorch_config.patch(donated_buffer=comparison.series.get("mode") != "backward"):
+        with functorch_config.patch(donated_buffer=comparison[0].labels["mode"] != "backward"):
             found = measure(options, comparison, rows, ceilings)
         rows += found
         yield from ({**row, "ceilings": ceilings} for row in found)
@@ -261,35 +246,39 @@ def measured(options: Options, comparisons: Sequence[Comparison]) -> Iterator[Ro
 
 def measure(options: Options, comparison: Comparison, earlier: Sequence[Row], ceilings: Row) -> list[Row]:
     """One row for each contender."""
-    contenders = list(comparison.contenders.values())
-    sets = harness.sets_for_cold_cache(comparison.input_bytes, options.device)
-    for name, each in comparison.contenders.items():
-        each.row = {"name": name, **comparison.series, **each.labels, **comparison.point}
-        each.row["skipped"] = each.missing or over_budget(options, each, earlier)
-        each.try_to(each.check)
-        each.try_to(partial(each.make, sets))
-
-    def time_in_turn(prefix: str) -> None:
-        clocks = {each: each.in_turn(prefix, options.device) for each in contenders if each.calls.get(prefix)}
-        for each, seconds in harness.interleave(clocks, options.calls, options.budget_seconds).items():
-            if not each.row["skipped"]:
-                each.row |= {f"{prefix}{key}": value for key, value in harness.summarize(seconds).items()}
-
-    time_in_turn("")
+    for each in comparison:
+        each.row = {**each.labels, "skipped": each.missing or over_budget(options, each, earlier)}
+    calls = {each: each.try_to(each.checked) for each in comparison}
+    time_in_turn(options, calls)
     if options.on_gpu:
-        for each in contenders:
-            each.try_to(each.capture, "graph_skipped")
-        time_in_turn("graph_")
-    for each in contenders:
-        each.try_to(partial(each.finish, options, ceilings))
-        each.calls.clear()
-    return [each.row for each in contenders]
+        capture = {each: partial(harness.captured, each.prepare) for each in comparison if each.graph}
+        graphs = {each: each.try_to(action, "graph_skipped") for each, action in capture.items()}
+        time_in_turn(options, graphs, "graph_")
+    for each, call in calls.items():
+        if call is not None:
+            each.try_to(partial(each.finish, call, options, ceilings))
+    return [each.row for each in comparison]
+
+
+def time_in_turn(options: Options, calls: Mapping[Contender, Call | None], prefix: str = "") -> None:
+    """Adds the times of each call to its contender's row; inputs come from memory, for the caches are flushed."""
+    other = torch.empty(2**20 if options.smoke else FLUSHED, dtype=torch.uint8, device=options.device)
+
+    def cold(each: Contender, call: Call) -> float:
+        other.zero_()
+        clock = partial(each.clock, call) if each.clock else harness.clock(call, options.device)
+        return each.try_to(clock) or 0.0
+
+    clocks = {each: partial(cold, each, call) for each, call in calls.items() if call is not None}
+    for each, seconds in harness.interleave(clocks, options.calls, options.budget_seconds).items():
+        if not each.row["skipped"]:
+            each.row |= {f"{prefix}{key}": value for key, value in harness.summarize(seconds).items()}
 
 
 def over_budget(options: Options, contender: Contender, earlier: Sequence[Row]) -> str | None:
     """Why a contender is not called: by its time at the size before, a call would take too long."""
-    cost, row = contender.cost, contender.row
-    same = {key: row[key] for key in ("stage", "name", "mode", "heads", "dim") if key in row}
+    cost, labels = contender.cost, contender.labels
+    same = {key: labels[key] for key in ("stage", "name", "mode", "heads", "dim") if key in labels}
     before = next((r for r in reversed(earlier) if same.items() <= r.items()), None)
     if cost is None or before is None:
         return None
@@ -297,9 +286,7 @@ def over_budget(options: Options, contender: Contender, earlier: Sequence[Row]) 
         return before["skipped"] if before["skipped"].startswith("over budget") else None
     growth = max(cost.bytes / before["bytes"], cost.flops / max(before["flops"], 1))
     expected = before["median_ms"] / 1e3 * growth
-    if expected <= options.skip_over_seconds:
-        return None
-    return f"over budget: a call would take about {expected:.0f} s"
+    return f"over budget: a call would take about {expected:.0f} s" if expected > options.skip_over_seconds else None
 
 
 def peak_mib(prepare: Callable[[], Call], warm_up: Callable[[], Call], threads: int) -> float | None:

@@ -274,6 +274,20 @@ def layer_error_ratio(attn: DyDiLAttention, batch: int = 1, length: int = 256, s
     def plain(t: Tensors) -> Tensor:
         return equations(attn, t, indices={name: index.to(t["x"].device) for name, index in indices.items()})
 
+    return error_ratio(lambda t: call_layer(attn, t), plain, inputs, wanted)
+
+
+def error_ratio(
+    ours: Callable[[Tensors], Tensor],
+    plain: Callable[[Tensors], Tensor],
+    inputs: Mapping[str, Tensor],
+    wanted: Sequence[str] | None = None,
+) -> float:
+    """The error of ``ours(inputs)`` over that of ``plain``, the same in plain PyTorch, which is exact in float64.
+
+    The worse of two ratios: that of the output, and that of the gradients of the inputs (or of those ``wanted``)
+    together.  Above 2 something is wrong.
+    """
     # On the CPU: not every device has float64.
     oracle = output_and_gradients(plain, cast({name: t.cpu() for name, t in inputs.items()}, torch.float64), wanted)
 
@@ -282,8 +296,5 @@ def layer_error_ratio(attn: DyDiLAttention, batch: int = 1, length: int = 256, s
         relative = {name: relative_error(t, oracle[name]) for name, t in found.items()}
         return relative.pop("output"), math.hypot(*relative.values())
 
-    ratios = [
-        ours / usual if ours else 0.0
-        for ours, usual in zip(errors(lambda t: call_layer(attn, t)), errors(plain), strict=True)
-    ]
+    ratios = [a / b if a else 0.0 for a, b in zip(errors(ours), errors(plain), strict=True)]
     return math.nan if any(map(math.isnan, ratios)) else max(ratios)

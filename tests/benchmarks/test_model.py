@@ -41,11 +41,11 @@ def test_a_smoke_run_measures_every_model(tmp_path: Path, capsys: pytest.Capture
 def test_images_are_in_pixels_by_either_name_of_the_option() -> None:
     for option in ("--images", "--sizes"):
         assert tyro.cli(model.Config, args=[option, "512", "1024", "--device", "cpu"]).sizes == (512, 1024)
-    (small, _), (large, _) = (
-        [comparison.point for comparison in model.comparisons(model.Config(device="cpu", sizes=(images,)))]
-        for images in (256, 1024)
-    )
-    assert small == {"image": 256, "tokens": 256, "batch": 1} and large["tokens"] == 4096
+    for image, tokens in ((256, 256), (1024, 4096)):
+        for comparison in model.comparisons(model.Config(device="cpu", sizes=(image,))):
+            for contender in comparison:
+                assert (contender.labels["image"], contender.labels["tokens"]) == (image, tokens)
+                assert contender.labels["batch"] == 1
 
 
 def test_images_that_do_not_divide_into_patches_are_refused() -> None:

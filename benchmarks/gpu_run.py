@@ -16,8 +16,9 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import tyro
 
@@ -50,8 +51,7 @@ class Config:
     """For the chosen parts together; by default 7.5, and 20 with --smoke."""
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How a part went."""
 
     part: str
@@ -64,18 +64,18 @@ class Outcome:
         return not self.state.startswith(("passed", "left out"))
 
 
-def main(
-    out: Path, parts: Sequence[Part], *, device: str = "cuda", smoke: bool = False, minutes: float = MINUTES
-) -> list[Outcome]:
-    """Runs the parts in turn within ``minutes``, prints the table and returns it.
+def main(config: Config, parts: Sequence[Part] = PARTS) -> list[Outcome]:
+    """Runs those of the parts that are asked for in turn, prints the table and returns it.
 
     A part may take the fraction that its seconds are of those that are left, so that what one does not need goes to
     those behind it.
     """
-    out = out.resolve()
+    out = config.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     for old in (TESTS, ROWS, LOG):
         (out / old).unlink(missing_ok=True)
+    unasked = [part.name for part in parts if config.smoke or part.by_default]
+    parts = [part for part in parts if part.name in (config.part or unasked)]
     for part in parts:
         if part.missing:
             print(f"{part.name} is left out: {', '.join(part.missing)} not installed", flush=True)
@@ -84,20 +84,18 @@ def main(
 
     rows: list[Row] = []
     outcomes: list[Outcome] = []
-    end = time.monotonic() + 60 * minutes
+    end = time.monotonic() + 60 * (config.minutes or (SMOKE_MINUTES if config.smoke else MINUTES))
     for number, part in enumerate(parts):
         limit = part.seconds / sum(later.seconds for later in parts[number:]) * (end - time.monotonic())
-        outcome, found = run(part, part.commands(device, smoke, out), limit, out)
+        outcome, found = run(part, part.commands(config.device, config.smoke, out), limit, out)
         outcomes.append(outcome)
-        rows += [*found, {"suite": "gpu_run", **asdict(outcome), **known}]
+        rows += [*found, {"suite": "gpu_run", **outcome._asdict(), **known}]
         harness.write_rows(out / ROWS, rows)
     try:
         plot.draw_all(rows, out, widths=1)
     except Exception as error:  # the rows are stored, and can be drawn elsewhere
         print(f"no pictures: {type(error).__name__}: {error}", flush=True)
-    table = suite.table(
-        {"part": o.part, "seconds": f"{o.seconds:.0f}", "what": o.state, "": o.figure} for o in outcomes
-    )
+    table = suite.table({"part": o.part, "seconds": round(o.seconds), "what": o.state, "": o.figure} for o in outcomes)
     print(table, flush=True)
     with (out / LOG).open("a") as log:
         log.write(f"\n{table}\n")
@@ -121,9 +119,8 @@ def run(part: Part, commands: Sequence[Sequence[str]], limit: float, out: Path) 
             rows += take_rows(out / f"{part.name}.jsonl")
     failures = list(dict.fromkeys(state for state in states if state != "passed"))
     text = shortened(path.read_bytes(), LARGEST_OUTPUT)
-    seconds = time.monotonic() - started
-    outcome = Outcome(part.name, ", ".join(failures) or "passed", seconds, figure(text, rows))
-    if part.name == "tests":
+    outcome = Outcome(part.name, ", ".join(failures) or "passed", time.monotonic() - started, figure(text, rows))
+    if path.name == TESTS:
         path.write_text(text)
     else:
         path.unlink()
@@ -173,8 +170,4 @@ def shortened(output: bytes, most: int) -> str:
 
 
 if __name__ == "__main__":
-    config = tyro.cli(Config)
-    chosen = [part for part in PARTS if (part.name in config.part if config.part else config.smoke or part.by_default)]
-    minutes = config.minutes or (SMOKE_MINUTES if config.smoke else MINUTES)
-    outcomes = main(config.out, chosen, device=config.device, smoke=config.smoke, minutes=minutes)
-    sys.exit(any(outcome.bad for outcome in outcomes))
+    sys.exit(any(outcome.bad for outcome in main(tyro.cli(Config))))

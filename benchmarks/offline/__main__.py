@@ -10,8 +10,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -76,15 +75,7 @@ def in_subset(job: Job) -> bool:
 
 def compile_all(todo: Sequence[Job], workers: int) -> list[Row]:
     with ProcessPoolExecutor(workers, mp_context=get_context("forkserver")) as pool:
-        futures = [pool.submit(figures, job) for job in todo]
-        return [row_of(job, future) for job, future in zip(tqdm(todo, disable=None), futures, strict=True)]
-
-
-def row_of(job: Job, future: Future[Row]) -> Row:
-    try:
-        return future.result()
-    except BrokenProcessPool:
-        return {**job.labels, "error": "the compiler crashed on this kernel, or on one before it"}
+        return list(tqdm(pool.map(figures, todo), total=len(todo), disable=None))
 
 
 def main(config: Config) -> int:

@@ -7,7 +7,6 @@ that into a specialisation, as it would at a launch, so no signature is written 
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import subprocess
 import tempfile
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import triton
 import triton.language
@@ -36,14 +36,12 @@ KIB = 1024
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU and the limits of one of its multiprocessors (compute units).
+    """A GPU as Triton's ``GPUTarget`` wants it, and the limits of one of its multiprocessors (compute units).
 
     Attributes:
-        arch: as Triton's ``GPUTarget`` wants it.
         shared: bytes of shared memory that one program may have.
         shared_total: bytes for all resident programs.
-        warps: resident warps at most.
-        programs: resident programs at most.
+        warps, programs: resident at most.
     """
 
     arch: int | str
@@ -114,21 +112,15 @@ def record(call: Callable[[], object], labels: Row, name: str, target: Target) -
         _, signature, constants, attributes = kernel._pack_args(backend, arguments, bound, specialization, None)
         fixed: dict[str, Any] = {}
         for path, value in constants.items():
-            found = unwrapped(value)
+            found = value.value if isinstance(value, triton.language.constexpr) else value
             fixed |= found._asdict() if hasattr(found, "_asdict") else {name_of(kernel, arguments, path): found}
         fixed.pop("D", None)  # a column of its own
         options = [f"{key}={value}" for key, value in fixed.items() if value is not None]
         options += [f"-{key}" for key, value in fixed.items() if value is None]
+        launch = {"kernel": kernel.__name__, "options": " ".join(options), "warps": config.warps}
         jobs.append(
             Job(
-                labels={
-                    **labels,
-                    "kernel": kernel.__name__,
-                    "options": " ".join(options),
-                    "warps": config.warps,
-                    "stages": config.stages,
-                    "target": name,
-                },
+                labels={**labels, **launch, "stages": config.stages, "target": name},
                 kernel=(kernel.__module__, kernel.__name__),
                 signature=signature,
                 constants=constants,
@@ -140,12 +132,8 @@ def record(call: Callable[[], object], labels: Row, name: str, target: Target) -
             )
         )
 
-    saved = tiles.launcher, tiles.target
-    tiles.launcher, tiles.target = note, target.backend
-    try:
+    with mock.patch.object(tiles, "launcher", note), mock.patch.object(tiles, "target", target.backend):
         call()
-    finally:
-        tiles.launcher, tiles.target = saved
     return jobs
 
 
@@ -157,11 +145,6 @@ def name_of(kernel: Any, arguments: dict[str, Any], path: tuple[int, ...]) -> st
         names.append(value._fields[position])
         value = value[position]
     return names[-1] if names[-1].isupper() else ".".join(names)
-
-
-def unwrapped(value: Any) -> Any:
-    """What a constant of Triton holds."""
-    return value.value if isinstance(value, triton.language.constexpr) else value
 
 
 def compiled(job: Job) -> Any:
@@ -209,23 +192,15 @@ def tensor_core_dots(ttir: str) -> int:
 
 def nvidia(cubin: bytes) -> Row:
     with tempfile.TemporaryDirectory() as folder:
-        file = os.path.join(folder, "kernel.cubin")
-        Path(file).write_bytes(cubin)
-        usage = tool("cuobjdump", "-res-usage", file)
-        code = tool("nvdisasm", "-c", file)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
-        raise RuntimeError(f"cuobjdump -res-usage answered: {usage!r}")
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(cubin)
+        usage = tool("cuobjdump", "-res-usage", str(file))
+        code = tool("nvdisasm", "-c", str(file))
     # Such as "/*0a50*/  @!P0 HMMA.16816.F32.BF16 R4, ..."
     names = Counter(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", code, re.MULTILINE))
     del names["NOP"]
-    return {
-        "registers": int(found[1]),
-        "stack": int(found[2]),
-        "instructions": names.total(),
-        "mufu": names["MUFU"],
-        "tensor_core": sum(count for name, count in names.items() if re.fullmatch(r"\w*MMA", name)),
-    }
+    registers, stack = number(r"REG:(\d+)", usage), number(r"STACK:(\d+)", usage)
+    return counted(names, registers, stack, mufu="MUFU", tensor_core=r"\w*MMA")
 
 
 def tool(name: str, *arguments: str) -> str:
@@ -235,20 +210,23 @@ def tool(name: str, *arguments: str) -> str:
 
 
 def amd(assembly: str) -> Row:
-    def entry(name: str) -> int:
-        found = re.search(rf"^\s+\.{name}:\s+(\d+)", assembly, re.MULTILINE)
-        if found is None:
-            raise RuntimeError(f"no .{name} in the assembly")
-        return int(found[1])
-
     names = Counter(re.findall(r"^\s+([a-z]\w+)", assembly.split(".section", 1)[0], re.MULTILINE))
-    return {
-        "registers": entry("vgpr_count"),
-        "stack": entry("private_segment_fixed_size"),
-        "instructions": names.total(),
-        "mufu": sum(count for name, count in names.items() if re.match(r"v_(exp|log|rcp|rsq|sqrt|sin|cos)_", name)),
-        "tensor_core": sum(count for name, count in names.items() if name.startswith("v_mfma")),
-    }
+    registers = number(r"\.vgpr_count:\s+(\d+)", assembly)
+    stack = number(r"\.private_segment_fixed_size:\s+(\d+)", assembly)
+    return counted(names, registers, stack, mufu=r"v_(exp|log|rcp|rsq|sqrt|sin|cos)_\w+", tensor_core=r"v_mfma\w*")
+
+
+def number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"no {pattern} in what the compiler's tools say: {text[:200]!r}")
+    return int(found[1])
+
+
+def counted(names: Counter[str], registers: int, stack: int, **kinds: str) -> Row:
+    """Figures of a kernel's instructions by name: how many there are, and how many of each kind."""
+    totals = {kind: sum(n for name, n in names.items() if re.fullmatch(like, name)) for kind, like in kinds.items()}
+    return {"registers": registers, "stack": stack, "instructions": names.total(), **totals}
 
 
 def resident_warps(target: Target, registers: int, shared: int, warps: int) -> int:

@@ -40,7 +40,7 @@ def test_one_part_does_not_take_the_others_with_it(tmp_path: Path) -> None:
         part("cut", leaves("cut", first[:1])[:-1] + " + '{\"half')"),
         part("absent", "print()", needs=("no_such_package",)),
     ]
-    outcomes = gpu_run.main(tmp_path, chosen, device="cpu")
+    outcomes = gpu_run.main(gpu_run.Config(tmp_path, device="cpu"), chosen)
     states = [outcome.state for outcome in outcomes]
     assert states == [
         "failed with exit code 1",
@@ -65,7 +65,7 @@ def test_what_hangs_is_stopped_with_all_that_it_started_and_keeps_its_rows(tmp_p
     hang = f"{leaves('hang', [row('dydila', 64, 1.0)])}; {popen}"
     began = time.monotonic()
     chosen = [part("hang", hang, "print()"), part("after", "print()", seconds=90)]
-    (stopped, after) = gpu_run.main(tmp_path, chosen, device="cpu", minutes=0.25)
+    (stopped, after) = gpu_run.main(gpu_run.Config(tmp_path, device="cpu", minutes=0.25), chosen)
     assert stopped.state == "out of time" and stopped.figure == "1 timed" and after.state == "passed"
     assert time.monotonic() - began < 15
     time.sleep(max(0, began + 7 - time.monotonic()))

@@ -87,8 +87,6 @@ def prepare(case: Case) -> Call:
         attend, leaves = partial(function, num_heads=shape.heads, **inputs), [*tokens, inputs["gamma"], inputs["lam"]]
     else:
         attend, leaves = partial(function, heads=shape.heads), tokens
-    for leaf in leaves:
-        leaf.requires_grad_(mode != "forward")
     # The queries double as the gradient that comes in, which saves their memory.
     call = suite.call_of(mode, lambda: attend(*tokens), leaves, tokens[0].detach())
     if name.endswith("compiled"):

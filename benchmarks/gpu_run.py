@@ -78,7 +78,7 @@ def main(config: Config, parts: Sequence[Part] = PARTS) -> list[Outcome]:
     parts = [part for part in parts if part.name in (config.part or unasked)]
     for part in parts:
         if part.missing:
-            print(f"{part.name} is left out: {', '.join(part.missing)} not installed", flush=True)
+            print(f"{part.name} is left out: {part.missing}", flush=True)
     facts = harness.environment("cpu")  # this process leaves the GPU to the parts
     known = {name: facts[name] for name in ("commit", "dydila_kernels", "torch", "python", "triton", "date")}
 
@@ -105,7 +105,7 @@ def main(config: Config, parts: Sequence[Part] = PARTS) -> list[Outcome]:
 def run(part: Part, commands: Sequence[Sequence[str]], limit: float, out: Path) -> tuple[Outcome, list[Row]]:
     """Runs the commands of a part, the later ones also where an earlier one fails, for ``limit`` seconds at most."""
     if part.missing:
-        return Outcome(part.name, f"left out: no {', '.join(part.missing)}"), []
+        return Outcome(part.name, f"left out: {part.missing}"), []
     print(f"{part.name}: at most {limit:.0f} s", flush=True)
     path = out / f"{part.name}.txt"
     started = time.monotonic()

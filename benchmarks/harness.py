@@ -69,17 +69,16 @@ class Options:
         return is_gpu(self.device)
 
 
-def told(command: Callable[[], Result], *errors: type[Exception]) -> Result:
-    """What the command returns; an error that is to be expected ends it with a message, and no traceback."""
-    expected: tuple[type[Exception], ...] = (ImportError, OSError, ValueError, *errors)
-    try:
-        return command()
-    except expected as error:
-        raise SystemExit(f"benchmarks.{Path(sys.argv[0]).stem}: {error}") from None
-
-
 def is_gpu(device: str) -> bool:
     return torch.device(device).type == "cuda"
+
+
+def told(command: Callable[[], Result], *errors: type[Exception]) -> Result:
+    """What the command returns; an error that is to be expected ends it with a message, and no traceback."""
+    try:
+        return command()
+    except (ImportError, OSError, ValueError, *errors) as error:  # type: ignore[misc]
+        raise SystemExit(f"benchmarks.{Path(sys.argv[0]).stem}: {error}") from None
 
 
 def clock(call: Call, device: str = "cpu") -> Clock:
@@ -193,7 +192,7 @@ def environment(device: str) -> Row:
         "python": platform.python_version(),
         "triton": next((found.version for found in metadata.distributions(name="triton")), None),
         "device": device_name(device),
-        "clocks": _said_by([*query, str(torch.device(device).index or 0)]) if is_gpu(device) else None,
+        "clocks": _said_by(*query, str(torch.device(device).index or 0)) if is_gpu(device) else None,
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # processes running, last minute
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -203,12 +202,12 @@ def environment(device: str) -> Row:
 def _commit() -> str:
     """The short hash of the commit, with "+" behind it where code differs from it; "unknown" outside a repository."""
     git = ["git", "-C", str(REPOSITORY)]
-    commit = _said_by([*git, "rev-parse", "--short", "HEAD"])
-    changes = _said_by([*git, "status", "--porcelain", "--", ":!benchmarks/results"])
+    commit = _said_by(*git, "rev-parse", "--short", "HEAD")
+    changes = _said_by(*git, "status", "--porcelain", "--", ":!benchmarks/results")
     return "unknown" if commit is None or changes is None else commit + ("+" if changes else "")
 
 
-def _said_by(command: Sequence[str]) -> str | None:
+def _said_by(*command: str) -> str | None:
     try:
         return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
@@ -216,7 +215,6 @@ def _said_by(command: Sequence[str]) -> str | None:
 
 
 def device_name(device: str) -> str:
-    """What the device calls itself."""
     if is_gpu(device):
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -238,5 +236,4 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows that :func:`write_rows` stored."""
     return [json.loads(line) for line in path.read_text().splitlines()]

@@ -91,8 +91,7 @@ def prepare(case: Case) -> Call:
     layer, shape = layer_of(case), case.shape
     x = torch.randn(shape.batch, shape.tokens, shape.dim, device=case.device, dtype=shape.dtype)
     # The input doubles as the incoming gradient: only the layer takes memory.
-    leaf = x.detach().requires_grad_(case.mode != "forward")
-    trainable = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    leaf, trainable = x.detach(), [parameter for parameter in layer.parameters() if parameter.requires_grad]
     call = suite.call_of(case.mode, partial(layer, leaf), [leaf, *trainable], x)
     if case.name.endswith("compiled"):
         call()  # a long first call would be taken for a long call, and kept

@@ -24,12 +24,8 @@ from benchmarks.roofline import Cost
 from benchmarks.suite import Comparison, Contender, Mode
 from dydila_kernels.functional import why_not_triton
 from dydila_kernels.testing import layer_error_ratio
-
-try:
-    from examples.dydi_lit import configs, flops
-    from examples.dydi_lit.model import DiffusionTransformer
-except ImportError as error:
-    raise ImportError(f"the models need the extra 'examples': pip install -e '.[examples]' ({error})") from error
+from examples.dydi_lit import configs, flops
+from examples.dydi_lit.model import DiffusionTransformer
 
 PIXELS_PER_TOKEN = 16
 """Along a side: 8 of a latent times 2 of a patch."""

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Literal
 
 from benchmarks.goals import goals
 from benchmarks.harness import Row
 
 Name = Literal["tests", "ceilings", "core", "stages", "layer", "model", "latency", "training", "sweep"]
-SUITES_NEED = ("tabulate", "tqdm", "tyro")
-MODELS_NEED = (
-    "accelerate", "diffusers", "huggingface_hub", "matplotlib", "PIL", "psutil", "safetensors", "sklearn",
-    "tensorboard", "torchmetrics",
-)  # fmt: skip
-"""Of the example, whose models are measured, beside those: without one of them it does not import."""
-
-
 Commands = Callable[[str, bool, object], list[list[str]]]
 """Of device, smoke and folder; each command may leave rows in FOLDER/NAME.jsonl, which are taken up."""
 
@@ -32,23 +25,25 @@ class Part:
 
     Attributes:
         seconds: how the time is shared out: what it gets where all run in the default of gpu_run.
-        needs: packages without which it cannot run.
+        needs: modules that must be there.
         by_default: whether it runs unasked; else it is too long to share a run with others.
     """
 
     name: str
     seconds: float
     commands: Commands
-    needs: tuple[str, ...] = SUITES_NEED
+    needs: tuple[str, ...] = ()
     by_default: bool = True
 
     @property
-    def missing(self) -> list[str]:
-        return absent(self.needs)
-
-
-def absent(packages: Sequence[str]) -> list[str]:
-    return [name for name in packages if importlib.util.find_spec(name) is None]
+    def missing(self) -> str | None:
+        """Why it cannot run here; None: it can."""
+        try:
+            for module in self.needs:
+                import_module(module)
+        except ImportError as error:
+            return str(error)
+        return None
 
 
 def python(module: str, *arguments: str) -> list[str]:
@@ -71,12 +66,11 @@ def tests(device: str, smoke: bool, out: object) -> list[list[str]]:
     pytest = ["env", "OMP_NUM_THREADS=1", *python("pytest", "-q", "--tb=short", "-p", "no:cacheprovider")]
     if smoke:
         return [[*pytest, "tests/ops/test_device.py"], [*pytest, "tests/test_tokens.py"]]
-    parallel = pytest if absent(["xdist"]) else [*pytest, "-n", "8"]
-    example = ["--ignore=tests/dydi_lit"] if absent([*SUITES_NEED, *MODELS_NEED]) else []
+    parallel = [*pytest, "-n", "8"] if find_spec("xdist") else pytest
     return [
         [*parallel, "tests/ops", "--ignore=tests/ops/test_device.py"],
         [*pytest, "tests/ops/test_device.py"],
-        [*parallel, "tests", "--ignore=tests/ops", "--ignore=tests/benchmarks", *example, "-m", "not slow"],
+        [*parallel, "tests", "--ignore=tests/ops", "--ignore=tests/benchmarks", "-m", "not slow"],
     ]
 
 
@@ -96,8 +90,7 @@ def figure(text: str, rows: Sequence[Row]) -> str:
     for number, kind in re.findall(r"(\d+) (passed|failed|error|skipped|xfailed|deselected)s?\b", last_lines):
         sums[kind] += int(number)
     sums.update((row.get("skipped") or "timed").split(":")[0] for row in rows)
-    compared = [row for row in rows if "skipped" in row and "mode" in row]
-    met = Counter(verdict.met for verdict in goals(compared))
+    met = Counter(verdict.met for verdict in goals([row for row in rows if "skipped" in row and "mode" in row]))
     sums |= {"goals met": met[True], "goals missed": met[False]}
     rates = [f"{name} {float(rate):.4g}" for name, rate in re.findall(r'"(\w+_s)": ([\d.]+)', text)]
     return ", ".join([*rates, *(f"{number} {kind}" for kind, number in sums.items() if number)])
@@ -124,12 +117,12 @@ PARTS = (
     # The width of the speed table.
     Part("layer", 50, suite("layer", f"--dims 384 {QUICK}", smoke=TWO)),
     # Three sides of images; DiT's step at 4096 pixels takes most of it.
-    Part("model", 45, suite("model", IMAGES, smoke="--modes forward"), SUITES_NEED + MODELS_NEED),
+    Part("model", 45, suite("model", IMAGES, smoke="--modes forward"), ("examples.dydi_lit",)),
     # Three sides, one image at a time.
-    Part("latency", 25, suite("latency", IMAGES, smoke="--batches 1"), SUITES_NEED + MODELS_NEED),
+    Part("latency", 25, suite("latency", IMAGES, smoke="--batches 1"), ("examples.dydi_lit",)),
     # Two sizes, two seeds, four runs of each, 300 steps; for a call of its own.
-    Part("training", 400, suite("training", ""), SUITES_NEED + MODELS_NEED, by_default=False),
+    Part("training", 400, suite("training", ""), ("examples.dydi_lit",), by_default=False),
     # About a second for each configuration, most of it compiling; a row each, so it may end anywhere.
-    Part("sweep", 50, sweep, (*SUITES_NEED, "triton")),
+    Part("sweep", 50, sweep, ("triton",)),
 )
 """In the order in which they run: what is wrong or slow is told before what is nice to know."""

@@ -63,19 +63,16 @@ def section(results: Path, folder: Path) -> str:
     rows = [row for row in harness.read_rows(of_device / "layer.jsonl") if row["dim"] == DIM]
     if not any(row["name"] == "dydila" and not row["skipped"] for row in rows):
         raise ValueError(f"{of_device / 'layer.jsonl'} has no time of ours at d = {DIM}")
-    first = rows[0]
-    on_cpu = first["device_type"] == "cpu"
-    link = Path(os.path.relpath(of_device, folder)).as_posix()
-    threads = f"{first['threads']} threads of an " if on_cpu else ""
-    facts = f"{first['date'][:10]}, {threads}{first['device']}, {first['dtype']}, d = {DIM}"
-    versions = f"commit {first['commit']}, torch {first['torch']}, Triton {first['triton']}"
-    opening = "Forward times are those of CUDA graphs, which leave the host out."
-    if on_cpu:
+    first, link = rows[0], Path(os.path.relpath(of_device, folder)).as_posix()
+    threads, opening = "", "Forward times are those of CUDA graphs, which leave the host out."
+    if first["device_type"] == "cpu":
+        threads = f"{first['threads']} threads of an "
         opening = "**No GPU has been measured yet: these are times of the torch backend on a CPU.**"
     introduction = (
         f"{opening} How many times as fast our layer is as a softmax layer of the same width, with heads of 64 "
-        f"channels, and as Sana's ReLU linear attention, with as many heads as ours ({facts}; {versions}; "
-        f"[rows]({link}/layer.jsonl)):"
+        f"channels, and as Sana's ReLU linear attention, with as many heads as ours ({first['date'][:10]}, {threads}"
+        f"{first['device']}, {first['dtype']}, d = {DIM}; commit {first['commit']}, torch {first['torch']}, "
+        f"Triton {first['triton']}; [rows]({link}/layer.jsonl)):"
     )
     speed_ups, memory = tables(rows)
     blocks = [

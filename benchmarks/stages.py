@@ -127,7 +127,7 @@ def contender(case: Case) -> Contender:
     if case.name == "dydila":
         prepare, check = partial(layer.prepare, case), partial(layer.error_ratio, case.checked)
         return Contender(prepare, labels, cost(case), check, why_missing(case), clock=clock_of(case))
-    missing = None if hasattr(F, case.name) or case.name != "grouped_mm" else "missing: not in this torch"
+    missing = "missing: not in this torch" if case.name == "grouped_mm" and not hasattr(F, "grouped_mm") else None
     return Contender(partial(RIVALS[case.stage][case.name], case), labels, cost(case), missing=missing, graph=True)
 
 
@@ -237,12 +237,9 @@ def products(case: Case) -> Call:
 
 def equations(case: Case) -> Call:
     """Eqs. 5-8 up to Zh in plain PyTorch, routing and all; the gradients are given that of Zh."""
-    inputs = core.random_inputs(case.shape, case.device)
-    leaves = [inputs[key] for side in sides_of(case) for key in (side, f"{side}_redundant")]
-    leaves += [inputs["gamma"], inputs["lam"]]
-    for leaf in leaves:
-        leaf.requires_grad_(case.mode != "forward")
-    return suite.call_of(case.mode, lambda: [z_hat(side, inputs) for side in sides_of(case)], leaves, inputs["v"])
+    inputs, sides = core.random_inputs(case.shape, case.device), sides_of(case)
+    leaves = [inputs[key] for side in sides for key in (side, f"{side}_redundant")] + [inputs["gamma"], inputs["lam"]]
+    return suite.call_of(case.mode, lambda: [z_hat(side, inputs) for side in sides], leaves, inputs["v"])
 
 
 def z_hat(side: str, inputs: dict[str, Tensor]) -> Tensor:
@@ -276,23 +273,16 @@ def projections(project: rivals.Attention, case: Case) -> Call:
     x, grad = inputs["q"], inputs["v"]
     sizes = 2 * ((PROJECTORS, d, d), (d, PROJECTORS))
     w_q, r_q, w_k, r_k = (torch.randn(size, device=x.device, dtype=x.dtype) * d**-0.5 for size in sizes)
-    for leaf in (x, w_q, w_k):
-        leaf.requires_grad_(case.mode != "forward")
     return suite.call_of(case.mode, lambda: [project(x, w_q, r_q), project(x, w_k, r_k)], [x, w_q, w_k], grad, grad)
 
 
 def convolve(case: Case) -> Call:
     """``out + DWC(V)``, written into ``out``; tokens are images in the channels-last layout as they lie."""
     inputs, side = core.random_inputs(case.shape, case.device), isqrt(case.shape.tokens)
-    v, out, grad = inputs["v"], inputs["q"], inputs["k"]
+    v, out = inputs["v"], inputs["q"]
     weight = torch.randn(case.shape.dim, 1, 3, 3, device=v.device, dtype=v.dtype) / 3
-    for leaf in (v, weight):
-        leaf.requires_grad_(case.mode != "forward")
-
-    def add() -> Tensor:
-        return out.detach().add_(reference.depthwise(v, weight, None, (side, side)))
-
-    return suite.call_of(case.mode, add, [v, weight], grad)
+    dwc = partial(reference.depthwise, v, weight, None, (side, side))
+    return suite.call_of(case.mode, lambda: out.detach().add_(dwc()), [v, weight], inputs["k"])
 
 
 RIVALS: dict[str, dict[str, Callable[[Case], Call]]] = {

@@ -1,7 +1,7 @@
 """How a suite runs: contenders that meet the same input are checked, then timed in turn, and become rows.
 
-A contender whose results are wrong, who is not installed, runs out of memory, fails, or would take too long gets a row
-that says so under "skipped", and no time.
+A contender whose results are wrong, who is not installed, runs out of memory or fails gets a row that says so under
+"skipped", and no time.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -48,33 +47,19 @@ class Options(harness.Options):
     """Timed calls of each contender, after one to warm up; by default 7 on a CPU and 30 on a GPU."""
     budget_seconds: float = 20.0
     """Make no further calls of a contender once they have taken this long (s); one is always made."""
-    skip_over_seconds: float = 600.0
-    """Skip a contender where one call is expected to take longer than this (s), by its time at the size before."""
 
     @property
     def torch_dtype(self) -> torch.dtype:
         name = ("bfloat16" if self.on_gpu else "float32") if self.dtype == "auto" else self.dtype
         return getattr(torch, name)
 
-    @property
-    def calls(self) -> int:
-        return 2 if self.smoke else self.repeats or (30 if self.on_gpu else 7)
-
-    def lengths(self, cpu: Sequence[int], gpu: Sequence[int]) -> tuple[int, ...]:
+    def lengths(self, cpu: Sequence[int], gpu: Sequence[int]) -> Sequence[int]:
         """The sizes to run: those asked for, else those of the device."""
-        if self.smoke:
-            return (64, 256)
-        return self.sizes or tuple(gpu if self.on_gpu else cpu)
+        return (64, 256) if self.smoke else self.sizes or (gpu if self.on_gpu else cpu)
 
     def batch(self, tokens: int, together: int = 65536) -> int:
         """Images of so many tokens: on a GPU as many as have so many ``together``."""
         return max(together // tokens, 1) if self.on_gpu and not self.smoke else 1
-
-    def folder(self) -> Path | None:
-        """Where rows go; None where they are not to be stored."""
-        if self.out is not None or self.smoke:
-            return self.out
-        return harness.folder_of(torch.device(self.device).type, harness.device_name(self.device))
 
 
 class Case(NamedTuple):
@@ -121,8 +106,7 @@ class Contender:
     """One of those compared, with its row, in which whatever goes wrong ends up.
 
     Attributes:
-        prepare: makes a call to time, on inputs of its own.  It must pickle (a partial of a function of a module) where
-            memory is to be measured on a CPU.
+        prepare: makes a call to time, on inputs of its own; it must pickle where memory is to be measured on a CPU.
         labels: what its row says: ``name``, ``mode`` and where on the plot of its suite it is.
         cost: what a call moves and computes, if declared.
         error_ratio: our error over that of plain PyTorch, measured in this run before any time; over 2 is wrong.
@@ -174,9 +158,8 @@ class Contender:
             else:  # processes take seconds to start
                 self.row["peak_mib"] = elsewhere() if options.smoke else harness.in_fresh_process(elsewhere)
         if self.cost is not None:
-            seconds = milliseconds(self.row) / 1e3
             self.row |= {"bytes": self.cost.bytes, "flops": self.cost.flops}
-            self.row |= roofline.against(self.cost, seconds, ceilings, options.torch_dtype)
+            self.row |= roofline.against(self.cost, milliseconds(self.row) / 1e3, ceilings, options.torch_dtype)
 
 
 Comparison = Sequence[Contender]
@@ -198,6 +181,8 @@ def call_of(
     """
     if mode == "forward":
         return torch.inference_mode()(function)
+    for leaf in leaves:
+        leaf.requires_grad_()
     if mode == "forward+backward":
         return lambda: torch.autograd.grad(function(), leaves, incoming)
     output = function()
@@ -220,34 +205,31 @@ def run(suite: str, comparisons: Callable[[Any], Iterable[Comparison]], options:
 
     Prints tables, and how the rows stand to the goals of the project."""
     torch.set_num_threads(options.threads)
-    todo, folder = list(comparisons(options)), options.folder()
-    found, total = measured(options, todo), sum(map(len, todo))
-    rows = harness.stored(suite, found, options.device, options.torch_dtype, folder, total=total)
+    folder, dtype, todo = options.out, options.torch_dtype, list(comparisons(options))
+    if folder is None and not options.smoke:
+        folder = harness.folder_of(torch.device(options.device).type, harness.device_name(options.device))
+    rows = harness.stored(suite, measured(options, todo), options.device, dtype, folder, total=sum(map(len, todo)))
     print(*filter(None, (report(rows), verdicts(goals(rows)))), sep="\n\n")
     if folder is not None:
         print(f"rows: {folder / f'{suite}.jsonl'}")
     return rows
 
 
-def measured(options: Options, comparisons: Sequence[Comparison]) -> Iterator[Row]:
-    """The rows of the comparisons, with the ceilings of the device."""
+def measured(options: Options, comparisons: Iterable[Comparison]) -> Iterator[Row]:
     ceilings = roofline.measure(options)
-    rows: list[Row] = []
     for comparison in comparisons:
         # What is compiled would give its saved tensors away, and could not run its backward pass again.
         with functorch_config.patch(donated_buffer=comparison[0].labels["mode"] != "backward"):
-            found = measure(options, comparison, rows, ceilings)
-        rows += found
-        yield from ({**row, "ceilings": ceilings} for row in found)
+            yield from measure(options, comparison, ceilings)
         torch.compiler.reset()  # what was compiled for these sizes has had its use, and the compiler gives up at eight
         if options.on_gpu:
             torch.cuda.empty_cache()
 
 
-def measure(options: Options, comparison: Comparison, earlier: Sequence[Row], ceilings: Row) -> list[Row]:
+def measure(options: Options, comparison: Comparison, ceilings: Row) -> list[Row]:
     """One row for each contender."""
     for each in comparison:
-        each.row = {**each.labels, "skipped": each.missing or over_budget(options, each, earlier)}
+        each.row = {**each.labels, "skipped": each.missing}
     calls = {each: each.try_to(each.checked) for each in comparison}
     time_in_turn(options, calls)
     if options.on_gpu:
@@ -257,7 +239,7 @@ def measure(options: Options, comparison: Comparison, earlier: Sequence[Row], ce
     for each, call in calls.items():
         if call is not None:
             each.try_to(partial(each.finish, call, options, ceilings))
-    return [each.row for each in comparison]
+    return [each.row | {"ceilings": ceilings} for each in comparison]
 
 
 def time_in_turn(options: Options, calls: Mapping[Contender, Call | None], prefix: str = "") -> None:
@@ -266,27 +248,13 @@ def time_in_turn(options: Options, calls: Mapping[Contender, Call | None], prefi
 
     def cold(each: Contender, call: Call) -> float:
         other.zero_()
-        clock = partial(each.clock, call) if each.clock else harness.clock(call, options.device)
-        return each.try_to(clock) or 0.0
+        return each.try_to(partial(each.clock, call) if each.clock else harness.clock(call, options.device)) or 0.0
 
     clocks = {each: partial(cold, each, call) for each, call in calls.items() if call is not None}
-    for each, seconds in harness.interleave(clocks, options.calls, options.budget_seconds).items():
+    repeats = 2 if options.smoke else options.repeats or (30 if options.on_gpu else 7)
+    for each, seconds in harness.interleave(clocks, repeats, options.budget_seconds).items():
         if not each.row["skipped"]:
             each.row |= {f"{prefix}{key}": value for key, value in harness.summarize(seconds).items()}
-
-
-def over_budget(options: Options, contender: Contender, earlier: Sequence[Row]) -> str | None:
-    """Why a contender is not called: by its time at the size before, a call would take too long."""
-    cost, labels = contender.cost, contender.labels
-    same = {key: labels[key] for key in ("stage", "name", "mode", "heads", "dim") if key in labels}
-    before = next((r for r in reversed(earlier) if same.items() <= r.items()), None)
-    if cost is None or before is None:
-        return None
-    if before["skipped"]:
-        return before["skipped"] if before["skipped"].startswith("over budget") else None
-    growth = max(cost.bytes / before["bytes"], cost.flops / max(before["flops"], 1))
-    expected = before["median_ms"] / 1e3 * growth
-    return f"over budget: a call would take about {expected:.0f} s" if expected > options.skip_over_seconds else None
 
 
 def peak_mib(prepare: Callable[[], Call], warm_up: Callable[[], Call], threads: int) -> float | None:

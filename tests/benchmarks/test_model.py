@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -75,10 +73,3 @@ def test_a_wrong_layer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "layer_error_ratio", lambda *_, **__: math.nan)
     rows = model.main(model.Config(device="cpu", smoke=True, threads=1, modes=("forward",), models=("dydi-lit",)))
     assert suite.exit_code(rows) == 1 and not any("median_ms" in row for row in rows)
-
-
-def test_without_the_example_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "examples.dydi_lit.model", None)
-    monkeypatch.delitem(sys.modules, "benchmarks.model")
-    with pytest.raises(ImportError, match=r"pip install -e '\.\[examples\]'"):
-        import_module("benchmarks.model")

@@ -27,18 +27,15 @@ EQUATIONS = reference.dydila_attention
 OURS: dict[str, rivals.Attention] = {
     "dydila": dydila_attention, "dydila eager": EQUATIONS, "dydila compiled": EQUATIONS
 }  # fmt: skip
-FACTORS = 9
-"""Entries of gamma and of lambda, as in the layer by default."""
+FACTORS = 9  # entries of gamma and of lambda, as in the layer by default
 
 
 @dataclass(frozen=True)
 class Config(suite.Options):
     """The attention core, given its tokens, against softmax and linear attention."""
 
-    dim: int = 384
-    """Channels d."""
-    heads: tuple[int, ...] = ()
-    """Heads to measure with; by default 1 and DIM/64."""
+    dim: int = 384  # Channels d.
+    heads: tuple[int, ...] = ()  # Heads to measure with; by default 1 and DIM/64.
     compiled: bool = torch.cuda.is_available()
     """Measure under torch.compile too; by default where there is a GPU.  Each size is compiled anew, which takes long
     and, on a CPU, a C++ compiler."""

@@ -29,12 +29,9 @@ from benchmarks import harness, plot, suite
 from benchmarks.goals import goals
 from benchmarks.harness import Row
 
-MINUTES = 7.5
-"""For all parts together: the time of a GPU is dear."""
-SMOKE_MINUTES = 20
-"""A limit for what hangs; on two cores all parts take two."""
-LARGEST_OUTPUT = 2**20
-"""Bytes of a part's output that are kept, half from the start and half from the end."""
+MINUTES = 7.5  # for all parts together: the time of a GPU is dear
+SMOKE_MINUTES = 20  # a limit for what hangs; on two cores all parts take two
+LARGEST_OUTPUT = 2**20  # bytes of a part's output that are kept, half from the start and half from the end
 TESTS, ROWS, LOG = "tests.txt", "rows.jsonl", "log.txt"
 Name = Literal["tests", "ceilings", "core", "stages", "layer", "model", "latency", "training", "sweep"]
 Commands = Callable[[str, bool, object], list[list[str]]]
@@ -154,16 +151,11 @@ PARTS = (
 class Config:
     """All that a GPU is asked, in one go."""
 
-    out: Path
-    """Folder for rows, pictures and logs, 8 files at most."""
-    part: tuple[Name, ...] = ()
-    """Parts to run; by default all but training, and with --smoke all."""
-    device: str = "cuda"
-    """Where to run: cuda or cpu."""
-    smoke: bool = False
-    """Try everything on tiny sizes: numbers of no meaning."""
-    minutes: float = 0
-    """For the chosen parts together; by default 7.5, and 20 with --smoke."""
+    out: Path  # Folder for rows, pictures and logs, 8 files at most.
+    part: tuple[Name, ...] = ()  # Parts to run; by default all but training, and with --smoke all.
+    device: str = "cuda"  # Where to run: cuda or cpu.
+    smoke: bool = False  # Try everything on tiny sizes: numbers of no meaning.
+    minutes: float = 0  # For the chosen parts together; by default 7.5, and 20 with --smoke.
 
 
 class Outcome(NamedTuple):

@@ -29,16 +29,14 @@ from dydila_kernels import tuning
 
 Row = dict[str, Any]
 Call = Callable[[], object]
-Clock = Callable[[], float]
-"""Makes a call and says how many seconds it took."""
+Clock = Callable[[], float]  # makes a call and says how many seconds it took
 Name = TypeVar("Name")
 Result = TypeVar("Result")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"
 MIB = 2**20
-LARGEST_RATIO = 2.0
-"""Of our error to that of plain PyTorch in the same dtype."""
+LARGEST_RATIO = 2.0  # of our error to that of plain PyTorch in the same dtype
 
 
 class CheckFailed(RuntimeError):
@@ -55,12 +53,9 @@ def require_correct(error_ratio: float) -> None:
 class Options:
     """What every benchmark can be told."""
 
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to run: cpu or cuda."""
-    threads: int = 2
-    """CPU threads."""
-    smoke: bool = False
-    """Try everything in seconds, on tiny sizes; rows are stored only where --out says."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # Where to run: cpu or cuda.
+    threads: int = 2  # CPU threads.
+    smoke: bool = False  # Try everything in seconds, on tiny sizes; rows are stored only where --out says.
     out: Path | None = None
     """Folder for the rows; by default benchmarks/results/DEVICE for comparisons, and none for others."""
 

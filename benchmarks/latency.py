@@ -28,8 +28,7 @@ class Config(model.ModelOptions):
     """Time of a step of sampling with DyDi-LiT, Sana and DiT, at batch 1, called and as a CUDA graph."""
 
     modes: tyro.conf.Suppress[tuple[Mode, ...]] = ("forward",)
-    batches: tuple[int, ...] = (1, 2)
-    """Images at once: one, and two for guidance."""
+    batches: tuple[int, ...] = (1, 2)  # Images at once: one, and two for guidance.
 
 
 def comparisons(config: Config) -> Iterator[Comparison]:

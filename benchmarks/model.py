@@ -27,8 +27,7 @@ from dydila_kernels.testing import layer_error_ratio
 from examples.dydi_lit import configs, flops
 from examples.dydi_lit.model import DiffusionTransformer
 
-PIXELS_PER_TOKEN = 16
-"""Along a side: 8 of a latent times 2 of a patch."""
+PIXELS_PER_TOKEN = 16  # along a side: 8 of a latent times 2 of a patch
 IMAGES = (256, 512, 1024, 2048, 4096)
 
 Name = Literal["dydi-lit", "sana", "dit"]
@@ -40,8 +39,7 @@ class ModelOptions(suite.Options):
 
     sizes: Annotated[tuple[int, ...], tyro.conf.arg(name="images", aliases=("--sizes",))] = ()
     """Sides of the images in pixels, multiples of 16; by default short ones on a CPU, and 256 to 4096 on a GPU."""
-    models: tuple[Name, ...] = ("dydi-lit", "sana", "dit")
-    """Which models of the example."""
+    models: tuple[Name, ...] = ("dydi-lit", "sana", "dit")  # Which models of the example.
     size: Literal["tiny", "S", "B", "L"] = "S"
     """How large they are; "tiny" is no size of the paper, and what --smoke takes."""
 
@@ -63,8 +61,7 @@ class ModelOptions(suite.Options):
 class Config(ModelOptions):
     """Time and memory of a denoising step and a training step of DyDi-LiT, Sana and DiT."""
 
-    modes: tuple[Mode, ...] = ("forward", "forward+backward")
-    """A denoising step, and a training step."""
+    modes: tuple[Mode, ...] = ("forward", "forward+backward")  # A denoising step, and a training step.
     batch_size: Annotated[int, tyro.conf.arg(name="batch")] = 0
     """Images at once; by default 1 on a CPU, and on a GPU as many as make 32,768 tokens, at least 1."""
 

@@ -22,10 +22,8 @@ from benchmarks import harness
 from benchmarks.harness import Row
 from benchmarks.suite import MODES, label, milliseconds
 
-BASELINES = ("softmax", "dit")
-"""Whom speed-ups are over: the first of these that a suite has."""
-SMALLEST_SPAN = 6
-"""Of a logarithmic axis, top over bottom: a smaller one would blow noise up into a shape."""
+BASELINES = ("softmax", "dit")  # whom speed-ups are over: the first of these that a suite has
+SMALLEST_SPAN = 6  # of a logarithmic axis, top over bottom: a smaller one would blow noise up into a shape
 OURS = ("dydila", "dydi-lit")
 
 # Told apart in grey by marker and line; colours after Okabe and Ito, for every kind of eye.

@@ -39,10 +39,8 @@ from dydila_kernels.torch_backend.linear_attention import readout, states_of
 from dydila_kernels.torch_backend.projection import backward, project_block, projection_logits
 from dydila_kernels.torch_backend.tokens import tokens_of
 
-HEADLESS = ("projection", "convolution")
-"""Stages without heads, which have all modes."""
-PROJECTORS = 3
-"""As in the layer by default."""
+HEADLESS = ("projection", "convolution")  # stages without heads, which have all modes
+PROJECTORS = 3  # as in the layer by default
 
 
 class Launches(NamedTuple):
@@ -84,12 +82,9 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], ...]] = {
 class Config(suite.Options):
     """Each stage of the layer, inside a real call of it, against what libraries have for it."""
 
-    dim: int = 384
-    """Channels d."""
-    heads: tuple[int, ...] = ()
-    """Heads to measure with, where a stage has them; by default 1 and DIM/64."""
-    stages: tuple[str, ...] = tuple(KERNELS)
-    """Stages to measure."""
+    dim: int = 384  # Channels d.
+    heads: tuple[int, ...] = ()  # Heads to measure with, where a stage has them; by default 1 and DIM/64.
+    stages: tuple[str, ...] = tuple(KERNELS)  # Stages to measure.
 
 
 def runs_kernels(case: Case) -> bool:

@@ -28,8 +28,7 @@ MODES: tuple[Mode, ...] = ("forward", "backward", "forward+backward")
 WRONG = "wrong: the error is over twice that of plain PyTorch"
 FLUSHED = 2**28
 """Bytes that are written before each timed call: more than the last cache has, so that inputs come from memory."""
-CHECKED_TOKENS = 48**2
-"""Tokens of the image that a check is done on at most: longer ones take the same path."""
+CHECKED_TOKENS = 48**2  # tokens of the image that a check is done on at most: longer ones take the same path
 Result = TypeVar("Result")
 
 
@@ -39,12 +38,9 @@ class Options(harness.Options):
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of inputs and parameters; "auto" is bfloat16 on a GPU and float32 on a CPU."""
-    sizes: tuple[int, ...] = ()
-    """Numbers of tokens N, each a square; by default those that suit the device."""
-    modes: tuple[Mode, ...] = MODES
-    """What to time; the backward pass is timed on its own as well."""
-    repeats: int = 0
-    """Timed calls of each contender, after one to warm up; by default 7 on a CPU and 30 on a GPU."""
+    sizes: tuple[int, ...] = ()  # Numbers of tokens N, each a square; by default those that suit the device.
+    modes: tuple[Mode, ...] = MODES  # What to time; the backward pass is timed on its own as well.
+    repeats: int = 0  # Timed calls of each contender, after one to warm up; by default 7 on a CPU and 30 on a GPU.
     budget_seconds: float = 20.0
     """Make no further calls of a contender once they have taken this long (s); one is always made."""
 
@@ -162,8 +158,7 @@ class Contender:
             self.row |= roofline.against(self.cost, milliseconds(self.row) / 1e3, ceilings, options.torch_dtype)
 
 
-Comparison = Sequence[Contender]
-"""Those who meet the same input."""
+Comparison = Sequence[Contender]  # those who meet the same input
 
 
 def warm_up(prepare: Callable[[Case], Call], case: Case) -> Callable[[], Call] | None:

@@ -26,10 +26,8 @@ from dydila_kernels import DyDiLAttention, tuning
 from examples.dydi_lit.data import digits
 from examples.dydi_lit.diffusion import GaussianDiffusion
 
-WARM_UP = 3
-"""Steps left out of the time: they compile kernels and fill caches."""
-LAST = 0.25
-"""The fraction of the steps, from the end, whose mean loss is compared."""
+WARM_UP = 3  # steps left out of the time: they compile kernels and fill caches
+LAST = 0.25  # the fraction of the steps, from the end, whose mean loss is compared
 WRONG = "wrong: the loss differs from that on the torch backend by more than that of two seeds"
 RUNS = (("dydi-lit", "triton"), ("dydi-lit", "torch"), ("sana", None), ("dit", None))
 """Models of the example, and the backends of their layers."""
@@ -41,16 +39,11 @@ class Config(harness.Options):
 
     On a CPU the kernels take no part: a step in the interpreter is a minute."""
 
-    models: tuple[Literal["tiny", "S", "B", "L"], ...] = ("tiny", "S")
-    """Sizes of the models."""
-    side: int = 32
-    """Of the latents: 32 stands for images of 256 pixels, which have 256 tokens."""
-    batch: int = 128
-    """Images of a step."""
-    steps: int = 300
-    """Optimiser steps of each run."""
-    seeds: tuple[int, ...] = (0, 1)
-    """Seeds of weights, batches and noise, two at least."""
+    models: tuple[Literal["tiny", "S", "B", "L"], ...] = ("tiny", "S")  # Sizes of the models.
+    side: int = 32  # Of the latents: 32 stands for images of 256 pixels, which have 256 tokens.
+    batch: int = 128  # Images of a step.
+    steps: int = 300  # Optimiser steps of each run.
+    seeds: tuple[int, ...] = (0, 1)  # Seeds of weights, batches and noise, two at least.
 
 
 def main(config: Config) -> list[Row]:

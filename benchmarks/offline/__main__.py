@@ -30,20 +30,13 @@ from benchmarks.offline.table import PATH, key, problems, read_table, write_tabl
 class Config:
     """Compile the kernels for every target, without a GPU."""
 
-    check: bool = False
-    """Compare with the table instead of updating it."""
-    subset: bool = False
-    """Only what is most likely to go wrong, in a few minutes."""
-    only: str = ""
-    """Only kernels whose stage or name contains this."""
-    target: str = ""
-    """Only this target."""
-    workers: int = 2
-    """Processes."""
-    table: Path = PATH
-    """Where the table is."""
-    predict: bool = False
-    """Print predictions for one call of ``shape``, forward and backward, and do nothing else."""
+    check: bool = False  # Compare with the table instead of updating it.
+    subset: bool = False  # Only what is most likely to go wrong, in a few minutes.
+    only: str = ""  # Only kernels whose stage or name contains this.
+    target: str = ""  # Only this target.
+    workers: int = 2  # Processes.
+    table: Path = PATH  # Where the table is.
+    predict: bool = False  # Print predictions for one call of ``shape``, forward and backward, and do nothing else.
     shape: Shape = field(default_factory=Shape)
 
 

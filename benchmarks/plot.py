@@ -62,9 +62,8 @@ def main(rows: tyro.conf.Positional[tuple[Path, ...]] = (), out: Path | None = N
 
 def draw_all(rows: Sequence[Row], folder: Path, *, widths: int | None = None) -> list[Path]:
     """Pictures SUITE.png of the width with most points, and SUITE-dWIDTH.png of others (up to ``widths`` in all)."""
-    figures: dict[str, Figure] = {}
-    if runs := [row for row in rows if "losses" in row]:
-        figures["training"] = draw_losses(runs)
+    runs = [row for row in rows if "losses" in row]
+    figures = {"training": draw_losses(runs)} if runs else {}
     compared = [row for row in rows if row["suite"] != "training" and "skipped" in row]
     for suite in dict.fromkeys(row["suite"] for row in compared):
         of_suite = [row for row in compared if row["suite"] == suite]
@@ -98,11 +97,11 @@ def draw(rows: Sequence[Row]) -> Figure:
         title = quantity.title.format(baseline=baseline)
         axes[i, 0].set_ylabel(f"{mode}: {title}" if mode else title, fontsize=9)
     name_sizes(axes, rows)
-    drawn_by = {text: handle for ax in axes.flat for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)}
-    shown = {name: drawn_by[name] for name in styles if name in drawn_by}
+    handles = {text: handle for ax in axes.flat for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)}
+    shown = [name for name in styles if name in handles]
     across = min(len(shown), int(figure.get_figwidth() / 2.2))
     places: dict[str, Any] = {"loc": "outside lower center", "ncols": across, "fontsize": 8, "handlelength": 4}
-    figure.legend(shown.values(), shown.keys(), **places)
+    figure.legend([handles[name] for name in shown], shown, **places)
     figure.suptitle(caption(rows), fontsize=10)
     return figure
 
@@ -197,12 +196,12 @@ def name_sizes(axes: Any, rows: Sequence[Row]) -> None:
 
 def styles_of(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """By label: ours black and solid, the others by name; hollow markers for one head."""
-    rivals = list(dict.fromkeys(row["name"] for row in rows if row["name"] not in OURS))
+    names = list(dict.fromkeys(row["name"] for row in rows if row["name"] not in OURS))
     styles = {}
     for row in sorted(rows, key=lambda row: row["name"] not in OURS):
         style: dict[str, Any] = {"color": "#000000", "marker": "o", "linestyle": "-", "linewidth": 2.2, "zorder": 3}
-        if row["name"] in rivals:
-            i = rivals.index(row["name"])
+        if row["name"] not in OURS:
+            i = names.index(row["name"])
             looks = {"color": COLOURS[i % 8], "marker": MARKERS[i % 12], "linestyle": LINES[i % 5]}
             style = {**looks, "linewidth": 1.3, "zorder": 2}
         styles[label(row)] = style | {"fillstyle": "none" if row.get("heads") == 1 else "full"}

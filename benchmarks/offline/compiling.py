@@ -162,26 +162,15 @@ def figures(job: Job) -> Row:
         kernel = compiled(job)
     except Exception as error:  # whatever the compiler raises is a result, to be reported with all the others
         return {**row, "error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-    measured = nvidia(kernel.asm["cubin"]) if job.target.backend == "cuda" else amd(kernel.asm["amdgcn"])
-    shared = kernel.metadata.shared
-    return {
-        **row,
-        **measured,
-        "shared": shared,
-        "resident_warps": resident_warps(job.target, measured["registers"], shared, job.warps),
-        "dots": tensor_core_dots(kernel.asm["ttir"]),
-        **predicted(job, kernel, measured["registers"]),
-    }
-
-
-def predicted(job: Job, kernel: Any, registers: int) -> Row:
-    """The columns of the model of :mod:`benchmarks.offline.prediction`; none where a loop ends by data."""
-    if job.launch is None:
-        return {}
-    found = prediction_of(kernel, registers, job.warps, job.launch)
-    if found.loops:
-        return {}
-    return {"predicted_us": round(found.microseconds, 1), "predicted_barriers": found.barriers}
+    row |= nvidia(kernel.asm["cubin"]) if job.target.backend == "cuda" else amd(kernel.asm["amdgcn"])
+    row["shared"], row["dots"] = kernel.metadata.shared, tensor_core_dots(kernel.asm["ttir"])
+    row["resident_warps"] = resident_warps(job.target, row["registers"], row["shared"], job.warps)
+    if job.launch is not None:
+        prediction = prediction_of(kernel, row["registers"], job.warps, job.launch)
+        if not prediction.loops:  # that end by data, of which nothing is known
+            row["predicted_us"] = round(prediction.microseconds, 1)
+            row["predicted_barriers"] = prediction.barriers
+    return row
 
 
 def tensor_core_dots(ttir: str) -> int:

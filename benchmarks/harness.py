@@ -56,8 +56,7 @@ class Options:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # Where to run: cpu or cuda.
     threads: int = 2  # CPU threads.
     smoke: bool = False  # Try everything in seconds, on tiny sizes; rows are stored only where --out says.
-    out: Path | None = None
-    """Folder for the rows; by default benchmarks/results/DEVICE for comparisons, and none for others."""
+    out: Path | None = None  # Folder for the rows; by default results/DEVICE for comparisons, and none for others.
 
     @property
     def on_gpu(self) -> bool:

@@ -24,20 +24,16 @@ from benchmarks.suite import Case, Comparison, Contender
 from dydila_kernels import DyDiLAttention
 from dydila_kernels.testing import equations, layer_error_ratio
 
+Rival = Literal["softmax", "sana", "sana compiled", "dydila eager", "dydila compiled"]
+
 
 @dataclass(frozen=True)
 class Config(suite.Options):
     """Time and memory of the whole layer against softmax attention and Sana's layer, all of the same width."""
 
-    dims: tuple[int, ...] = ()
-    """Channels d of all layers; by default 384 on a CPU, and 384, 512, 768 and 1152 on a GPU."""
-    heads: tuple[int, ...] = ()
-    """Heads of our layer and of Sana's, which are measured with each; by default 1, as in the paper, and d/64, which
-    the softmax layer always has."""
-    rivals: tuple[Literal["softmax", "sana", "sana compiled", "dydila eager", "dydila compiled"], ...] = (
-        "softmax",
-        "sana",
-    )
+    dims: tuple[int, ...] = ()  # Channels d; by default 384 on a CPU, and 384, 512, 768 and 1152 on a GPU.
+    heads: tuple[int, ...] = ()  # Of ours and of Sana's; by default 1 and d/64, which the softmax layer always has.
+    rivals: tuple[Rival, ...] = ("softmax", "sana")
     """Layers to compare ours with; "dydila eager" is our reference equations in eager PyTorch, "compiled" a layer under
     torch.compile."""
 

@@ -40,16 +40,14 @@ class ModelOptions(suite.Options):
     sizes: Annotated[tuple[int, ...], tyro.conf.arg(name="images", aliases=("--sizes",))] = ()
     """Sides of the images in pixels, multiples of 16; by default short ones on a CPU, and 256 to 4096 on a GPU."""
     models: tuple[Name, ...] = ("dydi-lit", "sana", "dit")  # Which models of the example.
-    size: Literal["tiny", "S", "B", "L"] = "S"
-    """How large they are; "tiny" is no size of the paper, and what --smoke takes."""
+    size: Literal["tiny", "S", "B", "L"] = "S"  # "tiny" is no size of the paper, and what --smoke takes.
 
     def images(self, on_cpu: int) -> list[int]:
         """In rising order, on a CPU so many; ValueError where one does not divide into patches of latents."""
-        images = self.lengths(cpu=IMAGES[:on_cpu], gpu=IMAGES)
-        for image in images:
-            if image < PIXELS_PER_TOKEN or image % PIXELS_PER_TOKEN:
-                raise ValueError(f"images must be multiples of {PIXELS_PER_TOKEN} pixels a side; got {image}")
-        return sorted(images)
+        images = sorted(self.lengths(cpu=IMAGES[:on_cpu], gpu=IMAGES))
+        if wrong := [image for image in images if image < PIXELS_PER_TOKEN or image % PIXELS_PER_TOKEN]:
+            raise ValueError(f"images must be multiples of {PIXELS_PER_TOKEN} pixels a side; got {wrong[0]}")
+        return images
 
     def cases(self, mode: Mode, batch: int, image: int, fused: bool = False) -> list[Case]:
         """Of all models, who meet the same input; ours in its inference form where ``fused``."""
@@ -144,7 +142,6 @@ def network(name: str, size: str, training: bool, fused: bool, device: str, dtyp
     return model.fuse() if fused else model
 
 
-@functools.cache
 def cost(case: Case) -> Cost | None:
     """Weights and latents, read and written once in each direction, and all matrix products; None without Triton."""
     if why_not_triton(torch.device("meta"), torch.float32):

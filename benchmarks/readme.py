@@ -1,6 +1,6 @@
 """Writes the documentation's section on speed from committed rows: ``python -m benchmarks.readme``, or ``--check``.
 
-The section stands between two markers.  It shows the rows of a GPU where there are any, else those of the CPU.
+The section stands between two markers, with the rows of a GPU where there are any, else those of the CPU.
 """
 
 from __future__ import annotations
@@ -22,12 +22,6 @@ PAGE = harness.REPOSITORY / "docs" / "guides" / "speed.md"
 BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
 DIM = 384
 MODES = ("forward", "forward+backward")
-NOT_SHOWN = """What these numbers do not show: quality, because one layer does not stand for another without training;
-other widths, dtypes and machines, where the ratios are others; a whole model, of which attention is a part
-(`python -m benchmarks.model`). Weights and tokens are random. A ratio is that of medians of one run, in which all
-layers met the same input in turn; below 1x ours is slower. Before anything is timed it is held against float64, and
-what is wrong has no time. Memory is the peak of a call above weights and input. How to repeat it, and what each row
-says: [benchmarks/README.md]({}/README.md)."""
 TITLES = {"dydila": "ours", "softmax": "softmax", "sana": "Sana"}
 
 
@@ -81,7 +75,6 @@ def section(results: Path, folder: Path) -> str:
         "The most memory that a call takes, in MiB:",
         memory,
         f"![Time, speed-up, percentage of the ceiling and memory against N]({link}/layer.png)",
-        NOT_SHOWN.format(Path(os.path.relpath(harness.REPOSITORY / "benchmarks", folder)).as_posix()),
     ]
     return "\n" + "\n\n".join(blocks) + "\n"
 

@@ -26,8 +26,7 @@ from dydila_kernels.testing import relative_error
 Mode = Literal["forward", "backward", "forward+backward"]
 MODES: tuple[Mode, ...] = ("forward", "backward", "forward+backward")
 WRONG = "wrong: the error is over twice that of plain PyTorch"
-FLUSHED = 2**28
-"""Bytes that are written before each timed call: more than the last cache has, so that inputs come from memory."""
+FLUSHED = 2**28  # bytes written before each timed call, more than the last cache has: inputs come from memory
 CHECKED_TOKENS = 48**2  # tokens of the image that a check is done on at most: longer ones take the same path
 Result = TypeVar("Result")
 
@@ -36,13 +35,11 @@ Result = TypeVar("Result")
 class Options(harness.Options):
     """What every suite can be told."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of inputs and parameters; "auto" is bfloat16 on a GPU and float32 on a CPU."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # "auto" is bfloat16 on a GPU, float32 on a CPU.
     sizes: tuple[int, ...] = ()  # Numbers of tokens N, each a square; by default those that suit the device.
     modes: tuple[Mode, ...] = MODES  # What to time; the backward pass is timed on its own as well.
     repeats: int = 0  # Timed calls of each contender, after one to warm up; by default 7 on a CPU and 30 on a GPU.
-    budget_seconds: float = 20.0
-    """Make no further calls of a contender once they have taken this long (s); one is always made."""
+    budget_seconds: float = 20.0  # No further calls of a contender that has taken so long (s); one is always made.
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -29,8 +29,7 @@ class Config(harness.Options):
     """Time launch configurations that differ from the table in one number, or in rows and warps alike."""
 
     shapes: tuple[tuple[int, int, int, int], ...] = SHAPES  # B N d H of each.
-    stages: tuple[str, ...] = ()
-    """Stages to vary, by their names in dydila_kernels.ops.configs; by default all that the layer uses."""
+    stages: tuple[str, ...] = ()  # Stages to vary, by their names in ops.configs; by default all that the layer uses.
     modes: tuple[str, ...] = ("forward", "forward+backward")  # What is timed.
     repeats: int = 20  # Timed calls of each configuration.
 

@@ -29,8 +29,12 @@ from examples.dydi_lit.diffusion import GaussianDiffusion
 WARM_UP = 3  # steps left out of the time: they compile kernels and fill caches
 LAST = 0.25  # the fraction of the steps, from the end, whose mean loss is compared
 WRONG = "wrong: the loss differs from that on the torch backend by more than that of two seeds"
-RUNS = (("dydi-lit", "triton"), ("dydi-lit", "torch"), ("sana", None), ("dit", None))
-"""Models of the example, and the backends of their layers."""
+RUNS = (
+    ("dydi-lit", "triton"),
+    ("dydi-lit", "torch"),
+    ("sana", None),
+    ("dit", None),
+)  # models, layers' backends
 
 
 @dataclass(frozen=True)

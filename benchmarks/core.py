@@ -136,10 +136,9 @@ def error_ratio(case: Case) -> float:
 @cache
 def rival_error_ratio(case: Case) -> float:
     """The error of a rival's output over that of its own formula in the same dtype."""
-    rival, heads = rivals.RIVALS[case.name], case.shape.heads
-    tokens = list(random_inputs(case.shape, case.device).values())[:3]
-    found, plain = (attend(*tokens, heads=heads) for attend in (rival.attend, rival.formula))
-    return suite.error_ratio(found, plain, rival.formula(*(t.cpu().double() for t in tokens), heads=heads))
+    rival, inputs = rivals.RIVALS[case.name], random_inputs(case.shape, case.device)
+    ours, formula = (lambda t, f=f: f(**t, heads=case.shape.heads) for f in (rival.attend, rival.formula))
+    return testing.error_ratio(ours, formula, {name: inputs[name] for name in "qkv"}, ())
 
 
 main = partial(suite.run, "core", comparisons)

@@ -40,19 +40,13 @@ Commands = Callable[[str, bool, object], list[list[str]]]
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a run.
-
-    Attributes:
-        seconds: how the time is shared out: what it gets where all run in the default of gpu_run.
-        needs: modules that must be there.
-        by_default: whether it runs unasked; else it is too long to share a run with others.
-    """
+    """A part of a run."""
 
     name: str
-    seconds: float
+    seconds: float  # how the time is shared out: what it gets where all run in the default of gpu_run
     commands: Commands
-    needs: tuple[str, ...] = ()
-    by_default: bool = True
+    needs: tuple[str, ...] = ()  # modules that must be there
+    by_default: bool = True  # whether it runs unasked; else it is too long to share a run with others
 
     @property
     def missing(self) -> str | None:

@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 import tyro
+from torch import Tensor
 
 from benchmarks import harness, model, suite
 from benchmarks.model import Case
 from benchmarks.suite import Comparison, Contender, Mode
-from dydila_kernels.testing import cast, equations, layer_inputs, relative_error
+from dydila_kernels import testing
+from dydila_kernels.testing import equations, layer_inputs, relative_error
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,12 @@ def fused_error_ratio(case: Case) -> float:
     """Of the output of the first block's attention layer after ``fuse()``, over that of the plain equations."""
     attn = model.network(case.name, case.size, False, False, case.device, case.dtype).blocks[0].attention
     x = torch.randn(1, min(case.tokens, suite.CHECKED_TOKENS), attn.dim, device=case.device, dtype=case.dtype)
-    with torch.no_grad():
-        given, indices = layer_inputs(attn, x), attn.routing(x).indices
-        exact = equations(attn, cast(given, torch.float64), indices=indices)
-        return suite.error_ratio(copy.deepcopy(attn).fuse()(x), equations(attn, given, indices=indices), exact)
+    fused, indices = copy.deepcopy(attn).fuse(), attn.routing(x).indices
+
+    def plain(t: dict[str, Tensor]) -> Tensor:
+        return equations(attn, t, indices={name: index.to(t["x"].device) for name, index in indices.items()})
+
+    return testing.error_ratio(lambda t: fused(t["x"]), plain, layer_inputs(attn, x), ())
 
 
 def captured_difference(case: Case) -> float:

@@ -23,6 +23,7 @@ from benchmarks.roofline import Cost
 from benchmarks.suite import Case, Comparison, Contender
 from dydila_kernels import DyDiLAttention
 from dydila_kernels.testing import equations, layer_error_ratio
+from dydila_kernels.testing import error_ratio as error_ratio_of
 
 Rival = Literal["softmax", "sana", "sana compiled", "dydila eager", "dydila compiled"]
 
@@ -71,14 +72,13 @@ def error_ratio(case: Case) -> float:
         return layer_error_ratio(attn, length=shape.tokens)
     layer = layer_of(case)
     x = torch.randn(1, min(shape.tokens, 256), shape.dim, device=case.device, dtype=shape.dtype)
+    inputs = {"x": x, "qkv": layer.qkv.weight, "proj": layer.proj.weight, "bias": layer.proj.bias}
     core = rivals.RIVALS[case.name.split()[0]].formula
 
-    def formula(dtype: torch.dtype) -> Tensor:
-        qkv, weight, bias = (t.to(dtype) for t in (layer.qkv.weight, layer.proj.weight, layer.proj.bias))
-        return F.linear(core(*F.linear(x.to(dtype), qkv).chunk(3, -1), heads=shape.heads), weight, bias)
+    def formula(t: dict[str, Tensor]) -> Tensor:
+        return F.linear(core(*F.linear(t["x"], t["qkv"]).chunk(3, -1), heads=shape.heads), t["proj"], t["bias"])
 
-    with torch.no_grad():
-        return suite.error_ratio(layer(x), formula(shape.dtype), formula(torch.float64))
+    return error_ratio_of(lambda t: layer(t["x"]), formula, inputs, ())
 
 
 def prepare(case: Case) -> Call:

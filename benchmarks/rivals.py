@@ -122,16 +122,13 @@ def flash_bla(q: Tensor, k: Tensor, v: Tensor, *, heads: int) -> Tensor:
 
 
 class Rival(NamedTuple):
-    """Whom ours is compared with; a package of others has a ``module`` and says what it ``computes``.
+    """Whom ours is compared with."""
 
-    ``attend`` is None if not comparable, and ``formula`` what it is checked against, None if nothing.
-    """
-
-    attend: Any
-    formula: Any
+    attend: Any  # None if not comparable
+    formula: Any  # what it is checked against, None if nothing
     cost: Callable[[Shape, str], Cost]
-    module: str = ""
-    computes: str = ""
+    module: str = ""  # of a package of others
+    computes: str = ""  # what that computes
 
 
 SOFTMAX = ("softmax", *BACKENDS)

@@ -44,14 +44,11 @@ PROJECTORS = 3  # as in the layer by default
 
 
 class Launches(NamedTuple):
-    """Kernels of a stage by name: all of their launches in a call, or that of one ``number``.
-
-    ``then``: the stage is what torch does between that launch and the next.
-    """
+    """Kernels of a stage by name."""
 
     kernels: tuple[str, ...]
-    number: int | None = None
-    then: bool = False
+    number: int | None = None  # of their launches in a call, that which counts; by default all
+    then: bool = False  # whether the stage is what torch does between that launch and the next
 
 
 KERNELS = {

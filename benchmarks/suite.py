@@ -21,7 +21,6 @@ from benchmarks import harness, roofline
 from benchmarks.goals import goals, verdicts
 from benchmarks.harness import Call, Row
 from benchmarks.roofline import Cost, Shape
-from dydila_kernels.testing import relative_error
 
 Mode = Literal["forward", "backward", "forward+backward"]
 MODES: tuple[Mode, ...] = ("forward", "backward", "forward+backward")
@@ -98,26 +97,18 @@ def heads_of(asked: tuple[int, ...], dim: int) -> tuple[int, ...]:
 class Contender:
     """One of those compared, with its row, in which whatever goes wrong ends up.
 
-    Attributes:
-        prepare: makes a call to time, on inputs of its own; it must pickle where memory is to be measured on a CPU.
-        labels: what its row says: ``name``, ``mode`` and where on the plot of its suite it is.
-        cost: what a call moves and computes, if declared.
-        error_ratio: our error over that of plain PyTorch, measured in this run before any time; over 2 is wrong.
-        missing: why it cannot run here, such as a package that is not installed.
-        warm_up: as ``prepare``, for a small call; where given, memory is measured: how far it rises during a call, on a
-            CPU in a fresh process in which the small call has loaded code and started threads.
-        graph: whether to time it as a CUDA graph as well, which leaves the host out.
-        clock: makes the call and gives the seconds of a part of it, in place of all of it.
+    Memory, where it is measured, is how far it rises during a call; on a CPU in a fresh process, in which a small call
+    has loaded code and started threads.
     """
 
-    prepare: Callable[[], Call]
-    labels: Row
-    cost: Cost | None = None
-    error_ratio: Callable[[], float] | None = None
-    missing: str | None = None
-    warm_up: Callable[[], Call] | None = None
-    graph: bool = False
-    clock: Callable[[Call], float] | None = None
+    prepare: Callable[[], Call]  # makes a call to time; it must pickle where memory is measured on a CPU
+    labels: Row  # what its row says: ``name``, ``mode`` and where on the plot of its suite it is
+    cost: Cost | None = None  # what a call moves and computes, if declared
+    error_ratio: Callable[[], float] | None = None  # our error over that of plain PyTorch, measured before any time
+    missing: str | None = None  # why it cannot run here, such as a package that is not installed
+    warm_up: Callable[[], Call] | None = None  # where memory is to be measured: as ``prepare``, for a small call
+    graph: bool = False  # whether to time it as a CUDA graph as well, which leaves the host out
+    clock: Callable[[Call], float] | None = None  # gives the seconds of a part of the call, in place of all of it
     row: Row = field(default_factory=dict, init=False)
 
     def try_to(self, action: Callable[[], Result], where: str = "skipped") -> Result | None:
@@ -179,12 +170,6 @@ def call_of(
         return lambda: torch.autograd.grad(function(), leaves, incoming)
     output = function()
     return lambda: torch.autograd.grad(output, leaves, incoming, retain_graph=True)
-
-
-def error_ratio(found: Tensor, plain: Tensor, exact: Tensor) -> float:
-    """The error of a result over that of plain PyTorch, or the error itself where that has none."""
-    ours, usual = relative_error(found, exact), relative_error(plain, exact)
-    return ours / usual if usual else ours
 
 
 def command(main: Callable[..., Sequence[Row]], config: type) -> None:

@@ -36,19 +36,13 @@ KIB = 1024
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU as Triton's ``GPUTarget`` wants it, and the limits of one of its multiprocessors (compute units).
+    """A GPU and the limits of one of its multiprocessors (compute units)."""
 
-    Attributes:
-        shared: bytes of shared memory that one program may have.
-        shared_total: bytes for all resident programs.
-        warps, programs: resident at most.
-    """
-
-    arch: int | str
-    shared: int
-    shared_total: int
-    warps: int
-    programs: int
+    arch: int | str  # as Triton's ``GPUTarget`` wants it
+    shared: int  # bytes of shared memory that one program may have
+    shared_total: int  # bytes for all resident programs
+    warps: int  # resident warps at most
+    programs: int  # resident programs at most
 
     @property
     def backend(self) -> str:
@@ -72,25 +66,17 @@ TARGETS: dict[str, Target] = {
 
 @dataclass(frozen=True)
 class Job:
-    """One kernel, specialised, for one target; plain data, so that another process can compile it.
+    """One kernel, specialised, for one target; plain data, so that another process can compile it."""
 
-    Attributes:
-        labels: the columns that tell rows of the table apart.
-        kernel: module and name.
-        signature, constants, attributes: of Triton's ``ASTSource``.
-        warps, stages: of the launch.
-        launch: what it was launched with, for the target of the model that predicts.
-    """
-
-    labels: Row = field(repr=False)
-    kernel: tuple[str, str]
-    signature: dict[str, Any]
+    labels: Row = field(repr=False)  # the columns that tell rows of the table apart
+    kernel: tuple[str, str]  # module and name
+    signature: dict[str, Any]  # of Triton's ``ASTSource``, as the next two
     constants: dict[tuple[int, ...], Any]
     attributes: dict[tuple[int, ...], Any]
     warps: int
     stages: int
     target: Target
-    launch: Launch | None = field(default=None, repr=False)
+    launch: Launch | None = field(default=None, repr=False)  # where the model is to predict it
 
     @property
     def identity(self) -> str:

@@ -6,8 +6,6 @@ and v.  Gradients are those of the tokens, and for ours of the tables gamma and 
 are left to linear attention: fused softmax has none so wide.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial

@@ -3,8 +3,6 @@
 Times are those of plain calls, host included, of one image: the time of a call over its batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 

@@ -6,8 +6,6 @@ and one row for each part), tests.txt, log.txt and a picture for each suite, eig
 ``python -m benchmarks.store DIR`` then puts the rows where they are committed.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import signal

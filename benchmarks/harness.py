@@ -3,8 +3,6 @@
 A row is a flat dict, stored as one line of JSON.  Times are in milliseconds, memory in MiB (2^20 bytes).
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform

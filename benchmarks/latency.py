@@ -5,8 +5,6 @@ A step of one image, and of two as guidance has them: with its class and without
 ``graph_median_ms``, on a GPU, that of the same call captured as a CUDA graph, which leaves the host out.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass

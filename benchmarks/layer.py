@@ -5,8 +5,6 @@ turn.  "forward" is in eval mode under inference_mode; the gradients are those o
 parameters.  The last lines hold the rows against the goals of the project.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial

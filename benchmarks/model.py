@@ -5,8 +5,6 @@ parameters.  The models are those of ``examples/dydi_lit`` with random weights, 
 side, in patches of 2 x 2: an image of P pixels a side has (P/16)^2 tokens.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,7 +47,7 @@ class ModelOptions(suite.Options):
             raise ValueError(f"images must be multiples of {PIXELS_PER_TOKEN} pixels a side; got {wrong[0]}")
         return images
 
-    def cases(self, mode: Mode, batch: int, image: int, fused: bool = False) -> list[Case]:
+    def cases(self, mode: Mode, batch: int, image: int, fused: bool = False) -> list["Case"]:
         """Of all models, who meet the same input; ours in its inference form where ``fused``."""
         each = Case("", "tiny" if self.smoke else self.size, mode, batch, image, self.device, self.torch_dtype)
         return [each._replace(name=name, fused=fused and name == "dydi-lit") for name in self.models]

@@ -3,8 +3,6 @@
 A panel has one curve for each contender, over N.  What was not measured leaves a gap in its curve.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections import Counter

@@ -3,8 +3,6 @@
 The section stands between two markers, with the rows of a GPU where there are any, else those of the CPU.
 """
 
-from __future__ import annotations
-
 import os
 import textwrap
 from collections.abc import Sequence
@@ -36,10 +34,6 @@ def main(check: bool = False, page: Path = PAGE, results: Path = harness.RESULTS
         check: write nothing, and fail where the section differs from what the rows give.
         page: the file with the markers.
         results: folder of the results, which has one for each device.
-
-    Raises:
-        ValueError: a marker, or a row that the section needs, is missing.
-        Stale: the check fails.
     """
     old = page.read_text(encoding="utf-8")
     if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):

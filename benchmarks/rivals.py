@@ -7,11 +7,10 @@ Attention takes q, k, v (B, N, d) in H heads of e = d/H channels and gives (B, N
 per head, in the order that is linear in N.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache, partial
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -48,9 +47,7 @@ def merge(tokens: Tensor) -> Tensor:
 def softmax(q: Tensor, k: Tensor, v: Tensor, *, heads: int, backend: str = "softmax") -> Tensor:
     """softmax(Q K^T / sqrt(e)) V by ``scaled_dot_product_attention``, with one of its backends or torch's choice."""
     q, k, v = (split(t, heads) for t in (q, k, v))
-    if backend == "softmax":
-        return merge(F.scaled_dot_product_attention(q, k, v))
-    with sdpa_kernel(BACKENDS[backend]):
+    with sdpa_kernel(BACKENDS[backend]) if backend in BACKENDS else nullcontext():
         return merge(F.scaled_dot_product_attention(q, k, v))
 
 

@@ -5,8 +5,6 @@ FLOPs are those of products and convolutions, two for a multiply-accumulate; pow
 ``python -m benchmarks.roofline`` measures the ceilings: a copy for bytes, square matrix products for FLOPs.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from functools import partial
@@ -27,10 +25,10 @@ class Cost:
     bytes: float
     flops: float
 
-    def __add__(self, other: Cost) -> Cost:
+    def __add__(self, other: "Cost") -> "Cost":
         return Cost(self.bytes + other.bytes, self.flops + other.flops)
 
-    def __mul__(self, factor: float) -> Cost:
+    def __mul__(self, factor: float) -> "Cost":
         return Cost(self.bytes * factor, self.flops * factor)
 
 

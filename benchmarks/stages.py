@@ -11,8 +11,6 @@
 backend elsewhere.  KERNELS and FUNCTIONS say which those are; nothing else here knows how the backends work.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Sequence
 from cProfile import Profile

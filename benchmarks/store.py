@@ -1,7 +1,5 @@
 """Puts the rows of a GPU run where they are committed: ``python -m benchmarks.store DIR``."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 
@@ -19,9 +17,6 @@ def main(run: tyro.conf.Positional[Path], results: Path = harness.RESULTS) -> Pa
     Args:
         run: folder that benchmarks.gpu_run filled.
         results: folder of the results, which has one for each device.
-
-    Raises:
-        ValueError: the run does not have rows of one device.
     """
     rows = harness.read_rows(run / ROWS)
     devices = {(row["device_type"], row["device"]) for row in rows if "device_type" in row}

@@ -4,8 +4,6 @@ A contender whose results are wrong, who is not installed, runs out of memory or
 "skipped", and no time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -71,11 +69,11 @@ class Case(NamedTuple):
         return {"name": self.name, "heads": self.shape.heads, **stage, **where}
 
     @property
-    def checked(self) -> Case:
+    def checked(self) -> "Case":
         """What it is checked on."""
         return self.one_of(min(self.shape.tokens, CHECKED_TOKENS), "forward")
 
-    def one_of(self, tokens: int, mode: Mode) -> Case:
+    def one_of(self, tokens: int, mode: Mode) -> "Case":
         """The whole for one image of so many tokens."""
         return self._replace(mode=mode, shape=replace(self.shape, batch=1, tokens=tokens), stage="")
 

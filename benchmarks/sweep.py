@@ -5,8 +5,6 @@ time, and that of the best so far, which stays in place for the rest of the proc
 TRITON_INTERPRET=1, to try the command and for nothing else.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, product
@@ -20,15 +18,13 @@ from dydila_kernels import DyDiLAttention, tuning
 from dydila_kernels.functional import choose_backend
 from dydila_kernels.testing import layer_error_ratio
 
-SHAPES = ((16, 4096, 384, 6), (16, 4096, 384, 1), (16, 4096, 1152, 16))
-"""(B, N, d, H): the width of the speed table with heads of 64, with one head, and the odd heads of DiT-XL."""
-
 
 @dataclass(frozen=True)
 class Config(harness.Options):
     """Time launch configurations that differ from the table in one number, or in rows and warps alike."""
 
-    shapes: tuple[tuple[int, int, int, int], ...] = SHAPES  # B N d H of each.
+    shapes: tuple[tuple[int, int, int, int], ...] = ((16, 4096, 384, 6), (16, 4096, 384, 1), (16, 4096, 1152, 16))
+    """B N d H of each: the width of the speed table with heads of 64, with one head, and the odd heads of DiT-XL."""
     stages: tuple[str, ...] = ()  # Stages to vary, by their names in ops.configs; by default all that the layer uses.
     modes: tuple[str, ...] = ("forward", "forward+backward")  # What is timed.
     repeats: int = 20  # Timed calls of each configuration.

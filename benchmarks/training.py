@@ -5,8 +5,6 @@ one model start from the same weights; the losses of two backends are to differ 
 The images are scikit-learn's digits, enlarged to latents of four channels.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,12 +27,8 @@ from examples.dydi_lit.diffusion import GaussianDiffusion
 WARM_UP = 3  # steps left out of the time: they compile kernels and fill caches
 LAST = 0.25  # the fraction of the steps, from the end, whose mean loss is compared
 WRONG = "wrong: the loss differs from that on the torch backend by more than that of two seeds"
-RUNS = (
-    ("dydi-lit", "triton"),
-    ("dydi-lit", "torch"),
-    ("sana", None),
-    ("dit", None),
-)  # models, layers' backends
+# Models of the example, and the backends of their layers.
+RUNS = (("dydi-lit", "triton"), ("dydi-lit", "torch"), ("sana", None), ("dit", None))
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,6 @@
 says what a model of the machine code expects of a call of any shape.
 """
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
 from collections.abc import Iterable

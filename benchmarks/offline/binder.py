@@ -5,8 +5,6 @@ that alone, on tensors without data, for the launches of a default layer forward
 named tuples, as the kernels take them, and with the same arguments one by one, as they would be without.
 """
 
-from __future__ import annotations
-
 import statistics
 import timeit
 from collections.abc import Callable, Iterator

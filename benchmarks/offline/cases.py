@@ -4,8 +4,6 @@ A case calls launchers of ``dydila_kernels.ops`` once; whatever they launch is c
 sizes and addresses divide by 16, as they mostly do.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial

@@ -4,8 +4,6 @@ The launchers run on tensors without data, and :func:`record` notes what they wo
 that into a specialisation, as it would at a launch, so no signature is written down a second time.
 """
 
-from __future__ import annotations
-
 import importlib
 import re
 import subprocess

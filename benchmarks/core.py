@@ -21,10 +21,8 @@ from benchmarks.suite import Case, Comparison, Contender
 from dydila_kernels import dydila_attention, reference, testing
 from dydila_kernels.testing import TOKENS, core_inputs, decisions
 
-EQUATIONS = reference.dydila_attention
-OURS: dict[str, rivals.Attention] = {
-    "dydila": dydila_attention, "dydila eager": EQUATIONS, "dydila compiled": EQUATIONS
-}  # fmt: skip
+OURS: dict[str, rivals.Attention] = {"dydila": dydila_attention}
+OURS |= dict.fromkeys(("dydila eager", "dydila compiled"), reference.dydila_attention)
 FACTORS = 9  # entries of gamma and of lambda, as in the layer by default
 
 
@@ -58,17 +56,10 @@ def contender(case: Case) -> Contender:
     labels, missing, check = case.labels, None, error_ratio if name == "dydila" else None
     if (rival := rivals.RIVALS.get(name)) is not None:
         labels |= {"computes": rival.computes} if rival.computes else {}
-        missing = rivals.missing(name, shape, device)
-        check = rival_error_ratio if rival.formula else None
-    return Contender(
-        partial(prepare, case),
-        labels,
-        (rival.cost if rival else roofline.core)(shape, mode),
-        check and partial(check, case.checked),
-        missing,
-        suite.warm_up(prepare, case),
-        graph=True,
-    )
+        missing, check = rivals.missing(name, shape, device), rival_error_ratio if rival.formula else None
+    cost = (rival.cost if rival else roofline.core)(shape, mode)
+    checked, small = check and partial(check, case.checked), suite.warm_up(prepare, case)
+    return Contender(partial(prepare, case), labels, cost, checked, missing, small, graph=True)
 
 
 def prepare(case: Case) -> Call:

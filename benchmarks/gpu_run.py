@@ -29,16 +29,14 @@ from benchmarks.harness import Row
 
 MINUTES = 7.5  # for all parts together: the time of a GPU is dear
 SMOKE_MINUTES = 20  # a limit for what hangs; on two cores all parts take two
-LARGEST_OUTPUT = 2**20  # bytes of a part's output that are kept, half from the start and half from the end
 TESTS, ROWS, LOG = "tests.txt", "rows.jsonl", "log.txt"
 Name = Literal["tests", "ceilings", "core", "stages", "layer", "model", "latency", "training", "sweep"]
-Commands = Callable[[str, bool, object], list[list[str]]]
-"""Of device, smoke and folder; each command may leave rows in FOLDER/NAME.jsonl, which are taken up."""
+Commands = Callable[[str, bool, object], list[list[str]]]  # of device, smoke and folder
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a run."""
+    """A part of a run; each of its commands may leave rows in FOLDER/NAME.jsonl, which are taken up."""
 
     name: str
     seconds: float  # how the time is shared out: what it gets where all run in the default of gpu_run
@@ -57,24 +55,21 @@ class Part:
         return None
 
 
-def python(module: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", module, *arguments]
-
-
-def of_suite(name: str, *runs: str, smoke: str = "") -> Commands:
+def of_suite(name: str, *runs: str, smoke: str = "", stores: bool = True, on_cpu: tuple[str, ...] = ()) -> Commands:
     """A suite with the options of each of its runs on a GPU; on a CPU it takes its own defaults, in one run."""
 
     def commands(device: str, small: bool, out: object) -> list[list[str]]:
         options = [f"--smoke {smoke}"] if small else [""] if device == "cpu" else runs
-        fixed = (f"benchmarks.{name}", "--device", device, "--out", str(out))
-        return [python(*fixed, *each.split()) for each in options]
+        python = [*(on_cpu if device == "cpu" else ()), sys.executable, "-m"]
+        where = ["--device", device, *(["--out", str(out)] if stores else [])]
+        return [[*python, f"benchmarks.{name}", *where, *each.split()] for each in options]
 
     return commands
 
 
 def tests(device: str, smoke: bool, out: object) -> list[list[str]]:
     """The kernels' tests, then those that fill the memory, alone, then the short ones of all else."""
-    pytest = ["env", "OMP_NUM_THREADS=1", *python("pytest", "-q", "--tb=short", "-p", "no:cacheprovider")]
+    pytest = f"env OMP_NUM_THREADS=1 {sys.executable} -m pytest -q --tb=short -p no:cacheprovider".split()
     if smoke:
         return [[*pytest, "tests/ops/test_device.py"], [*pytest, "tests/test_tokens.py"]]
     parallel = [*pytest, "-n", "8"] if find_spec("xdist") else pytest
@@ -83,15 +78,6 @@ def tests(device: str, smoke: bool, out: object) -> list[list[str]]:
         [*pytest, "tests/ops/test_device.py"],
         [*parallel, "tests", "--ignore=tests/ops", "--ignore=tests/benchmarks", "-m", "not slow"],
     ]
-
-
-def ceilings(device: str, smoke: bool, out: object) -> list[list[str]]:
-    return [python("benchmarks.roofline", "--device", device, *(["--smoke"] if smoke else []))]
-
-
-def sweep(device: str, smoke: bool, out: object) -> list[list[str]]:
-    (command,) = of_suite("sweep", "")(device, smoke, out)
-    return [["env", "TRITON_INTERPRET=1", *command] if device == "cpu" else command]
 
 
 def figure(text: str, rows: Sequence[Row]) -> str:
@@ -120,7 +106,7 @@ PARTS = (
     # Several hundred kernels are compiled, by 8 processes at once; correctness goes before all else.
     Part("tests", 140, tests, ("pytest", "hypothesis")),
     # 60 copies and products, and the start of a process.
-    Part("ceilings", 15, ceilings),
+    Part("ceilings", 15, of_suite("roofline", "", stores=False)),
     # Three forms of our kernels to compile, heads of 64, of 72 and one; torch.compile at one size only.
     Part("core", 80, of_suite("core", *CORE, smoke=f"--dim 128 {TWO}")),
     # Two sizes: a stage grows with N as its bytes do.
@@ -134,7 +120,7 @@ PARTS = (
     # Two sizes, two seeds, four runs of each, 300 steps; for a call of its own.
     Part("training", 400, of_suite("training", ""), ("examples.dydi_lit",), by_default=False),
     # About a second for each configuration, most of it compiling; a row each, so it may end anywhere.
-    Part("sweep", 50, sweep, ("triton",)),
+    Part("sweep", 50, of_suite("sweep", "", on_cpu=("env", "TRITON_INTERPRET=1")), ("triton",)),
 )
 """In the order in which they run: what is wrong or slow is told before what is nice to know."""
 
@@ -151,8 +137,6 @@ class Config:
 
 
 class Outcome(NamedTuple):
-    """How a part went."""
-
     part: str
     state: str
     seconds: float = 0
@@ -219,7 +203,7 @@ def run(part: Part, commands: Sequence[Sequence[str]], limit: float, out: Path) 
                 rows += harness.read_rows(found)
                 found.unlink()  # because they live on in that of all parts
     failures = list(dict.fromkeys(state for state in states if state != "passed"))
-    text = shortened(path.read_bytes(), LARGEST_OUTPUT)
+    text = shortened(path.read_bytes())
     outcome = Outcome(part.name, ", ".join(failures) or "passed", time.monotonic() - started, figure(text, rows))
     if path.name == TESTS:
         path.write_text(text)
@@ -253,7 +237,7 @@ def state_of(command: Sequence[str], limit: float, output: int) -> str:
         process.wait()
 
 
-def shortened(output: bytes, most: int) -> str:
+def shortened(output: bytes, most: int = 2**20) -> str:
     """The output as text, without its middle where it is longer than ``most`` bytes."""
     if len(output) > most:
         output = output[: most // 2] + b"\n[...]\n" + output[-most // 2 :]

@@ -39,9 +39,8 @@ def comparisons(config: Config) -> Iterator[Comparison]:
 
 def contender(case: Case) -> Contender:
     check = partial(error_ratio, case) if case.fused or harness.is_gpu(case.device) else None
-    return Contender(
-        partial(model.prepare, case), {**case.labels, "fused": case.fused}, model.cost(case), check, graph=True
-    )
+    labels = {**case.labels, "fused": case.fused}
+    return Contender(partial(model.prepare, case), labels, model.cost(case), check, graph=True)
 
 
 def error_ratio(case: Case) -> float:

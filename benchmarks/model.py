@@ -80,12 +80,10 @@ class Case(NamedTuple):
 
     @property
     def config(self) -> Any:
-        """The example's configuration of the model."""
         return configs.config_of(self.name, self.size)  # type: ignore[arg-type]
 
     @property
     def labels(self) -> Row:
-        """What its row says."""
         settings = {"heads": self.config.num_heads, "size": self.size, "dim": self.config.dim}
         where = {"image": self.image, "tokens": self.tokens, "batch": self.batch}
         return {"name": self.name, "mode": self.mode, **settings, **where}
@@ -116,8 +114,7 @@ def error_ratio(case: Case) -> float:
 
 def prepare(case: Case) -> Call:
     """The step to time, on inputs of its own; the weights are the same for all steps, as they are in use."""
-    training = case.mode != "forward"
-    model = network(case.name, case.size, training, case.fused, case.device, case.dtype)
+    model = network(case.name, case.size, case.mode != "forward", case.fused, case.device, case.dtype)
     side = case.image // 8
     latent = torch.randn(case.batch, 4, side, side, device=case.device, dtype=case.dtype)
     incoming = torch.randn(case.batch, model.out_channels, side, side).to(latent)

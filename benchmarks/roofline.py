@@ -88,8 +88,7 @@ def linear(rows: int, inputs: int, outputs: int, mode: str, dtype: torch.dtype, 
 
 def convolution(shape: Shape, mode: str, taps: int = 9) -> Cost:
     """The depth-wise convolution: reads one, writes one; backward reads two and writes one."""
-    flops = 2 * taps * shape.dim
-    return by_mode(mode, passes(shape, 2, flops), passes(shape, 3, 2 * flops))
+    return by_mode(mode, passes(shape, 2, 2 * taps * shape.dim), passes(shape, 3, 4 * taps * shape.dim))
 
 
 def by_mode(mode: str, forward: Cost, backward: Cost) -> Cost:
@@ -125,12 +124,8 @@ def against(cost: Cost, seconds: float, ceilings: Row, dtype: torch.dtype) -> Ro
     rate = ceilings["float32_tflop_s" if dtype == torch.float32 else "bfloat16_tflop_s"]
     floors = {"bytes": cost.bytes / (ceilings["copy_gb_s"] * GIGA), "FLOPs": cost.flops / (rate * TERA)}
     nearer = max(floors, key=lambda name: floors[name])
-    return {
-        "gb_s": cost.bytes / seconds / GIGA,
-        "tflop_s": cost.flops / seconds / TERA,
-        "ceiling": nearer,
-        "percent_of_ceiling": 100 * floors[nearer] / seconds,
-    }
+    rates = {"gb_s": cost.bytes / seconds / GIGA, "tflop_s": cost.flops / seconds / TERA}
+    return {**rates, "ceiling": nearer, "percent_of_ceiling": 100 * floors[nearer] / seconds}
 
 
 if __name__ == "__main__":

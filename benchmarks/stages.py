@@ -60,9 +60,8 @@ KERNELS = {
     "gradients of keys": Launches(("gradients_kernel",), 1),
     "convolution": Launches(("depthwise_kernel", "depthwise_weight_kernel")),
 }  # fmt: skip
-"""What a stage launches."""
 WIDE = {"state": Launches(("tokens_kernel",), 0, then=True), "readout": Launches(("tokens_kernel",), 1, then=True)}
-"""The same for heads too wide for those kernels: keys, torch's K^T V, queries, torch's Q S."""
+"""What a stage launches, and for heads too wide for those kernels: keys, torch's K^T V, queries, torch's Q S."""
 FUNCTIONS: dict[str, tuple[Callable[..., Any], ...]] = {
     "projection": (choices_of_each, projection_logits, project_block, backward),
     "tokens": (tokens_of,),

@@ -32,7 +32,7 @@ Result = TypeVar("Result")
 class Options(harness.Options):
     """What every suite can be told."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # "auto" is bfloat16 on a GPU, float32 on a CPU.
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # Auto is bfloat16 on a GPU, else float32.
     sizes: tuple[int, ...] = ()  # Numbers of tokens N, each a square; by default those that suit the device.
     modes: tuple[Mode, ...] = MODES  # What to time; the backward pass is timed on its own as well.
     repeats: int = 0  # Timed calls of each contender, after one to warm up; by default 7 on a CPU and 30 on a GPU.
@@ -63,14 +63,12 @@ class Case(NamedTuple):
 
     @property
     def labels(self) -> Row:
-        """What its row says."""
         stage = {"stage": self.stage} if self.stage else {}
         where = {"mode": self.mode, "dim": self.shape.dim, "batch": self.shape.batch, "tokens": self.shape.tokens}
         return {"name": self.name, "heads": self.shape.heads, **stage, **where}
 
     @property
     def checked(self) -> "Case":
-        """What it is checked on."""
         return self.one_of(min(self.shape.tokens, CHECKED_TOKENS), "forward")
 
     def one_of(self, tokens: int, mode: Mode) -> "Case":

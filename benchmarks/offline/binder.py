@@ -71,10 +71,8 @@ def row_of(kernel: Any, config: Config, arguments: dict[str, Any], repeats: int)
     options = {"num_warps": config.warps, "num_stages": config.stages}
     constants = {p.name for p in kernel.params if p.is_constexpr}
     flat = [part for name, value in arguments.items() for part in one_by_one(value, name, name in constants)]
-    parameters = [
-        Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, annotation="constexpr" if constant else "")
-        for name, _, constant in flat
-    ]
+    kind = Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [Parameter(name, kind, annotation="constexpr" if fixed else "") for name, _, fixed in flat]
     params = [KernelParam(i, parameter, False, False) for i, parameter in enumerate(parameters)]
     grouped = create_function_from_signature(kernel.signature, kernel.params, BACKEND)
     separate = create_function_from_signature(Signature(parameters), params, BACKEND)

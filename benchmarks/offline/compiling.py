@@ -178,8 +178,8 @@ def nvidia(cubin: bytes) -> Row:
 
 def tool(name: str, *arguments: str) -> str:
     """The output of one of the CUDA tools that Triton's wheel carries."""
-    path = getattr(triton.knobs.nvidia, name).path
-    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+    command = [getattr(triton.knobs.nvidia, name).path, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def amd(assembly: str) -> Row:

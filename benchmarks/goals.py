@@ -3,8 +3,6 @@
 Times are those of plain calls, host included, of one image: the time of a call over its batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -14,24 +12,18 @@ from benchmarks.harness import Row
 class Goal(NamedTuple):
     """A limit for a ratio of rows of one width and mode.
 
-    Attributes:
-        measure: "speed" is the time of ``rival`` over ours, at least ``limit``; "slowness" the same, at most ``limit``;
-            "memory" our peak over that of ``rival``, "growth" our time over that of a quarter of the tokens, "floor"
-            our time over that of a copy of the declared bytes, all at most ``limit``; "ceiling" the percentage of the
-            nearer ceiling, at least ``limit``.
-        rival: where it has several numbers of heads, the row of as many heads as ours counts.
-        tokens: N for which it is to hold; with ``and_more`` all larger N too.
-        layers: (d, H) for which it is to hold; by default all.
-        stage: of the rows.
+    "speed" is the time of ``rival`` over ours, at least ``limit``; "slowness" the same, at most ``limit``; "memory" our
+    peak over that of ``rival``, "growth" our time over that of a quarter of the tokens, "floor" our time over that of a
+    copy of the declared bytes, all at most ``limit``; "ceiling" the percentage of the nearer ceiling, at least.
     """
 
     mode: str
     measure: Literal["speed", "slowness", "memory", "growth", "floor", "ceiling"]
     limit: float
-    tokens: int
-    and_more: bool = False
-    rival: str = ""
-    layers: tuple[tuple[int, int], ...] = ()
+    tokens: int  # N for which it is to hold
+    and_more: bool = False  # whether for all larger N too
+    rival: str = ""  # where it has several numbers of heads, the row of as many heads as ours counts
+    layers: tuple[tuple[int, int], ...] = ()  # (d, H) for which it is to hold; by default all
     stage: str | None = None
 
     def __str__(self) -> str:
@@ -76,15 +68,12 @@ GOALS = {("layer", "cpu"): CPU, ("layer", "cuda"): GPU, ("core", "cuda"): CORE, 
 
 
 class Verdict(NamedTuple):
-    """A goal for our layer of one width and number of heads.
-
-    ``measured`` is the ratio that is nearest to missing it, in words; ``met`` is None where nothing was measured.
-    """
+    """A goal for our layer of one width and number of heads."""
 
     goal: Goal
     layer: str
-    measured: str
-    met: bool | None
+    measured: str  # the ratio that is nearest to missing it, in words
+    met: bool | None  # None where nothing was measured
 
 
 def goals(rows: Sequence[Row]) -> list[Verdict]:

@@ -6,54 +6,137 @@ and one row for each part), tests.txt, log.txt and a picture for each suite, eig
 ``python -m benchmarks.store DIR`` then puts the rows where they are committed.
 """
 
-from __future__ import annotations
-
-import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import tyro
 
 from benchmarks import harness, plot, suite
+from benchmarks.goals import goals
 from benchmarks.harness import Row
-from benchmarks.parts import PARTS, Name, Part, figure
 
-MINUTES = 7.5
-"""For all parts together: the time of a GPU is dear."""
-SMOKE_MINUTES = 20
-"""A limit for what hangs; on two cores all parts take two."""
-LARGEST_OUTPUT = 2**20
-"""Bytes of a part's output that are kept, half from the start and half from the end."""
+MINUTES = 7.5  # for all parts together: the time of a GPU is dear
+SMOKE_MINUTES = 20  # a limit for what hangs; on two cores all parts take two
 TESTS, ROWS, LOG = "tests.txt", "rows.jsonl", "log.txt"
+Name = Literal["tests", "ceilings", "core", "stages", "layer", "model", "latency", "training", "sweep"]
+Commands = Callable[[str, bool, object], list[list[str]]]  # of device, smoke and folder
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a run; each of its commands may leave rows in FOLDER/NAME.jsonl, which are taken up."""
+
+    name: str
+    seconds: float  # how the time is shared out: what it gets where all run in the default of gpu_run
+    commands: Commands
+    needs: tuple[str, ...] = ()  # modules that must be there
+    by_default: bool = True  # whether it runs unasked; else it is too long to share a run with others
+
+    @property
+    def missing(self) -> str | None:
+        """Why it cannot run here; None: it can."""
+        try:
+            for module in self.needs:
+                import_module(module)
+        except ImportError as error:
+            return str(error)
+        return None
+
+
+def of_suite(name: str, *runs: str, smoke: str = "", stores: bool = True, on_cpu: tuple[str, ...] = ()) -> Commands:
+    """A suite with the options of each of its runs on a GPU; on a CPU it takes its own defaults, in one run."""
+
+    def commands(device: str, small: bool, out: object) -> list[list[str]]:
+        options = [f"--smoke {smoke}"] if small else [""] if device == "cpu" else runs
+        python = [*(on_cpu if device == "cpu" else ()), sys.executable, "-m"]
+        where = ["--device", device, *(["--out", str(out)] if stores else [])]
+        return [[*python, f"benchmarks.{name}", *where, *each.split()] for each in options]
+
+    return commands
+
+
+def tests(device: str, smoke: bool, out: object) -> list[list[str]]:
+    """The kernels' tests, then those that fill the memory, alone, then the short ones of all else."""
+    pytest = f"env OMP_NUM_THREADS=1 {sys.executable} -m pytest -q --tb=short -p no:cacheprovider".split()
+    if smoke:
+        return [[*pytest, "tests/ops/test_device.py"], [*pytest, "tests/test_tokens.py"]]
+    parallel = [*pytest, "-n", "8"] if find_spec("xdist") else pytest
+    return [
+        [*parallel, "tests/ops", "--ignore=tests/ops/test_device.py"],
+        [*pytest, "tests/ops/test_device.py"],
+        [*parallel, "tests", "--ignore=tests/ops", "--ignore=tests/benchmarks", "-m", "not slow"],
+    ]
+
+
+def figure(text: str, rows: Sequence[Row]) -> str:
+    """The key figure of a part: what pytest counted, the rates of the ceilings, or what became of rows and goals."""
+    last_lines = "\n".join(re.findall(r"^.*\b\d+ \w+.* in [\d.]+s.*$", text, re.MULTILINE))
+    sums: Counter[str] = Counter()
+    for number, kind in re.findall(r"(\d+) (passed|failed|error|skipped|xfailed|deselected)s?\b", last_lines):
+        sums[kind] += int(number)
+    sums.update((row.get("skipped") or "timed").split(":")[0] for row in rows)
+    met = Counter(verdict.met for verdict in goals([row for row in rows if "skipped" in row and "mode" in row]))
+    sums |= {"goals met": met[True], "goals missed": met[False]}
+    rates = [f"{name} {float(rate):.4g}" for name, rate in re.findall(r'"(\w+_s)": ([\d.]+)', text)]
+    return ", ".join([*rates, *(f"{number} {kind}" for kind, number in sums.items() if number)])
+
+
+QUICK = "--repeats 10 --budget-seconds 0.5"
+"""Ten calls tell a median within a few percent on a GPU; what takes half a second altogether is slow enough to tell."""
+CORE = (
+    f"--dim 768 --sizes 1024 4096 16384 65536 --no-compiled {QUICK}",
+    f"--dim 768 --sizes 4096 --heads 12 --compiled {QUICK}",
+    f"--dim 1152 --sizes 4096 --heads 16 --no-compiled {QUICK}",
+)
+IMAGES = f"--sizes 256 1024 4096 {QUICK}"
+TWO = "--modes forward backward"
+PARTS = (
+    # Several hundred kernels are compiled, by 8 processes at once; correctness goes before all else.
+    Part("tests", 140, tests, ("pytest", "hypothesis")),
+    # 60 copies and products, and the start of a process.
+    Part("ceilings", 15, of_suite("roofline", "", stores=False)),
+    # Three forms of our kernels to compile, heads of 64, of 72 and one; torch.compile at one size only.
+    Part("core", 80, of_suite("core", *CORE, smoke=f"--dim 128 {TWO}")),
+    # Two sizes: a stage grows with N as its bytes do.
+    Part("stages", 45, of_suite("stages", f"--sizes 4096 16384 {QUICK}", smoke="--dim 128")),
+    # The width of the speed table.
+    Part("layer", 50, of_suite("layer", f"--dims 384 {QUICK}", smoke=TWO)),
+    # Three sides of images; DiT's step at 4096 pixels takes most of it.
+    Part("model", 45, of_suite("model", IMAGES, smoke="--modes forward"), ("examples.dydi_lit",)),
+    # Three sides, one image at a time.
+    Part("latency", 25, of_suite("latency", IMAGES, smoke="--batches 1"), ("examples.dydi_lit",)),
+    # Two sizes, two seeds, four runs of each, 300 steps; for a call of its own.
+    Part("training", 400, of_suite("training", ""), ("examples.dydi_lit",), by_default=False),
+    # About a second for each configuration, most of it compiling; a row each, so it may end anywhere.
+    Part("sweep", 50, of_suite("sweep", "", on_cpu=("env", "TRITON_INTERPRET=1")), ("triton",)),
+)
+"""In the order in which they run: what is wrong or slow is told before what is nice to know."""
 
 
 @dataclass(frozen=True)
 class Config:
     """All that a GPU is asked, in one go."""
 
-    out: Path
-    """Folder for rows, pictures and logs, 8 files at most."""
-    part: tuple[Name, ...] = ()
-    """Parts to run; by default all but training, and with --smoke all."""
-    device: str = "cuda"
-    """Where to run: cuda or cpu."""
-    smoke: bool = False
-    """Try everything on tiny sizes: numbers of no meaning."""
-    minutes: float = 0
-    """For the chosen parts together; by default 7.5, and 20 with --smoke."""
+    out: Path  # Folder for rows, pictures and logs, 8 files at most.
+    part: tuple[Name, ...] = ()  # Parts to run; by default all but training, and with --smoke all.
+    device: str = "cuda"  # Where to run: cuda or cpu.
+    smoke: bool = False  # Try everything on tiny sizes: numbers of no meaning.
+    minutes: float = 0  # For the chosen parts together; by default 7.5, and 20 with --smoke.
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a part went."""
-
+class Outcome(NamedTuple):
     part: str
     state: str
     seconds: float = 0
@@ -64,40 +147,38 @@ class Outcome:
         return not self.state.startswith(("passed", "left out"))
 
 
-def main(
-    out: Path, parts: Sequence[Part], *, device: str = "cuda", smoke: bool = False, minutes: float = MINUTES
-) -> list[Outcome]:
-    """Runs the parts in turn within ``minutes``, prints the table and returns it.
+def main(config: Config, parts: Sequence[Part] = PARTS) -> list[Outcome]:
+    """Runs those of the parts that are asked for in turn, prints the table and returns it.
 
     A part may take the fraction that its seconds are of those that are left, so that what one does not need goes to
     those behind it.
     """
-    out = out.resolve()
+    out = config.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     for old in (TESTS, ROWS, LOG):
         (out / old).unlink(missing_ok=True)
+    unasked = [part.name for part in parts if config.smoke or part.by_default]
+    parts = [part for part in parts if part.name in (config.part or unasked)]
     for part in parts:
         if part.missing:
-            print(f"{part.name} is left out: {', '.join(part.missing)} not installed", flush=True)
+            print(f"{part.name} is left out: {part.missing}", flush=True)
     facts = harness.environment("cpu")  # this process leaves the GPU to the parts
     known = {name: facts[name] for name in ("commit", "dydila_kernels", "torch", "python", "triton", "date")}
 
     rows: list[Row] = []
     outcomes: list[Outcome] = []
-    end = time.monotonic() + 60 * minutes
+    end = time.monotonic() + 60 * (config.minutes or (SMOKE_MINUTES if config.smoke else MINUTES))
     for number, part in enumerate(parts):
         limit = part.seconds / sum(later.seconds for later in parts[number:]) * (end - time.monotonic())
-        outcome, found = run(part, part.commands(device, smoke, out), limit, out)
+        outcome, found = run(part, part.commands(config.device, config.smoke, out), limit, out)
         outcomes.append(outcome)
-        rows += [*found, {"suite": "gpu_run", **asdict(outcome), **known}]
+        rows += [*found, {"suite": "gpu_run", **outcome._asdict(), **known}]
         harness.write_rows(out / ROWS, rows)
     try:
         plot.draw_all(rows, out, widths=1)
     except Exception as error:  # the rows are stored, and can be drawn elsewhere
         print(f"no pictures: {type(error).__name__}: {error}", flush=True)
-    table = suite.table(
-        {"part": o.part, "seconds": f"{o.seconds:.0f}", "what": o.state, "": o.figure} for o in outcomes
-    )
+    table = suite.table({"part": o.part, "seconds": round(o.seconds), "what": o.state, "": o.figure} for o in outcomes)
     print(table, flush=True)
     with (out / LOG).open("a") as log:
         log.write(f"\n{table}\n")
@@ -107,7 +188,7 @@ def main(
 def run(part: Part, commands: Sequence[Sequence[str]], limit: float, out: Path) -> tuple[Outcome, list[Row]]:
     """Runs the commands of a part, the later ones also where an earlier one fails, for ``limit`` seconds at most."""
     if part.missing:
-        return Outcome(part.name, f"left out: no {', '.join(part.missing)}"), []
+        return Outcome(part.name, f"left out: {part.missing}"), []
     print(f"{part.name}: at most {limit:.0f} s", flush=True)
     path = out / f"{part.name}.txt"
     started = time.monotonic()
@@ -118,12 +199,13 @@ def run(part: Part, commands: Sequence[Sequence[str]], limit: float, out: Path) 
             print(f"$ {' '.join(command)}", file=output, flush=True)
             left = limit - (time.monotonic() - started)
             states.append(state_of(command, left, output.fileno()) if left > 0 else "out of time")
-            rows += take_rows(out / f"{part.name}.jsonl")
+            if (found := out / f"{part.name}.jsonl").exists():
+                rows += harness.read_rows(found)
+                found.unlink()  # because they live on in that of all parts
     failures = list(dict.fromkeys(state for state in states if state != "passed"))
-    text = shortened(path.read_bytes(), LARGEST_OUTPUT)
-    seconds = time.monotonic() - started
-    outcome = Outcome(part.name, ", ".join(failures) or "passed", seconds, figure(text, rows))
-    if part.name == "tests":
+    text = shortened(path.read_bytes())
+    outcome = Outcome(part.name, ", ".join(failures) or "passed", time.monotonic() - started, figure(text, rows))
+    if path.name == TESTS:
         path.write_text(text)
     else:
         path.unlink()
@@ -155,17 +237,7 @@ def state_of(command: Sequence[str], limit: float, output: int) -> str:
         process.wait()
 
 
-def take_rows(path: Path) -> list[Row]:
-    """The rows that a part has stored so far; its file goes, because they live on in that of all parts."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with suppress(ValueError):  # the last line may be cut where the part was killed
-            rows.append(json.loads(line))
-    path.unlink(missing_ok=True)
-    return rows
-
-
-def shortened(output: bytes, most: int) -> str:
+def shortened(output: bytes, most: int = 2**20) -> str:
     """The output as text, without its middle where it is longer than ``most`` bytes."""
     if len(output) > most:
         output = output[: most // 2] + b"\n[...]\n" + output[-most // 2 :]
@@ -173,8 +245,4 @@ def shortened(output: bytes, most: int) -> str:
 
 
 if __name__ == "__main__":
-    config = tyro.cli(Config)
-    chosen = [part for part in PARTS if (part.name in config.part if config.part else config.smoke or part.by_default)]
-    minutes = config.minutes or (SMOKE_MINUTES if config.smoke else MINUTES)
-    outcomes = main(config.out, chosen, device=config.device, smoke=config.smoke, minutes=minutes)
-    sys.exit(any(outcome.bad for outcome in outcomes))
+    sys.exit(any(outcome.bad for outcome in main(tyro.cli(Config))))

@@ -3,13 +3,10 @@
 A row is a flat dict, stored as one line of JSON.  Times are in milliseconds, memory in MiB (2^20 bytes).
 """
 
-from __future__ import annotations
-
-import itertools
 import json
-import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,59 +27,50 @@ from dydila_kernels import tuning
 
 Row = dict[str, Any]
 Call = Callable[[], object]
-Clock = Callable[[], float]
-"""Makes a call and says how many seconds it took."""
+Clock = Callable[[], float]  # makes a call and says how many seconds it took
 Name = TypeVar("Name")
 Result = TypeVar("Result")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"
 MIB = 2**20
-LARGEST_RATIO = 2.0
-"""Of our error to that of plain PyTorch in the same dtype."""
+LARGEST_RATIO = 2.0  # of our error to that of plain PyTorch in the same dtype
 
 
 class CheckFailed(RuntimeError):
     """The results are wrong, so their speed is not worth measuring."""
 
 
-def require_correct(error_ratio: float, limit: float = LARGEST_RATIO) -> None:
-    """Raise unless our error is at most ``limit`` times that of plain PyTorch.  To be called before any timing."""
-    if not error_ratio <= limit:  # written so that NaN fails
-        raise CheckFailed(
-            f"our error is {error_ratio:.3g} times that of plain PyTorch (limit {limit:g}): nothing timed"
-        )
+def require_correct(error_ratio: float) -> None:
+    """Raise unless our error is small enough.  To be called before any timing."""
+    if not error_ratio <= LARGEST_RATIO:  # written so that NaN fails
+        raise CheckFailed(f"our error is {error_ratio:.3g} times that of plain PyTorch, over {LARGEST_RATIO:g}")
 
 
 @dataclass(frozen=True)
 class Options:
     """What every benchmark can be told."""
 
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to run: cpu or cuda."""
-    threads: int = 2
-    """CPU threads."""
-    smoke: bool = False
-    """Try everything in seconds, on tiny sizes; rows are stored only where --out says."""
-    out: Path | None = None
-    """Folder for the rows; by default benchmarks/results/DEVICE for comparisons, and none for others."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # Where to run: cpu or cuda.
+    threads: int = 2  # CPU threads.
+    smoke: bool = False  # Try everything in seconds, on tiny sizes; rows are stored only where --out says.
+    out: Path | None = None  # Folder for the rows; by default results/DEVICE for comparisons, and none for others.
 
     @property
     def on_gpu(self) -> bool:
         return is_gpu(self.device)
 
 
-def told(command: Callable[[], Result], *errors: type[Exception]) -> Result:
-    """What the command returns; an error that is to be expected ends it with a message, and no traceback."""
-    expected: tuple[type[Exception], ...] = (ImportError, OSError, ValueError, *errors)
-    try:
-        return command()
-    except expected as error:
-        raise SystemExit(f"benchmarks.{Path(sys.argv[0]).stem}: {error}") from None
-
-
 def is_gpu(device: str) -> bool:
     return torch.device(device).type == "cuda"
+
+
+def told(command: Callable[[], Result], *errors: type[Exception]) -> Result:
+    """What the command returns; an error that is to be expected ends it with a message, and no traceback."""
+    try:
+        return command()
+    except (ImportError, OSError, ValueError, *errors) as error:  # type: ignore[misc]
+        raise SystemExit(f"benchmarks.{Path(sys.argv[0]).stem}: {error}") from None
 
 
 def clock(call: Call, device: str = "cpu") -> Clock:
@@ -103,25 +91,6 @@ def interleave(clocks: Mapping[Name, Clock], repeats: int, budget_seconds: float
             if sum(seconds[name]) <= budget_seconds:
                 seconds[name].append(clock())
     return {name: samples[1:] or samples for name, samples in seconds.items()}
-
-
-def in_turn(calls: Sequence[Call]) -> Call:
-    """One call that makes these, one each time, over and over."""
-    turns = itertools.cycle(calls)
-    return lambda: next(turns)()
-
-
-def sets_for_cold_cache(bytes_per_set: int, device: str) -> int:
-    """How many sets of inputs to use in turn, so that each has left the last cache before it is used again: 1 to 8."""
-    return min(max(math.ceil(2 * cache_bytes(device) / max(bytes_per_set, 1)) + 1, 1), 8)
-
-
-def cache_bytes(device: str) -> int:
-    """Size of the device's last cache; 0 where it cannot be told."""
-    size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
-    if is_gpu(device):
-        return torch.cuda.get_device_properties(device).L2_cache_size
-    return int(size.read_text().strip().removesuffix("K")) * 1024 if size.exists() else 0
 
 
 def captured(prepare: Callable[[], Call]) -> Call:
@@ -172,32 +141,30 @@ def peak_growth_mib(call: Call, device: str = "cpu") -> float | None:
     has returned to the allocator, but not to the system, would hide the growth.
     """
     if is_gpu(device):
-        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        held = torch.cuda.memory_allocated(device)
         call()
-        torch.cuda.synchronize(device)
-        return (torch.cuda.max_memory_allocated(device) - before) / MIB
+        return (torch.cuda.max_memory_allocated(device) - held) / MIB
     if platform.system() != "Linux":
         return None
     # Not ru_maxrss: it starts at the parent's peak and cannot be reset.
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present level
-    before = _resident_kib("VmRSS")
+    before = _resident_mib("VmRSS")
     call()
-    return (_resident_kib("VmHWM") - before) / 1024
+    return max(_resident_mib("VmHWM") - before, 0.0)  # the system counts by the page only now and then
 
 
-def _resident_kib(field: str) -> int:
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return next(int(words[1]) for words in lines if words[0] == f"{field}:")
+def _resident_mib(field: str) -> float:
+    (kib,) = re.findall(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(kib) / 1024
 
 
 def stored(
     suite: str, rows: Iterable[Row], device: str, dtype: torch.dtype, folder: Path | None, *, total: int | None = None
 ) -> list[Row]:
     """The rows, to which the facts of the run are added; each goes to FOLDER/SUITE.jsonl as it comes."""
-    facts = {"suite": suite, **environment(device), "device_type": torch.device(device).type}
-    facts["dtype"] = str(dtype).removeprefix("torch.")
+    kind = {"device_type": torch.device(device).type, "dtype": str(dtype).removeprefix("torch.")}
+    facts = {"suite": suite, **environment(device), **kind}
     found: list[Row] = []
     for row in tqdm(rows, suite, total, unit="row"):
         row |= facts
@@ -217,7 +184,7 @@ def environment(device: str) -> Row:
         "python": platform.python_version(),
         "triton": next((found.version for found in metadata.distributions(name="triton")), None),
         "device": device_name(device),
-        "clocks": _said_by([*query, str(torch.device(device).index or 0)]) if is_gpu(device) else None,
+        "clocks": _said_by(*query, str(torch.device(device).index or 0)) if is_gpu(device) else None,
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # processes running, last minute
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -227,12 +194,12 @@ def environment(device: str) -> Row:
 def _commit() -> str:
     """The short hash of the commit, with "+" behind it where code differs from it; "unknown" outside a repository."""
     git = ["git", "-C", str(REPOSITORY)]
-    commit = _said_by([*git, "rev-parse", "--short", "HEAD"])
-    changes = _said_by([*git, "status", "--porcelain", "--", ":!benchmarks/results"])
+    commit = _said_by(*git, "rev-parse", "--short", "HEAD")
+    changes = _said_by(*git, "status", "--porcelain", "--", ":!benchmarks/results")
     return "unknown" if commit is None or changes is None else commit + ("+" if changes else "")
 
 
-def _said_by(command: Sequence[str]) -> str | None:
+def _said_by(*command: str) -> str | None:
     try:
         return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
@@ -240,17 +207,15 @@ def _said_by(command: Sequence[str]) -> str | None:
 
 
 def device_name(device: str) -> str:
-    """What the device calls itself."""
     if is_gpu(device):
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.processor() or platform.machine())
+    names = re.findall(r"^model name\s*: (.*)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def folder_of(device_type: str, name: str, results: Path = RESULTS) -> Path:
-    """The folder of a device among the results."""
+    """Where the rows of a device are kept."""
     return results / (name.replace(" ", "-").lower() if device_type == "cuda" else "cpu")
 
 
@@ -263,5 +228,4 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows that :func:`write_rows` stored."""
     return [json.loads(line) for line in path.read_text().splitlines()]

@@ -5,9 +5,8 @@ A step of one image, and of two as guidance has them: with its class and without
 ``graph_median_ms``, on a GPU, that of the same call captured as a CUDA graph, which leaves the host out.
 """
 
-from __future__ import annotations
-
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -15,12 +14,13 @@ from typing import Any
 
 import torch
 import tyro
+from torch import Tensor
 
 from benchmarks import harness, model, suite
-from benchmarks.harness import Row
 from benchmarks.model import Case
 from benchmarks.suite import Comparison, Contender, Mode
-from dydila_kernels.testing import cast, equations, layer_inputs, relative_error
+from dydila_kernels import testing
+from dydila_kernels.testing import equations, layer_inputs, relative_error
 
 
 @dataclass(frozen=True)
@@ -28,27 +28,18 @@ class Config(model.ModelOptions):
     """Time of a step of sampling with DyDi-LiT, Sana and DiT, at batch 1, called and as a CUDA graph."""
 
     modes: tyro.conf.Suppress[tuple[Mode, ...]] = ("forward",)
-    batches: tuple[int, ...] = (1, 2)
-    """Images at once: one, and two for guidance."""
+    batches: tuple[int, ...] = (1, 2)  # Images at once: one, and two for guidance.
 
 
-def main(config: Config) -> list[Row]:
-    """Check, measure, print tables and store the rows."""
-    return suite.run("latency", config, comparisons(config))
-
-
-def comparisons(config: Config) -> list[Comparison]:
+def comparisons(config: Config) -> Iterator[Comparison]:
     """By batch, each in rising order of size."""
-    return [
-        model.comparison(config.cases("forward", batch, image, fused=True), contender)
-        for batch, image in product(config.batches, config.images(on_cpu=2))
-    ]
+    for batch, image in product(config.batches, config.images(on_cpu=2)):
+        yield [contender(case) for case in config.cases("forward", batch, image, fused=True)]
 
 
 def contender(case: Case) -> Contender:
-    checked = case.fused or harness.is_gpu(case.device)
-    labels = {"heads": model.config_of(case).num_heads, "fused": case.fused}
-    check = partial(error_ratio, case) if checked else None
+    check = partial(error_ratio, case) if case.fused or harness.is_gpu(case.device) else None
+    labels = {**case.labels, "fused": case.fused}
     return Contender(partial(model.prepare, case), labels, model.cost(case), check, graph=True)
 
 
@@ -61,11 +52,13 @@ def error_ratio(case: Case) -> float:
 def fused_error_ratio(case: Case) -> float:
     """Of the output of the first block's attention layer after ``fuse()``, over that of the plain equations."""
     attn = model.network(case.name, case.size, False, False, case.device, case.dtype).blocks[0].attention
-    x = torch.randn(1, min(case.tokens, model.CHECKED_TOKENS), attn.dim, device=case.device, dtype=case.dtype)
-    with torch.no_grad():
-        given, indices = layer_inputs(attn, x), attn.routing(x).indices
-        exact = equations(attn, cast(given, torch.float64), indices=indices)
-        return suite.error_ratio(copy.deepcopy(attn).fuse()(x), equations(attn, given, indices=indices), exact)
+    x = torch.randn(1, min(case.tokens, suite.CHECKED_TOKENS), attn.dim, device=case.device, dtype=case.dtype)
+    fused, indices = copy.deepcopy(attn).fuse(), attn.routing(x).indices
+
+    def plain(t: dict[str, Tensor]) -> Tensor:
+        return equations(attn, t, indices={name: index.to(t["x"].device) for name, index in indices.items()})
+
+    return testing.error_ratio(lambda t: fused(t["x"]), plain, layer_inputs(attn, x), ())
 
 
 def captured_difference(case: Case) -> float:
@@ -85,6 +78,8 @@ def captured_difference(case: Case) -> float:
     replay()
     return relative_error(outputs[-1], outputs[0]) / torch.finfo(case.dtype).eps
 
+
+main = partial(suite.run, "latency", comparisons)
 
 if __name__ == "__main__":
     suite.command(main, Config)

@@ -5,8 +5,6 @@ turn.  "forward" is in eval mode under inference_mode; the gradients are those o
 parameters.  The last lines hold the rows against the goals of the project.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
@@ -18,63 +16,45 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import rivals, roofline, suite
-from benchmarks.harness import Call, Row
+from benchmarks.harness import Call
 from benchmarks.roofline import Cost
 from benchmarks.suite import Case, Comparison, Contender
 from dydila_kernels import DyDiLAttention
 from dydila_kernels.testing import equations, layer_error_ratio
+from dydila_kernels.testing import error_ratio as error_ratio_of
 
-CHECKED_TOKENS = 48**2
-"""Tokens of the image that the check is done on at most: longer ones take the same path."""
+Rival = Literal["softmax", "sana", "sana compiled", "dydila eager", "dydila compiled"]
 
 
 @dataclass(frozen=True)
 class Config(suite.Options):
     """Time and memory of the whole layer against softmax attention and Sana's layer, all of the same width."""
 
-    dims: tuple[int, ...] = ()
-    """Channels d of all layers; by default 384 on a CPU, and 384, 512, 768 and 1152 on a GPU."""
-    heads: tuple[int, ...] = ()
-    """Heads of our layer and of Sana's, which are measured with each; by default 1, as in the paper, and d/64, which
-    the softmax layer always has."""
-    rivals: tuple[Literal["softmax", "sana", "sana compiled", "dydila eager", "dydila compiled"], ...] = (
-        "softmax",
-        "sana",
-    )
+    dims: tuple[int, ...] = ()  # Channels d; by default 384 on a CPU, and 384, 512, 768 and 1152 on a GPU.
+    heads: tuple[int, ...] = ()  # Of ours and of Sana's; by default 1 and d/64, which the softmax layer always has.
+    rivals: tuple[Rival, ...] = ("softmax", "sana")
     """Layers to compare ours with; "dydila eager" is our reference equations in eager PyTorch, "compiled" a layer under
     torch.compile."""
-
-    def widths(self) -> tuple[int, ...]:
-        """The values of d to run."""
-        return self.dims or ((128,) if self.smoke else (384, 512, 768, 1152) if self.on_gpu else (384,))
-
-
-def main(config: Config) -> list[Row]:
-    """Check, measure, print tables and goals, and store the rows."""
-    return suite.run("layer", config, list(comparisons(config)))
 
 
 def comparisons(config: Config) -> Iterator[Comparison]:
     """By width and mode, each in rising order of N."""
     sizes = sorted(config.lengths(cpu=(256, 1024, 4096, 16384), gpu=(256, 1024, 2304, 4096, 16384, 65536)))
-    for dim, mode, tokens in product(config.widths(), config.modes, sizes):
-        of_softmax = (max(dim // 64, 1),)
-        who = [
-            (name, heads)
-            for name in ("dydila", *config.rivals)
-            for heads in suite.heads_of(of_softmax if name == "softmax" else config.heads, dim)
-        ]
-        yield suite.comparison(config, mode, tokens, dim, who, contender, inputs=1)
+    dims = config.dims or ((128,) if config.smoke else (384, 512, 768, 1152) if config.on_gpu else (384,))
+    for dim, mode, tokens in product(dims, config.modes, sizes):
+        ours, of_softmax = suite.heads_of(config.heads, dim), (max(dim // 64, 1),)
+        names = ("dydila", *config.rivals)
+        who = [(name, h) for name in names for h in (of_softmax if name == "softmax" else ours)]
+        yield [contender(case) for case in suite.cases(config, mode, tokens, dim, who)]
 
 
 def contender(case: Case) -> Contender:
-    checked = case.one_of(min(case.shape.tokens, CHECKED_TOKENS), "forward")
     checks = case.name not in ("dydila eager", "dydila compiled")  # which are the formula that ours is checked against
     return Contender(
-        prepare=partial(prepare, case),
-        labels={"name": case.name, "heads": case.shape.heads},
-        cost=cost(case),
-        error_ratio=partial(error_ratio, checked) if checks else None,
+        partial(prepare, case),
+        case.labels,
+        cost(case),
+        partial(error_ratio, case.checked) if checks else None,
         # What the backward pass alone adds to memory says nothing without what the forward pass has left there.
         warm_up=None if case.mode == "backward" else suite.warm_up(prepare, case),
         graph=True,
@@ -90,14 +70,13 @@ def error_ratio(case: Case) -> float:
         return layer_error_ratio(attn, length=shape.tokens)
     layer = layer_of(case)
     x = torch.randn(1, min(shape.tokens, 256), shape.dim, device=case.device, dtype=shape.dtype)
+    inputs = {"x": x, "qkv": layer.qkv.weight, "proj": layer.proj.weight, "bias": layer.proj.bias}
     core = rivals.RIVALS[case.name.split()[0]].formula
 
-    def formula(dtype: torch.dtype) -> Tensor:
-        qkv, weight, bias = (t.to(dtype) for t in (layer.qkv.weight, layer.proj.weight, layer.proj.bias))
-        return F.linear(core(*F.linear(x.to(dtype), qkv).chunk(3, -1), heads=shape.heads), weight, bias)
+    def formula(t: dict[str, Tensor]) -> Tensor:
+        return F.linear(core(*F.linear(t["x"], t["qkv"]).chunk(3, -1), heads=shape.heads), t["proj"], t["bias"])
 
-    with torch.no_grad():
-        return suite.error_ratio(layer(x), formula(shape.dtype), formula(torch.float64))
+    return error_ratio_of(lambda t: layer(t["x"]), formula, inputs, ())
 
 
 def prepare(case: Case) -> Call:
@@ -106,8 +85,7 @@ def prepare(case: Case) -> Call:
     layer, shape = layer_of(case), case.shape
     x = torch.randn(shape.batch, shape.tokens, shape.dim, device=case.device, dtype=shape.dtype)
     # The input doubles as the incoming gradient: only the layer takes memory.
-    leaf = x.detach().requires_grad_(case.mode != "forward")
-    trainable = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    leaf, trainable = x.detach(), [parameter for parameter in layer.parameters() if parameter.requires_grad]
     call = suite.call_of(case.mode, partial(layer, leaf), [leaf, *trainable], x)
     if case.name.endswith("compiled"):
         call()  # a long first call would be taken for a long call, and kept
@@ -136,6 +114,8 @@ def cost(case: Case) -> Cost:
         return total + rivals.RIVALS[name].cost(shape, mode)
     return total + square(shape.dim, weights=3) * 2 + roofline.core(shape, mode) + roofline.convolution(shape, mode)
 
+
+main = partial(suite.run, "layer", comparisons)
 
 if __name__ == "__main__":
     suite.command(main, Config)

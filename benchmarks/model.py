@@ -5,35 +5,27 @@ parameters.  The models are those of ``examples/dydi_lit`` with random weights, 
 side, in patches of 2 x 2: an image of P pixels a side has (P/16)^2 tokens.
 """
 
-from __future__ import annotations
-
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import nn
 
-from benchmarks import suite
+from benchmarks import roofline, suite
 from benchmarks.harness import Call, Row
 from benchmarks.roofline import Cost
 from benchmarks.suite import Comparison, Contender, Mode
 from dydila_kernels.functional import why_not_triton
 from dydila_kernels.testing import layer_error_ratio
+from examples.dydi_lit import configs, flops
+from examples.dydi_lit.model import DiffusionTransformer
 
-try:
-    from examples.dydi_lit import configs, flops
-    from examples.dydi_lit.model import DiffusionTransformer
-except ImportError as error:
-    raise ImportError(f"the models need the extra 'examples': pip install -e '.[examples]' ({error})") from error
-
-PIXELS_PER_TOKEN = 16
-"""Along a side: 8 of a latent times 2 of a patch."""
-CHECKED_TOKENS = 48**2
-"""Tokens that the check is done on at most: longer images take the same path."""
+PIXELS_PER_TOKEN = 16  # along a side: 8 of a latent times 2 of a patch
 IMAGES = (256, 512, 1024, 2048, 4096)
 
 Name = Literal["dydi-lit", "sana", "dit"]
@@ -45,21 +37,18 @@ class ModelOptions(suite.Options):
 
     sizes: Annotated[tuple[int, ...], tyro.conf.arg(name="images", aliases=("--sizes",))] = ()
     """Sides of the images in pixels, multiples of 16; by default short ones on a CPU, and 256 to 4096 on a GPU."""
-    models: tuple[Name, ...] = ("dydi-lit", "sana", "dit")
-    """Which models of the example."""
-    size: Literal["tiny", "S", "B", "L"] = "S"
-    """How large they are; "tiny" is no size of the paper, and what --smoke takes."""
+    models: tuple[Name, ...] = ("dydi-lit", "sana", "dit")  # Which models of the example.
+    size: Literal["tiny", "S", "B", "L"] = "S"  # "tiny" is no size of the paper, and what --smoke takes.
 
     def images(self, on_cpu: int) -> list[int]:
         """In rising order, on a CPU so many; ValueError where one does not divide into patches of latents."""
-        images = self.lengths(cpu=IMAGES[:on_cpu], gpu=IMAGES)
-        for image in images:
-            if image < PIXELS_PER_TOKEN or image % PIXELS_PER_TOKEN:
-                raise ValueError(f"images must be multiples of {PIXELS_PER_TOKEN} pixels a side; got {image}")
-        return sorted(images)
+        images = sorted(self.lengths(cpu=IMAGES[:on_cpu], gpu=IMAGES))
+        if wrong := [image for image in images if image < PIXELS_PER_TOKEN or image % PIXELS_PER_TOKEN]:
+            raise ValueError(f"images must be multiples of {PIXELS_PER_TOKEN} pixels a side; got {wrong[0]}")
+        return images
 
-    def cases(self, mode: Mode, batch: int, image: int, fused: bool = False) -> list[Case]:
-        """Of all models, ours in its inference form where ``fused``."""
+    def cases(self, mode: Mode, batch: int, image: int, fused: bool = False) -> list["Case"]:
+        """Of all models, who meet the same input; ours in its inference form where ``fused``."""
         each = Case("", "tiny" if self.smoke else self.size, mode, batch, image, self.device, self.torch_dtype)
         return [each._replace(name=name, fused=fused and name == "dydi-lit") for name in self.models]
 
@@ -68,8 +57,7 @@ class ModelOptions(suite.Options):
 class Config(ModelOptions):
     """Time and memory of a denoising step and a training step of DyDi-LiT, Sana and DiT."""
 
-    modes: tuple[Mode, ...] = ("forward", "forward+backward")
-    """A denoising step, and a training step."""
+    modes: tuple[Mode, ...] = ("forward", "forward+backward")  # A denoising step, and a training step.
     batch_size: Annotated[int, tyro.conf.arg(name="batch")] = 0
     """Images at once; by default 1 on a CPU, and on a GPU as many as make 32,768 tokens, at least 1."""
 
@@ -88,42 +76,32 @@ class Case(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        return tokens_of(self.image)
+        return (self.image // PIXELS_PER_TOKEN) ** 2
+
+    @property
+    def config(self) -> Any:
+        return configs.config_of(self.name, self.size)  # type: ignore[arg-type]
+
+    @property
+    def labels(self) -> Row:
+        settings = {"heads": self.config.num_heads, "size": self.size, "dim": self.config.dim}
+        where = {"image": self.image, "tokens": self.tokens, "batch": self.batch}
+        return {"name": self.name, "mode": self.mode, **settings, **where}
 
 
-def main(config: Config) -> list[Row]:
-    """Check, measure, print tables and store the rows."""
-    return suite.run("model", config, comparisons(config))
-
-
-def comparisons(config: Config) -> list[Comparison]:
+def comparisons(config: Config) -> Iterator[Comparison]:
     """By mode, each in rising order of size."""
-    return [
-        comparison(config.cases(mode, config.batch_size or config.batch(tokens_of(image), 32768), image), contender)
-        for mode in config.modes
-        for image in config.images(on_cpu=3)
-    ]
-
-
-def tokens_of(image: int) -> int:
-    """Of an image of so many pixels a side."""
-    return (image // PIXELS_PER_TOKEN) ** 2
-
-
-def comparison(cases: Sequence[Case], contender: Callable[[Case], Contender]) -> Comparison:
-    """Of models that meet the same input."""
-    case = cases[0]
-    series = {"mode": case.mode, "size": case.size, "dim": config_of(case).dim}
-    point = {"image": case.image, "tokens": case.tokens, "batch": case.batch}
-    return Comparison(series, point, {each.name: contender(each) for each in cases}, input_bytes=weight_bytes(case))
+    for mode, image in product(config.modes, config.images(on_cpu=3)):
+        batch = config.batch_size or config.batch((image // PIXELS_PER_TOKEN) ** 2, 32768)
+        yield [contender(case) for case in config.cases(mode, batch, image)]
 
 
 def contender(case: Case) -> Contender:
     return Contender(
-        prepare=partial(prepare, case),
-        labels={"heads": config_of(case).num_heads},
-        cost=cost(case),
-        error_ratio=partial(error_ratio, case) if case.name == "dydi-lit" else None,
+        partial(prepare, case),
+        case.labels,
+        cost(case),
+        partial(error_ratio, case) if case.name == "dydi-lit" else None,
         warm_up=partial(prepare, case._replace(batch=1, image=2 * PIXELS_PER_TOKEN)),
     )
 
@@ -131,28 +109,20 @@ def contender(case: Case) -> Contender:
 def error_ratio(case: Case) -> float:
     """Of the attention layer of the first block, for its output and all gradients."""
     model = network(case.name, case.size, True, False, case.device, case.dtype)
-    return layer_error_ratio(model.blocks[0].attention, length=min(case.tokens, CHECKED_TOKENS))
+    return layer_error_ratio(model.blocks[0].attention, length=min(case.tokens, suite.CHECKED_TOKENS))
 
 
 def prepare(case: Case) -> Call:
     """The step to time, on inputs of its own; the weights are the same for all steps, as they are in use."""
-    training = case.mode != "forward"
-    model = network(case.name, case.size, training, case.fused, case.device, case.dtype)
-    arguments = inputs(case)
-    with torch.no_grad():
-        incoming = torch.randn(case.batch, model.out_channels, *arguments[0].shape[2:]).to(arguments[0])
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return suite.call_of(case.mode, partial(model, *arguments), trainable, incoming)
-
-
-def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents (B, 4, side, side), steps (B,) and labels (B,), of which the last is the null class, as in guidance."""
+    model = network(case.name, case.size, case.mode != "forward", case.fused, case.device, case.dtype)
     side = case.image // 8
     latent = torch.randn(case.batch, 4, side, side, device=case.device, dtype=case.dtype)
+    incoming = torch.randn(case.batch, model.out_channels, side, side).to(latent)
     step = torch.full((case.batch,), 500, device=case.device)
     label = torch.arange(case.batch, device=case.device) % 1000
-    label[-1] = 1000
-    return latent, step, label
+    label[-1] = 1000  # the null class, as in guidance
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return suite.call_of(case.mode, partial(model, latent, step, label), trainable, incoming)
 
 
 @functools.cache
@@ -167,29 +137,19 @@ def network(name: str, size: str, training: bool, fused: bool, device: str, dtyp
     return model.fuse() if fused else model
 
 
-def config_of(case: Case) -> Any:
-    """The example's configuration of the model."""
-    return configs.config_of(case.name, case.size)  # type: ignore[arg-type]
-
-
-@functools.cache
-def weight_bytes(case: Case) -> int:
-    """Of all parameters."""
-    with torch.device("meta"):
-        model = DiffusionTransformer(config_of(case))
-    return sum(parameter.numel() for parameter in model.parameters()) * case.dtype.itemsize
-
-
-@functools.cache
 def cost(case: Case) -> Cost | None:
     """Weights and latents, read and written once in each direction, and all matrix products; None without Triton."""
     if why_not_triton(torch.device("meta"), torch.float32):
         return None
-    products = 2e9 * flops.gflops(config_of(case), case.image)[1]  # a multiplication and its addition counted as one
-    latents = 3 * case.batch * 4 * (case.image // 8) ** 2 * case.dtype.itemsize  # in, and out twice as wide
-    forward = Cost(weight_bytes(case) + latents, products * case.batch)
-    return {"forward": forward, "backward": forward * 2, "forward+backward": forward * 3}[case.mode]
+    with torch.device("meta"):
+        weights = sum(parameter.numel() for parameter in DiffusionTransformer(case.config).parameters())
+    products = 2e9 * flops.gflops(case.config, case.image)[1]  # a multiplication and its addition counted as one
+    latents = 3 * case.batch * 4 * (case.image // 8) ** 2  # in, and out twice as wide
+    forward = Cost((weights + latents) * case.dtype.itemsize, products * case.batch)
+    return roofline.by_mode(case.mode, forward, forward * 2)
 
+
+main = partial(suite.run, "model", comparisons)
 
 if __name__ == "__main__":
     suite.command(main, Config)

@@ -3,8 +3,6 @@
 A panel has one curve for each contender, over N.  What was not measured leaves a gap in its curve.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections import Counter
@@ -22,10 +20,8 @@ from benchmarks import harness
 from benchmarks.harness import Row
 from benchmarks.suite import MODES, label, milliseconds
 
-BASELINES = ("softmax", "dit")
-"""Whom speed-ups are over: the first of these that a suite has."""
-SMALLEST_SPAN = 6
-"""Of a logarithmic axis, top over bottom: a smaller one would blow noise up into a shape."""
+BASELINES = ("softmax", "dit")  # whom speed-ups are over: the first of these that a suite has
+SMALLEST_SPAN = 6  # of a logarithmic axis, top over bottom: a smaller one would blow noise up into a shape
 OURS = ("dydila", "dydi-lit")
 
 # Told apart in grey by marker and line; colours after Okabe and Ito, for every kind of eye.
@@ -64,9 +60,8 @@ def main(rows: tyro.conf.Positional[tuple[Path, ...]] = (), out: Path | None = N
 
 def draw_all(rows: Sequence[Row], folder: Path, *, widths: int | None = None) -> list[Path]:
     """Pictures SUITE.png of the width with most points, and SUITE-dWIDTH.png of others (up to ``widths`` in all)."""
-    figures: dict[str, Figure] = {}
-    if runs := [row for row in rows if "losses" in row]:
-        figures["training"] = draw_losses(runs)
+    runs = [row for row in rows if "losses" in row]
+    figures = {"training": draw_losses(runs)} if runs else {}
     compared = [row for row in rows if row["suite"] != "training" and "skipped" in row]
     for suite in dict.fromkeys(row["suite"] for row in compared):
         of_suite = [row for row in compared if row["suite"] == suite]
@@ -91,17 +86,14 @@ def draw(rows: Sequence[Row]) -> Figure:
     downwards = ([mode for mode in modes if mode != MODES[-1]] or modes) if stages else [None]
     lines, columns = list(product(downwards, quantities)), stages or modes
     styles = styles_of(rows)
-    height, width = len(lines), len(columns)
-    figure = Figure(figsize=(max(3.4 * width, 6.4), 2.4 * height + 1.3), layout="constrained")
-    axes = figure.subplots(height, width, squeeze=False, sharex=True)
-    for i, (mode, quantity) in enumerate(lines):
-        for ax, column in zip(axes[i], columns, strict=True):
-            in_column = [row for row in rows if row.get("stage", row["mode"]) == column]
-            panel(ax, quantity, [row for row in in_column if mode in (None, row["mode"])], styles)
+    figure = Figure(figsize=(max(3.4 * len(columns), 6.4), 2.4 * len(lines) + 1.3), layout="constrained")
+    axes = figure.subplots(len(lines), len(columns), squeeze=False, sharex=True)
+    for (i, (mode, quantity)), (j, column) in product(enumerate(lines), enumerate(columns)):
+        in_column = [row for row in rows if row.get("stage", row["mode"]) == column]
+        panel(axes[i, j], quantity, [row for row in in_column if mode in (None, row["mode"])], styles)
+        axes[0, j].set_title(column, fontsize=10)
         title = quantity.title.format(baseline=baseline)
         axes[i, 0].set_ylabel(f"{mode}: {title}" if mode else title, fontsize=9)
-    for ax, column in zip(axes[0], columns, strict=True):
-        ax.set_title(column, fontsize=10)
     name_sizes(axes, rows)
     handles = {text: handle for ax in axes.flat for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)}
     shown = [name for name in styles if name in handles]
@@ -115,18 +107,18 @@ def draw(rows: Sequence[Row]) -> Figure:
 def draw_losses(rows: Sequence[Row]) -> Figure:
     """Loss against the step, a panel for each size of the model, a thin line for each seed."""
     sizes = list(dict.fromkeys(row["size"] for row in rows))
-    names = [f"{row['name']}, {row['backend']}" if row["backend"] else row["name"] for row in rows]
-    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(names))}
+    colours: dict[str, str] = {}
     figure = Figure(figsize=(4.8 * len(sizes), 4), layout="constrained")
-    for size, ax in zip(sizes, figure.subplots(1, len(sizes), squeeze=False)[0], strict=True):
-        drawn: dict[str, Any] = {}
-        for row, name in zip(rows, names, strict=True):
-            if row["size"] == size:
-                losses, window = row["losses"], max(len(row["losses"]) // 50, 1)
-                means = [statistics.fmean(losses[max(i - window, 0) : i + 1]) for i in range(len(losses))]
-                (drawn[name],) = ax.plot(means, color=colours[name], linewidth=0.9, label=name)
+    axes = dict(zip(sizes, figure.subplots(1, len(sizes), squeeze=False)[0], strict=True))
+    for row in rows:
+        name = f"{row['name']}, {row['backend']}" if row["backend"] else row["name"]
+        losses, window = row["losses"], max(len(row["losses"]) // 50, 1)
+        means = [statistics.fmean(losses[max(i - window, 0) : i + 1]) for i in range(len(losses))]
+        axes[row["size"]].plot(means, color=colours.setdefault(name, f"C{len(colours)}"), linewidth=0.9, label=name)
+    for size, ax in axes.items():
         ax.set(title=size, xlabel="step", ylabel="loss, mean of the last 2 % of the steps", yscale="log")
-        ax.legend(handles=list(drawn.values()), fontsize=8)
+        handles = dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True))
+        ax.legend(handles=list(handles.values()), fontsize=8)
     figure.suptitle(f"{rows[0]['device']}, {rows[0]['dtype']}, commit {rows[0]['commit']}", fontsize=10)
     return figure
 
@@ -202,12 +194,12 @@ def name_sizes(axes: Any, rows: Sequence[Row]) -> None:
 
 def styles_of(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """By label: ours black and solid, the others by name; hollow markers for one head."""
-    rivals = list(dict.fromkeys(row["name"] for row in rows if row["name"] not in OURS))
+    names = list(dict.fromkeys(row["name"] for row in rows if row["name"] not in OURS))
     styles = {}
     for row in sorted(rows, key=lambda row: row["name"] not in OURS):
         style: dict[str, Any] = {"color": "#000000", "marker": "o", "linestyle": "-", "linewidth": 2.2, "zorder": 3}
-        if row["name"] in rivals:
-            i = rivals.index(row["name"])
+        if row["name"] not in OURS:
+            i = names.index(row["name"])
             looks = {"color": COLOURS[i % 8], "marker": MARKERS[i % 12], "linestyle": LINES[i % 5]}
             style = {**looks, "linewidth": 1.3, "zorder": 2}
         styles[label(row)] = style | {"fillstyle": "none" if row.get("heads") == 1 else "full"}
@@ -215,7 +207,6 @@ def styles_of(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
 
 
 def caption(rows: Sequence[Row]) -> str:
-    """Suite, device, dtype, d, and when and from which commit."""
     first = rows[0]
     parts = [first["suite"], first["device"], first["dtype"]]
     parts += [f"d = {first['dim']}"] if "dim" in first else []

@@ -1,9 +1,7 @@
 """Writes the documentation's section on speed from committed rows: ``python -m benchmarks.readme``, or ``--check``.
 
-The section stands between two markers.  It shows the rows of a GPU where there are any, else those of the CPU.
+The section stands between two markers, with the rows of a GPU where there are any, else those of the CPU.
 """
-
-from __future__ import annotations
 
 import os
 import textwrap
@@ -22,12 +20,6 @@ PAGE = harness.REPOSITORY / "docs" / "guides" / "speed.md"
 BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
 DIM = 384
 MODES = ("forward", "forward+backward")
-NOT_SHOWN = """What these numbers do not show: quality, because one layer does not stand for another without training;
-other widths, dtypes and machines, where the ratios are others; a whole model, of which attention is a part
-(`python -m benchmarks.model`). Weights and tokens are random. A ratio is that of medians of one run, in which all
-layers met the same input in turn; below 1x ours is slower. Before anything is timed it is held against float64, and
-what is wrong has no time. Memory is the peak of a call above weights and input. How to repeat it, and what each row
-says: [benchmarks/README.md]({}/README.md)."""
 TITLES = {"dydila": "ours", "softmax": "softmax", "sana": "Sana"}
 
 
@@ -42,10 +34,6 @@ def main(check: bool = False, page: Path = PAGE, results: Path = harness.RESULTS
         check: write nothing, and fail where the section differs from what the rows give.
         page: the file with the markers.
         results: folder of the results, which has one for each device.
-
-    Raises:
-        ValueError: a marker, or a row that the section needs, is missing.
-        Stale: the check fails.
     """
     old = page.read_text(encoding="utf-8")
     if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
@@ -63,19 +51,16 @@ def section(results: Path, folder: Path) -> str:
     rows = [row for row in harness.read_rows(of_device / "layer.jsonl") if row["dim"] == DIM]
     if not any(row["name"] == "dydila" and not row["skipped"] for row in rows):
         raise ValueError(f"{of_device / 'layer.jsonl'} has no time of ours at d = {DIM}")
-    first = rows[0]
-    on_cpu = first["device_type"] == "cpu"
-    link = Path(os.path.relpath(of_device, folder)).as_posix()
-    threads = f"{first['threads']} threads of an " if on_cpu else ""
-    facts = f"{first['date'][:10]}, {threads}{first['device']}, {first['dtype']}, d = {DIM}"
-    versions = f"commit {first['commit']}, torch {first['torch']}, Triton {first['triton']}"
-    opening = "Forward times are those of CUDA graphs, which leave the host out."
-    if on_cpu:
+    first, link = rows[0], Path(os.path.relpath(of_device, folder)).as_posix()
+    threads, opening = "", "Forward times are those of CUDA graphs, which leave the host out."
+    if first["device_type"] == "cpu":
+        threads = f"{first['threads']} threads of an "
         opening = "**No GPU has been measured yet: these are times of the torch backend on a CPU.**"
     introduction = (
         f"{opening} How many times as fast our layer is as a softmax layer of the same width, with heads of 64 "
-        f"channels, and as Sana's ReLU linear attention, with as many heads as ours ({facts}; {versions}; "
-        f"[rows]({link}/layer.jsonl)):"
+        f"channels, and as Sana's ReLU linear attention, with as many heads as ours ({first['date'][:10]}, {threads}"
+        f"{first['device']}, {first['dtype']}, d = {DIM}; commit {first['commit']}, torch {first['torch']}, "
+        f"Triton {first['triton']}; [rows]({link}/layer.jsonl)):"
     )
     speed_ups, memory = tables(rows)
     blocks = [
@@ -84,7 +69,6 @@ def section(results: Path, folder: Path) -> str:
         "The most memory that a call takes, in MiB:",
         memory,
         f"![Time, speed-up, percentage of the ceiling and memory against N]({link}/layer.png)",
-        NOT_SHOWN.format(Path(os.path.relpath(harness.REPOSITORY / "benchmarks", folder)).as_posix()),
     ]
     return "\n" + "\n\n".join(blocks) + "\n"
 

@@ -7,11 +7,10 @@ Attention takes q, k, v (B, N, d) in H heads of e = d/H channels and gives (B, N
 per head, in the order that is linear in N.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache, partial
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -48,9 +47,7 @@ def merge(tokens: Tensor) -> Tensor:
 def softmax(q: Tensor, k: Tensor, v: Tensor, *, heads: int, backend: str = "softmax") -> Tensor:
     """softmax(Q K^T / sqrt(e)) V by ``scaled_dot_product_attention``, with one of its backends or torch's choice."""
     q, k, v = (split(t, heads) for t in (q, k, v))
-    if backend == "softmax":
-        return merge(F.scaled_dot_product_attention(q, k, v))
-    with sdpa_kernel(BACKENDS[backend]):
+    with sdpa_kernel(BACKENDS[backend]) if backend in BACKENDS else nullcontext():
         return merge(F.scaled_dot_product_attention(q, k, v))
 
 
@@ -122,25 +119,23 @@ def flash_bla(q: Tensor, k: Tensor, v: Tensor, *, heads: int) -> Tensor:
 
 
 class Rival(NamedTuple):
-    """Whom ours is compared with.
+    """Whom ours is compared with."""
 
-    ``attend`` is None if not comparable, and ``formula`` what it is checked against, None if nothing.  A package of
-    others has a ``module`` and says what it ``computes``.
-    """
-
-    attend: Any
-    formula: Any
+    attend: Any  # None if not comparable
+    formula: Any  # what it is checked against, None if nothing
     cost: Callable[[Shape, str], Cost]
-    module: str = ""
-    computes: str = ""
+    module: str = ""  # of a package of others
+    computes: str = ""  # what that computes
 
 
 SOFTMAX = ("softmax", *BACKENDS)
+ANY_WIDTH = ("sana", "focused", "sana compiled")
 PACKAGES = ("flash-attn", "flash_bla", "flash-linear-attention")
 RIVALS = {
     **{name: Rival(partial(softmax, backend=name), plain_softmax, softmax_core) for name in SOFTMAX},
     "sana": Rival(sana, plain_linear, linear_core),
     "focused": Rival(focused, None, linear_core),
+    "sana compiled": Rival(sana, None, linear_core),
     "flash-attn": Rival(flash_attn, plain_softmax, softmax_core, "flash_attn", "softmax attention"),
     "flash_bla": Rival(flash_bla, plain_linear, linear_core, "flash_bla", "ReLU linear attention, Eq. 4"),
     "flash-linear-attention": Rival(None, None, linear_core, "fla", "causal linear attention"),
@@ -148,12 +143,16 @@ RIVALS = {
 """By the names of rows."""
 
 
-def missing(name: str, device: str) -> str | None:
-    """Why a package takes no part; None: it does."""
-    package = RIVALS[name]
-    if importlib.util.find_spec(package.module) is None:
+def missing(name: str, shape: Shape, device: str) -> str | None:
+    """Why a rival takes no part; None: it does."""
+    rival = RIVALS[name]
+    if name in BACKENDS:
+        return why_not_softmax(name, device, shape.dtype, shape.dim // shape.heads)
+    if not rival.module:
+        return None
+    if importlib.util.find_spec(rival.module) is None:
         return "missing: not installed"
-    if package.attend is None:
+    if rival.attend is None:
         return "missing: its linear attention is causal only: not the same function"
     return None if torch.device(device).type == "cuda" else "missing: it needs a GPU"
 

@@ -5,12 +5,9 @@ FLOPs are those of products and convolutions, two for a multiply-accumulate; pow
 ``python -m benchmarks.roofline`` measures the ceilings: a copy for bytes, square matrix products for FLOPs.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import tyro
@@ -21,16 +18,17 @@ from benchmarks.harness import Call, Row
 GIGA, TERA = 1e9, 1e12
 
 
-class Cost(NamedTuple):
+@dataclass(frozen=True)
+class Cost:
     """What a call moves and computes."""
 
     bytes: float
     flops: float
 
-    def __add__(self, other: tuple[float, ...]) -> Cost:  # type: ignore[override]
-        return Cost(self.bytes + other[0], self.flops + other[1])
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.bytes + other.bytes, self.flops + other.flops)
 
-    def __mul__(self, factor: float) -> Cost:  # type: ignore[override]
+    def __mul__(self, factor: float) -> "Cost":
         return Cost(self.bytes * factor, self.flops * factor)
 
 
@@ -83,16 +81,14 @@ def linear_core(shape: Shape, mode: str) -> Cost:
 
 def linear(rows: int, inputs: int, outputs: int, mode: str, dtype: torch.dtype, *, weights: int = 1) -> Cost:
     """x W for ``rows`` of x, with one of ``weights`` matrices for each row."""
-    size = dtype.itemsize
-    tokens, matrix = rows * (inputs + outputs) * size, weights * inputs * outputs * size
-    flops = 2 * rows * inputs * outputs
-    return by_mode(mode, Cost(tokens + matrix, flops), Cost(tokens + rows * inputs * size + 2 * matrix, 2 * flops))
+    x, y, matrix = rows * inputs, rows * outputs, weights * inputs * outputs
+    forward = Cost((x + y + matrix) * dtype.itemsize, 2 * x * outputs)
+    return by_mode(mode, forward, Cost((2 * x + y + 2 * matrix) * dtype.itemsize, 4 * x * outputs))
 
 
 def convolution(shape: Shape, mode: str, taps: int = 9) -> Cost:
     """The depth-wise convolution: reads one, writes one; backward reads two and writes one."""
-    flops = 2 * taps * shape.dim
-    return by_mode(mode, passes(shape, 2, flops), passes(shape, 3, 2 * flops))
+    return by_mode(mode, passes(shape, 2, 2 * taps * shape.dim), passes(shape, 3, 4 * taps * shape.dim))
 
 
 def by_mode(mode: str, forward: Cost, backward: Cost) -> Cost:
@@ -128,12 +124,8 @@ def against(cost: Cost, seconds: float, ceilings: Row, dtype: torch.dtype) -> Ro
     rate = ceilings["float32_tflop_s" if dtype == torch.float32 else "bfloat16_tflop_s"]
     floors = {"bytes": cost.bytes / (ceilings["copy_gb_s"] * GIGA), "FLOPs": cost.flops / (rate * TERA)}
     nearer = max(floors, key=lambda name: floors[name])
-    return {
-        "gb_s": cost.bytes / seconds / GIGA,
-        "tflop_s": cost.flops / seconds / TERA,
-        "ceiling": nearer,
-        "percent_of_ceiling": 100 * floors[nearer] / seconds,
-    }
+    rates = {"gb_s": cost.bytes / seconds / GIGA, "tflop_s": cost.flops / seconds / TERA}
+    return {**rates, "ceiling": nearer, "percent_of_ceiling": 100 * floors[nearer] / seconds}
 
 
 if __name__ == "__main__":

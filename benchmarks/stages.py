@@ -11,51 +11,47 @@
 backend elsewhere.  KERNELS and FUNCTIONS say which those are; nothing else here knows how the backends work.
 """
 
-from __future__ import annotations
-
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from cProfile import Profile
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from itertools import product
 from math import isqrt
-from operator import attrgetter
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import core, harness, layer, rivals, roofline, suite
-from benchmarks.harness import Call, Row
+from benchmarks.harness import Call
 from benchmarks.roofline import Cost, passes
 from benchmarks.suite import Case, Comparison, Contender
 from dydila_kernels import reference
 from dydila_kernels.functional import why_not_triton
+from dydila_kernels.torch_backend.blocks import choices_of_each
+from dydila_kernels.torch_backend.depthwise import Depthwise, ValueBlocks
+from dydila_kernels.torch_backend.linear_attention import readout, states_of
+from dydila_kernels.torch_backend.projection import backward, project_block, projection_logits
+from dydila_kernels.torch_backend.tokens import tokens_of
 
-HEADLESS = ("projection", "convolution")
-"""Stages without heads, which have all modes."""
-PROJECTORS = 3
-"""As in the layer by default."""
+HEADLESS = ("projection", "convolution")  # stages without heads, which have all modes
+PROJECTORS = 3  # as in the layer by default
 
 
 class Launches(NamedTuple):
-    """Kernels of a stage by name; ``number`` is which of their launches in a call it is, None: all of them.
-
-    ``then``: the stage is what torch does between that launch and the next.
-    """
+    """Kernels of a stage by name."""
 
     kernels: tuple[str, ...]
-    number: int | None = None
-    then: bool = False
+    number: int | None = None  # of their launches in a call, that which counts; by default all
+    then: bool = False  # whether the stage is what torch does between that launch and the next
 
 
 KERNELS = {
     "projection": Launches((
-        "route_kernel", "count_kernel", "rank_kernel", "project_kernel", "weight_gradient_kernel",
-        "sum_partials_kernel",
+        "route_kernel", "count_kernel", "rank_kernel", "project_kernel", "weight_gradient_kernel", "sum_partials_kernel"
     )),
     "tokens": Launches(("tokens_kernel",)),
     "state": Launches(("state_kernel",)),
@@ -64,18 +60,15 @@ KERNELS = {
     "gradients of keys": Launches(("gradients_kernel",), 1),
     "convolution": Launches(("depthwise_kernel", "depthwise_weight_kernel")),
 }  # fmt: skip
-"""What a stage launches."""
 WIDE = {"state": Launches(("tokens_kernel",), 0, then=True), "readout": Launches(("tokens_kernel",), 1, then=True)}
-"""The same for heads too wide for those kernels: keys, torch's K^T V, queries, torch's Q S."""
-FUNCTIONS = {
-    "projection": (
-        "blocks.choices_of_each", "projection.projection_logits", "projection.project_block", "projection.backward",
-    ),
-    "tokens": ("tokens.tokens_of",),
-    "state": ("linear_attention.states_of",),
-    "readout": ("linear_attention.readout",),
-    "convolution": ("depthwise.ValueBlocks.convolve", "depthwise.Depthwise.forward", "depthwise.Depthwise.backward"),
-}  # fmt: skip
+"""What a stage launches, and for heads too wide for those kernels: keys, torch's K^T V, queries, torch's Q S."""
+FUNCTIONS: dict[str, tuple[Callable[..., Any], ...]] = {
+    "projection": (choices_of_each, projection_logits, project_block, backward),
+    "tokens": (tokens_of,),
+    "state": (states_of,),
+    "readout": (readout,),
+    "convolution": (ValueBlocks.convolve, Depthwise.forward, Depthwise.backward),
+}
 """What a stage calls in :mod:`dydila_kernels.torch_backend`; none of them calls another of its stage."""
 
 
@@ -83,12 +76,9 @@ FUNCTIONS = {
 class Config(suite.Options):
     """Each stage of the layer, inside a real call of it, against what libraries have for it."""
 
-    dim: int = 384
-    """Channels d."""
-    heads: tuple[int, ...] = ()
-    """Heads to measure with, where a stage has them; by default 1 and DIM/64."""
-    stages: tuple[str, ...] = tuple(KERNELS)
-    """Stages to measure."""
+    dim: int = 384  # Channels d.
+    heads: tuple[int, ...] = ()  # Heads to measure with, where a stage has them; by default 1 and DIM/64.
+    stages: tuple[str, ...] = tuple(KERNELS)  # Stages to measure.
 
 
 def runs_kernels(case: Case) -> bool:
@@ -110,42 +100,38 @@ def sides_of(case: Case) -> str:
     return "q" if case.stage in ("readout", "gradients of queries") else "k"
 
 
-def main(config: Config) -> list[Row]:
-    """Check, measure, print tables and store the rows."""
-    return suite.run("stages", config, list(comparisons(config)))
-
-
 def comparisons(config: Config) -> Iterator[Comparison]:
     sizes = config.lengths(cpu=(256, 1024, 4096), gpu=(256, 1024, 4096, 16384, 65536))
     for stage, mode, tokens in product(config.stages, config.modes, sizes):
         if stage in HEADLESS or mode == ("backward" if stage.startswith("gradients") else "forward"):
             heads = (1,) if stage in HEADLESS else suite.heads_of(config.heads, config.dim)
             who = [(name, h) for h in heads for name in ("dydila", *RIVALS[stage])]
-            yield suite.comparison(config, mode, tokens, config.dim, who, contender, inputs=2, stage=stage)
+            yield [contender(case) for case in suite.cases(config, mode, tokens, config.dim, who, stage)]
 
 
 def contender(case: Case) -> Contender:
-    labels = {"name": case.name} if case.stage in HEADLESS else {"name": case.name, "heads": case.shape.heads}
+    labels = case.labels
+    if case.stage in HEADLESS:
+        del labels["heads"]
     if case.name == "dydila":
-        return ours(case, labels)
-    missing = None if hasattr(F, case.name) or case.name != "grouped_mm" else "missing: not in this torch"
+        prepare, check = partial(layer.prepare, case), partial(layer.error_ratio, case.checked)
+        return Contender(prepare, labels, cost(case), check, why_missing(case), clock=clock_of(case))
+    missing = "missing: not in this torch" if case.name == "grouped_mm" and not hasattr(F, "grouped_mm") else None
     return Contender(partial(RIVALS[case.stage][case.name], case), labels, cost(case), missing=missing, graph=True)
 
 
-def ours(case: Case, labels: Row) -> Contender:
-    """A call of the layer, and the clock of the stage."""
-    stage, shape, missing = case.stage, case.shape, None
-    kernels, fused = runs_kernels(case), is_fused(case)
+def why_missing(case: Case) -> str | None:
+    """Why a call of the layer does not show the stage; None: it does."""
+    stage, shape, kernels, fused = case.stage, case.shape, runs_kernels(case), is_fused(case)
     if not kernels and stage not in FUNCTIONS:
-        missing = "missing: the kernels need a GPU, and for the torch backend this is no stage of its own"
-    elif not kernels and harness.is_gpu(case.device):
-        missing = "missing: the torch backend shows its stages on a CPU only"
-    elif fused and stage == "convolution":
-        missing = "missing: it is part of the readout"
-    elif not fused and stage in ("state", "readout") and shape.tokens < shape.dim // shape.heads:
-        missing = "missing: the products come in the order (Q K^T) V, which is cheaper here"
-    check = partial(layer.error_ratio, case.one_of(min(shape.tokens, core.CHECKED_TOKENS), "forward"))
-    return Contender(partial(layer.prepare, case), labels, cost(case), check, missing, clock=clock_of(case))
+        return "missing: the kernels need a GPU, and for the torch backend this is no stage of its own"
+    if not kernels and harness.is_gpu(case.device):
+        return "missing: the torch backend shows its stages on a CPU only"
+    if fused and stage == "convolution":
+        return "missing: it is part of the readout"
+    if not fused and stage in ("state", "readout") and shape.tokens < shape.dim // shape.heads:
+        return "missing: the products come in the order (Q K^T) V, which is cheaper here"
+    return None
 
 
 def cost(case: Case) -> Cost:
@@ -181,17 +167,14 @@ def clock_of(case: Case) -> Callable[[Call], float]:
     return partial(launched_seconds, launches[case.stage], harness.is_gpu(case.device))
 
 
-def profiled_seconds(functions: tuple[str, ...], call: Call) -> float:
-    """By Python's profiler: what these functions of the torch backend take, with what they call."""
-    found = []
-    for function in functions:
-        module, _, name = function.partition(".")
-        found.append(attrgetter(name)(import_module(f"dydila_kernels.torch_backend.{module}")).__code__)
+def profiled_seconds(functions: Sequence[Callable[..., Any]], call: Call) -> float:
+    """By Python's profiler: what these functions take, with what they call."""
     profile = Profile()
     profile.runcall(call)
-    seconds = [entry.totaltime for entry in profile.getstats() if entry.code in found]
+    codes = [function.__code__ for function in functions]
+    seconds = [entry.totaltime for entry in profile.getstats() if entry.code in codes]
     if not seconds:
-        raise RuntimeError(f"the call went through none of {', '.join(functions)}")
+        raise RuntimeError(f"the call went through none of {', '.join(f.__qualname__ for f in functions)}")
     return sum(seconds)
 
 
@@ -199,42 +182,38 @@ def launched_seconds(stage: Launches, on_gpu: bool, call: Call) -> float:
     """By marks around each launch, on the device behind work that lets the host run ahead of it."""
     from dydila_kernels.ops import tiles
 
-    def mark() -> Any:
-        if not on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+    names: list[str] = []
+    marks: list[Any] = []
+    launch = tiles.launcher
 
-    def timed(kernel: Any, *arguments: Any) -> None:
-        began = mark()
+    def mark() -> None:
+        marks.append(torch.cuda.Event(enable_timing=True) if on_gpu else time.perf_counter())
+        if on_gpu:
+            marks[-1].record()
+
+    def marked(kernel: Any, *arguments: Any) -> None:
+        names.append(kernel.__name__)
+        mark()
         launch(kernel, *arguments)
-        marks.append((kernel.__name__, began, mark()))
+        mark()
 
-    marks: list[tuple[str, Any, Any]] = []
-    launch, tiles.launcher = tiles.launcher, timed
-    try:
+    with mock.patch.object(tiles, "launcher", marked):
         if on_gpu:
             torch.cuda._sleep(20_000_000)  # cycles, 10 ms or more: else a mark may be of the host that is late
         call()
-    finally:
-        tiles.launcher = launch
-    parts = intervals(stage, marks, mark())
+    mark()
     if on_gpu:
         torch.cuda.synchronize()
-    return sum(start.elapsed_time(stop) / 1e3 if on_gpu else stop - start for start, stop in parts)
+    spans = [marks[at : at + 2] for at in places(stage, names)]
+    return sum(start.elapsed_time(stop) / 1e3 if on_gpu else stop - start for start, stop in spans)
 
 
-def intervals(stage: Launches, marks: list[tuple[str, Any, Any]], end: Any) -> list[tuple[Any, Any]]:
-    """Beginning and end of each part of the stage, of the ``marks`` around all launches of a call and at its end."""
-    places = [i for i, (name, _, _) in enumerate(marks) if name in stage.kernels]
-    if len(places) <= (stage.number or 0):
-        raise RuntimeError(f"the call launched {len(places)} of {', '.join(stage.kernels)}")
-    if stage.number is not None:
-        places = [places[stage.number]]
-    if stage.then:
-        return [(marks[i][2], marks[i + 1][1] if i + 1 < len(marks) else end) for i in places]
-    return [marks[i][1:] for i in places]
+def places(stage: Launches, names: Sequence[str]) -> list[int]:
+    """Where the parts of the stage begin, in a list of two marks for each launch of a call, and one for its end."""
+    found = [2 * i + stage.then for i, name in enumerate(names) if name in stage.kernels]
+    if len(found) <= (stage.number or 0):
+        raise RuntimeError(f"the call launched {len(found)} of {', '.join(stage.kernels)}")
+    return found if stage.number is None else [found[stage.number]]
 
 
 def products(case: Case) -> Call:
@@ -247,12 +226,9 @@ def products(case: Case) -> Call:
 
 def equations(case: Case) -> Call:
     """Eqs. 5-8 up to Zh in plain PyTorch, routing and all; the gradients are given that of Zh."""
-    inputs = core.random_inputs(case.shape, case.device)
-    leaves = [inputs[key] for side in sides_of(case) for key in (side, f"{side}_redundant")]
-    leaves += [inputs["gamma"], inputs["lam"]]
-    for leaf in leaves:
-        leaf.requires_grad_(case.mode != "forward")
-    return suite.call_of(case.mode, lambda: [z_hat(side, inputs) for side in sides_of(case)], leaves, inputs["v"])
+    inputs, sides = core.random_inputs(case.shape, case.device), sides_of(case)
+    leaves = [inputs[key] for side in sides for key in (side, f"{side}_redundant")] + [inputs["gamma"], inputs["lam"]]
+    return suite.call_of(case.mode, lambda: [z_hat(side, inputs) for side in sides], leaves, inputs["v"])
 
 
 def z_hat(side: str, inputs: dict[str, Tensor]) -> Tensor:
@@ -286,22 +262,16 @@ def projections(project: rivals.Attention, case: Case) -> Call:
     x, grad = inputs["q"], inputs["v"]
     sizes = 2 * ((PROJECTORS, d, d), (d, PROJECTORS))
     w_q, r_q, w_k, r_k = (torch.randn(size, device=x.device, dtype=x.dtype) * d**-0.5 for size in sizes)
-    for leaf in (x, w_q, w_k):
-        leaf.requires_grad_(case.mode != "forward")
     return suite.call_of(case.mode, lambda: [project(x, w_q, r_q), project(x, w_k, r_k)], [x, w_q, w_k], grad, grad)
 
 
 def convolve(case: Case) -> Call:
     """``out + DWC(V)``, written into ``out``; tokens are images in the channels-last layout as they lie."""
-    inputs = core.random_inputs(case.shape, case.device)
-    v, out, grad = inputs["v"], inputs["q"], inputs["k"]
+    inputs, side = core.random_inputs(case.shape, case.device), isqrt(case.shape.tokens)
+    v, out = inputs["v"], inputs["q"]
     weight = torch.randn(case.shape.dim, 1, 3, 3, device=v.device, dtype=v.dtype) / 3
-    for leaf in (v, weight):
-        leaf.requires_grad_(case.mode != "forward")
-    grid = (isqrt(case.shape.tokens), isqrt(case.shape.tokens))
-    return suite.call_of(
-        case.mode, lambda: out.detach().add_(reference.depthwise(v, weight, None, grid)), [v, weight], grad
-    )
+    dwc = partial(reference.depthwise, v, weight, None, (side, side))
+    return suite.call_of(case.mode, lambda: out.detach().add_(dwc()), [v, weight], inputs["k"])
 
 
 RIVALS: dict[str, dict[str, Callable[[Case], Call]]] = {
@@ -315,6 +285,7 @@ RIVALS: dict[str, dict[str, Callable[[Case], Call]]] = {
 }
 """Who else is measured, by stage and name."""
 
+main = partial(suite.run, "stages", comparisons)
 
 if __name__ == "__main__":
     suite.command(main, Config)

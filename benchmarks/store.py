@@ -1,10 +1,4 @@
-"""Puts the rows of a GPU run where they are committed: ``python -m benchmarks.store DIR``.
-
-DIR is what ``benchmarks.gpu_run --out`` filled.  Each suite's rows go to benchmarks/results/DEVICE/SUITE.jsonl, in
-place of those that were there, and their pictures beside them; what the tests printed goes along.
-"""
-
-from __future__ import annotations
+"""Puts the rows of a GPU run where they are committed: ``python -m benchmarks.store DIR``."""
 
 import shutil
 from pathlib import Path
@@ -16,14 +10,13 @@ from benchmarks.gpu_run import ROWS, TESTS
 
 
 def main(run: tyro.conf.Positional[Path], results: Path = harness.RESULTS) -> Path:
-    """Stores and draws the rows of a GPU run; returns the device's folder.
+    """Puts the rows of each suite into RESULTS/DEVICE/SUITE.jsonl, in place of those that were there, and draws them.
+
+    What the tests printed goes along.  Returns the device's folder.
 
     Args:
         run: folder that benchmarks.gpu_run filled.
         results: folder of the results, which has one for each device.
-
-    Raises:
-        ValueError: the run does not have rows of one device.
     """
     rows = harness.read_rows(run / ROWS)
     devices = {(row["device_type"], row["device"]) for row in rows if "device_type" in row}

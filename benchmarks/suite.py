@@ -1,16 +1,13 @@
 """How a suite runs: contenders that meet the same input are checked, then timed in turn, and become rows.
 
-A contender whose results are wrong, who is not installed, runs out of memory, fails, or would take too long gets a row
-that says so under "skipped", and no time.
+A contender whose results are wrong, who is not installed, runs out of memory or fails gets a row that says so under
+"skipped", and no time.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import tyro
@@ -20,60 +17,43 @@ from torch._functorch import config as functorch_config
 
 from benchmarks import harness, roofline
 from benchmarks.goals import goals, verdicts
-from benchmarks.harness import Call, Clock, Row
+from benchmarks.harness import Call, Row
 from benchmarks.roofline import Cost, Shape
-from dydila_kernels.testing import relative_error
 
 Mode = Literal["forward", "backward", "forward+backward"]
-WRONG = "wrong: the error is over twice that of plain PyTorch"
 MODES: tuple[Mode, ...] = ("forward", "backward", "forward+backward")
+WRONG = "wrong: the error is over twice that of plain PyTorch"
+FLUSHED = 2**28  # bytes that pass before each timed call, more than the last cache has: inputs come from memory
+CHECKED_TOKENS = 48**2  # tokens of the image that a check is done on at most: longer ones take the same path
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Options(harness.Options):
     """What every suite can be told."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of inputs and parameters; "auto" is bfloat16 on a GPU and float32 on a CPU."""
-    sizes: tuple[int, ...] = ()
-    """Numbers of tokens N, each a square; by default those that suit the device."""
-    modes: tuple[Mode, ...] = MODES
-    """What to time; the backward pass is timed on its own as well."""
-    repeats: int = 0
-    """Timed calls of each contender, after one to warm up; by default 7 on a CPU and 30 on a GPU."""
-    budget_seconds: float = 20.0
-    """Make no further calls of a contender once they have taken this long (s); one is always made."""
-    skip_over_seconds: float = 600.0
-    """Skip a contender where one call is expected to take longer than this (s), by its time at the size before."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # Auto is bfloat16 on a GPU, else float32.
+    sizes: tuple[int, ...] = ()  # Numbers of tokens N, each a square; by default those that suit the device.
+    modes: tuple[Mode, ...] = MODES  # What to time; the backward pass is timed on its own as well.
+    repeats: int = 0  # Timed calls of each contender, after one to warm up; by default 7 on a CPU and 30 on a GPU.
+    budget_seconds: float = 20.0  # No further calls of a contender that has taken so long (s); one is always made.
 
     @property
     def torch_dtype(self) -> torch.dtype:
         name = ("bfloat16" if self.on_gpu else "float32") if self.dtype == "auto" else self.dtype
         return getattr(torch, name)
 
-    @property
-    def calls(self) -> int:
-        return 2 if self.smoke else self.repeats or (30 if self.on_gpu else 7)
-
-    def lengths(self, cpu: Sequence[int], gpu: Sequence[int]) -> tuple[int, ...]:
+    def lengths(self, cpu: Sequence[int], gpu: Sequence[int]) -> Sequence[int]:
         """The sizes to run: those asked for, else those of the device."""
-        if self.smoke:
-            return (64, 256)
-        return self.sizes or tuple(gpu if self.on_gpu else cpu)
+        return (64, 256) if self.smoke else self.sizes or (gpu if self.on_gpu else cpu)
 
     def batch(self, tokens: int, together: int = 65536) -> int:
         """Images of so many tokens: on a GPU as many as have so many ``together``."""
         return max(together // tokens, 1) if self.on_gpu and not self.smoke else 1
 
-    def folder(self) -> Path | None:
-        """Where rows go; None where they are not to be stored."""
-        if self.out is not None or self.smoke:
-            return self.out
-        return harness.folder_of(torch.device(self.device).type, harness.device_name(self.device))
-
 
 class Case(NamedTuple):
-    """A contender by its name, what it meets, and the stage that it is about, if it is about one."""
+    """A contender of one of the attention suites by its name, what it meets, and the stage that it is about, if any."""
 
     name: str
     mode: Mode
@@ -81,9 +61,27 @@ class Case(NamedTuple):
     device: str
     stage: str = ""
 
-    def one_of(self, tokens: int, mode: Mode) -> Case:
+    @property
+    def labels(self) -> Row:
+        stage = {"stage": self.stage} if self.stage else {}
+        where = {"mode": self.mode, "dim": self.shape.dim, "batch": self.shape.batch, "tokens": self.shape.tokens}
+        return {"name": self.name, "heads": self.shape.heads, **stage, **where}
+
+    @property
+    def checked(self) -> "Case":
+        return self.one_of(min(self.shape.tokens, CHECKED_TOKENS), "forward")
+
+    def one_of(self, tokens: int, mode: Mode) -> "Case":
         """The whole for one image of so many tokens."""
         return self._replace(mode=mode, shape=replace(self.shape, batch=1, tokens=tokens), stage="")
+
+
+def cases(
+    options: Options, mode: Mode, tokens: int, dim: int, who: Iterable[tuple[str, int]], stage: str = ""
+) -> list[Case]:
+    """Of contenders by name and number of heads, who meet the same input."""
+    shape = Shape(options.batch(tokens), tokens, dim, 1, options.torch_dtype)
+    return [Case(name, mode, replace(shape, heads=heads), options.device, stage) for name, heads in who]
 
 
 def heads_of(asked: tuple[int, ...], dim: int) -> tuple[int, ...]:
@@ -95,37 +93,28 @@ def heads_of(asked: tuple[int, ...], dim: int) -> tuple[int, ...]:
 class Contender:
     """One of those compared, with its row, in which whatever goes wrong ends up.
 
-    Attributes:
-        prepare: makes a call to time, on inputs of its own, so that several sets of inputs can take turns.  It must
-            pickle (a partial of a function of a module) where memory is to be measured on a CPU.
-        labels: what its row says beside its name, such as heads.
-        cost: what a call moves and computes, if declared.
-        error_ratio: our error over that of plain PyTorch, measured in this run before any time; over 2 is wrong.
-        missing: why it cannot run here, such as a package that is not installed.
-        warm_up: as ``prepare``, for a small call; where given, memory is measured: how far it rises during a call, on a
-            CPU in a fresh process in which the small call has loaded code and started threads.
-        graph: whether to time it as a CUDA graph as well, which leaves the host out.
-        clock: makes the call and gives the seconds of a part of it, in place of all of it.
+    Memory, where it is measured, is how far it rises during a call; on a CPU in a fresh process, in which a small call
+    has loaded code and started threads.
     """
 
-    prepare: Callable[[], Call]
-    labels: Mapping[str, object] = field(default_factory=dict)
-    cost: Cost | None = None
-    error_ratio: Callable[[], float] | None = None
-    missing: str | None = None
-    warm_up: Callable[[], Call] | None = None
-    graph: bool = False
-    clock: Callable[[Call], float] | None = None
+    prepare: Callable[[], Call]  # makes a call to time; it must pickle where memory is measured on a CPU
+    labels: Row  # what its row says: ``name``, ``mode`` and where on the plot of its suite it is
+    cost: Cost | None = None  # what a call moves and computes, if declared
+    error_ratio: Callable[[], float] | None = None  # our error over that of plain PyTorch, measured before any time
+    missing: str | None = None  # why it cannot run here, such as a package that is not installed
+    warm_up: Callable[[], Call] | None = None  # where memory is to be measured: as ``prepare``, for a small call
+    graph: bool = False  # whether to time it as a CUDA graph as well, which leaves the host out
+    clock: Callable[[Call], float] | None = None  # gives the seconds of a part of the call, in place of all of it
     row: Row = field(default_factory=dict, init=False)
-    calls: dict[str, list[Call]] = field(default_factory=dict, init=False)
 
-    def try_to(self, action: Callable[[], Any], where: str = "skipped") -> Any:
-        """What the action returns; from the first failure on nothing is done, and None.  ``where`` in the row what goes
-        wrong is noted."""
+    def try_to(self, action: Callable[[], Result], where: str = "skipped") -> Result | None:
+        """What the action returns; None, and a note of what went wrong ``where`` in the row, from a failure on."""
         if self.row["skipped"]:
             return None
         try:
             return action()
+        except harness.CheckFailed:
+            self.row[where] = WRONG
         except torch.OutOfMemoryError:
             self.row[where] = "out of memory"
         except Exception as error:  # of a rival, or of a compiler: the others go on
@@ -133,69 +122,27 @@ class Contender:
             self.row[where] = f"failed: {type(error).__name__}: {reason}"
         return None
 
-    def check(self) -> None:
+    def checked(self) -> Call:
+        """The call to time, once its results are known to be right."""
         if self.error_ratio is not None:
             self.row["error_ratio"] = self.error_ratio()
-            if not self.row["error_ratio"] <= harness.LARGEST_RATIO:  # written so that NaN fails
-                self.row["skipped"] = WRONG
+            harness.require_correct(self.row["error_ratio"])
+        return self.prepare()
 
-    def make(self, sets: int) -> None:
-        self.calls[""] = [self.prepare() for _ in range(sets)]
-
-    def in_turn(self, prefix: str, device: str) -> Clock:
-        """The clock of the calls in turn; 0 from the first failure on."""
-        call = harness.in_turn(self.calls[prefix])
-        clock = partial(self.clock, call) if self.clock else harness.clock(call, device)
-        return lambda: self.try_to(clock) or 0.0
-
-    def capture(self) -> None:
-        if self.graph:
-            self.calls["graph_"] = [harness.captured(self.prepare) for _ in self.calls[""]]
-
-    def finish(self, options: Options, ceilings: Row) -> None:
+    def finish(self, call: Call, options: Options, ceilings: Row) -> None:
         """Memory, and the percentage of the ceilings."""
-        row = self.row
         if self.warm_up is not None:
-            arguments = (self.prepare, self.warm_up, options.threads)
+            elsewhere = partial(peak_mib, self.prepare, self.warm_up, options.threads)
             if options.on_gpu:
-                row["peak_mib"] = harness.peak_growth_mib(self.calls[""][0], options.device)
-            elif options.smoke:  # processes take seconds to start
-                row["peak_mib"] = peak_mib(*arguments)
-            else:
-                row["peak_mib"] = harness.in_fresh_process(peak_mib, *arguments)
+                self.row["peak_mib"] = harness.peak_growth_mib(call, options.device)
+            else:  # processes take seconds to start
+                self.row["peak_mib"] = elsewhere() if options.smoke else harness.in_fresh_process(elsewhere)
         if self.cost is not None:
-            seconds = milliseconds(row) / 1e3
-            row |= {"bytes": self.cost.bytes, "flops": self.cost.flops}
-            row |= roofline.against(self.cost, seconds, ceilings, options.torch_dtype)
+            self.row |= {"bytes": self.cost.bytes, "flops": self.cost.flops}
+            self.row |= roofline.against(self.cost, milliseconds(self.row) / 1e3, ceilings, options.torch_dtype)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Contenders by name who meet the same input.
-
-    ``series`` and ``point`` are the labels of its rows: what a curve of a plot has in common, and its place there.
-    ``input_bytes`` is the size of one set of inputs.
-    """
-
-    series: Row
-    point: Row
-    contenders: Mapping[str, Contender]
-    input_bytes: int
-
-
-def comparison(
-    options: Options, mode: Mode, tokens: int, dim: int, who: Iterable[tuple[str, int]],
-    contender: Callable[[Case], Contender], *, inputs: int, stage: str = "",
-) -> Comparison:  # fmt: skip
-    """Of contenders by name and number of heads, on ``inputs`` tensors of so many tokens an image."""
-    shape = Shape(options.batch(tokens), tokens, dim, 1, options.torch_dtype)
-    contenders = {
-        f"{name} {heads}": contender(Case(name, mode, replace(shape, heads=heads), options.device, stage))
-        for name, heads in who
-    }
-    series: Row = {"stage": stage} if stage else {}
-    point = {"batch": shape.batch, "tokens": tokens}
-    return Comparison({**series, "mode": mode, "dim": dim}, point, contenders, inputs * shape.token_bytes)
+Comparison = Sequence[Contender]  # those who meet the same input
 
 
 def warm_up(prepare: Callable[[Case], Call], case: Case) -> Callable[[], Call] | None:
@@ -213,16 +160,12 @@ def call_of(
     """
     if mode == "forward":
         return torch.inference_mode()(function)
+    for leaf in leaves:
+        leaf.requires_grad_()
     if mode == "forward+backward":
         return lambda: torch.autograd.grad(function(), leaves, incoming)
     output = function()
     return lambda: torch.autograd.grad(output, leaves, incoming, retain_graph=True)
-
-
-def error_ratio(found: Tensor, plain: Tensor, exact: Tensor) -> float:
-    """The error of a result over that of plain PyTorch, or the error itself where that has none."""
-    ours, usual = relative_error(found, exact), relative_error(plain, exact)
-    return ours / usual if usual else ours
 
 
 def command(main: Callable[..., Sequence[Row]], config: type) -> None:
@@ -230,76 +173,61 @@ def command(main: Callable[..., Sequence[Row]], config: type) -> None:
     raise SystemExit(exit_code(harness.told(lambda: main(tyro.cli(config)))))
 
 
-def run(suite: str, options: Options, comparisons: Sequence[Comparison]) -> list[Row]:
+def run(suite: str, comparisons: Callable[[Any], Iterable[Comparison]], options: Options) -> list[Row]:
     """Measures the comparisons, each series in rising order of size, and stores the rows as they come.
 
     Prints tables, and how the rows stand to the goals of the project."""
     torch.set_num_threads(options.threads)
-    found, folder = measured(options, comparisons), options.folder()
-    total = sum(len(comparison.contenders) for comparison in comparisons)
-    rows = harness.stored(suite, found, options.device, options.torch_dtype, folder, total=total)
+    folder, dtype, todo = options.out, options.torch_dtype, list(comparisons(options))
+    if folder is None and not options.smoke:
+        folder = harness.folder_of(torch.device(options.device).type, harness.device_name(options.device))
+    rows = harness.stored(suite, measured(options, todo), options.device, dtype, folder, total=sum(map(len, todo)))
     print(*filter(None, (report(rows), verdicts(goals(rows)))), sep="\n\n")
     if folder is not None:
         print(f"rows: {folder / f'{suite}.jsonl'}")
     return rows
 
 
-def measured(options: Options, comparisons: Sequence[Comparison]) -> Iterator[Row]:
-    """The rows of the comparisons, with the ceilings of the device."""
+def measured(options: Options, comparisons: Iterable[Comparison]) -> Iterator[Row]:
     ceilings = roofline.measure(options)
-    rows: list[Row] = []
     for comparison in comparisons:
         # What is compiled would give its saved tensors away, and could not run its backward pass again.
-        with functorch_config.patch(donated_buffer=comparison.series.get("mode") != "backward"):
-            found = measure(options, comparison, rows, ceilings)
-        rows += found
-        yield from ({**row, "ceilings": ceilings} for row in found)
+        with functorch_config.patch(donated_buffer=comparison[0].labels["mode"] != "backward"):
+            yield from measure(options, comparison, ceilings)
         torch.compiler.reset()  # what was compiled for these sizes has had its use, and the compiler gives up at eight
         if options.on_gpu:
             torch.cuda.empty_cache()
 
 
-def measure(options: Options, comparison: Comparison, earlier: Sequence[Row], ceilings: Row) -> list[Row]:
+def measure(options: Options, comparison: Comparison, ceilings: Row) -> list[Row]:
     """One row for each contender."""
-    contenders = list(comparison.contenders.values())
-    sets = harness.sets_for_cold_cache(comparison.input_bytes, options.device)
-    for name, each in comparison.contenders.items():
-        each.row = {"name": name, **comparison.series, **each.labels, **comparison.point}
-        each.row["skipped"] = each.missing or over_budget(options, each, earlier)
-        each.try_to(each.check)
-        each.try_to(partial(each.make, sets))
-
-    def time_in_turn(prefix: str) -> None:
-        clocks = {each: each.in_turn(prefix, options.device) for each in contenders if each.calls.get(prefix)}
-        for each, seconds in harness.interleave(clocks, options.calls, options.budget_seconds).items():
-            if not each.row["skipped"]:
-                each.row |= {f"{prefix}{key}": value for key, value in harness.summarize(seconds).items()}
-
-    time_in_turn("")
+    for each in comparison:
+        each.row = {**each.labels, "skipped": each.missing}
+    calls = {each: each.try_to(each.checked) for each in comparison}
+    time_in_turn(options, calls)
     if options.on_gpu:
-        for each in contenders:
-            each.try_to(each.capture, "graph_skipped")
-        time_in_turn("graph_")
-    for each in contenders:
-        each.try_to(partial(each.finish, options, ceilings))
-        each.calls.clear()
-    return [each.row for each in contenders]
+        capture = {each: partial(harness.captured, each.prepare) for each in comparison if each.graph}
+        graphs = {each: each.try_to(action, "graph_skipped") for each, action in capture.items()}
+        time_in_turn(options, graphs, "graph_")
+    for each, call in calls.items():
+        if call is not None:
+            each.try_to(partial(each.finish, call, options, ceilings))
+    return [each.row | {"ceilings": ceilings} for each in comparison]
 
 
-def over_budget(options: Options, contender: Contender, earlier: Sequence[Row]) -> str | None:
-    """Why a contender is not called: by its time at the size before, a call would take too long."""
-    cost, row = contender.cost, contender.row
-    same = {key: row[key] for key in ("stage", "name", "mode", "heads", "dim") if key in row}
-    before = next((r for r in reversed(earlier) if same.items() <= r.items()), None)
-    if cost is None or before is None:
-        return None
-    if before["skipped"]:
-        return before["skipped"] if before["skipped"].startswith("over budget") else None
-    growth = max(cost.bytes / before["bytes"], cost.flops / max(before["flops"], 1))
-    expected = before["median_ms"] / 1e3 * growth
-    if expected <= options.skip_over_seconds:
-        return None
-    return f"over budget: a call would take about {expected:.0f} s"
+def time_in_turn(options: Options, calls: Mapping[Contender, Call | None], prefix: str = "") -> None:
+    """Adds the times of each call to its contender's row; inputs come from memory, for the caches are flushed."""
+    other = torch.empty(2**20 if options.smoke else FLUSHED, dtype=torch.uint8, device=options.device)
+
+    def cold(each: Contender, call: Call) -> float:
+        other.add_(1)  # reads, too: what is written only may pass the caches by
+        return each.try_to(partial(each.clock, call) if each.clock else harness.clock(call, options.device)) or 0.0
+
+    clocks = {each: partial(cold, each, call) for each, call in calls.items() if call is not None}
+    repeats = 2 if options.smoke else options.repeats or (30 if options.on_gpu else 7)
+    for each, seconds in harness.interleave(clocks, repeats, options.budget_seconds).items():
+        if not each.row["skipped"]:
+            each.row |= {f"{prefix}{key}": value for key, value in harness.summarize(seconds).items()}
 
 
 def peak_mib(prepare: Callable[[], Call], warm_up: Callable[[], Call], threads: int) -> float | None:

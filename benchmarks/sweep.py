@@ -5,8 +5,6 @@ time, and that of the best so far, which stays in place for the rest of the proc
 TRITON_INTERPRET=1, to try the command and for nothing else.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, product
@@ -14,29 +12,22 @@ from itertools import islice, product
 import torch
 import tyro
 
-from benchmarks import harness
+from benchmarks import harness, suite
 from benchmarks.harness import Row
 from dydila_kernels import DyDiLAttention, tuning
 from dydila_kernels.functional import choose_backend
 from dydila_kernels.testing import layer_error_ratio
-
-CHECKED_TOKENS = 32**2
-SHAPES = ((16, 4096, 384, 6), (16, 4096, 384, 1), (16, 4096, 1152, 16))
-"""(B, N, d, H): the width of the speed table with heads of 64, with one head, and the odd heads of DiT-XL."""
 
 
 @dataclass(frozen=True)
 class Config(harness.Options):
     """Time launch configurations that differ from the table in one number, or in rows and warps alike."""
 
-    shapes: tuple[tuple[int, int, int, int], ...] = SHAPES
-    """B N d H of each."""
-    stages: tuple[str, ...] = ()
-    """Stages to vary, by their names in dydila_kernels.ops.configs; by default all that the layer uses."""
-    modes: tuple[str, ...] = ("forward", "forward+backward")
-    """What is timed."""
-    repeats: int = 20
-    """Timed calls of each configuration."""
+    shapes: tuple[tuple[int, int, int, int], ...] = ((16, 4096, 384, 6), (16, 4096, 384, 1), (16, 4096, 1152, 16))
+    """B N d H of each: the width of the speed table with heads of 64, with one head, and the odd heads of DiT-XL."""
+    stages: tuple[str, ...] = ()  # Stages to vary, by their names in ops.configs; by default all that the layer uses.
+    modes: tuple[str, ...] = ("forward", "forward+backward")  # What is timed.
+    repeats: int = 20  # Timed calls of each configuration.
 
 
 def main(config: Config) -> list[Row]:
@@ -44,9 +35,9 @@ def main(config: Config) -> list[Row]:
     dtype = torch.bfloat16 if config.on_gpu else torch.float32
     choose_backend("triton", torch.device(config.device), dtype)
     if config.smoke:
-        one = replace(config, shapes=((1, 16, 32, 2),), modes=config.modes[:1], repeats=1)
-        return harness.stored("sweep", islice(measured(one, dtype), 1), config.device, dtype, config.out)
-    return harness.stored("sweep", measured(config, dtype), config.device, dtype, config.out)
+        config = replace(config, shapes=((1, 16, 32, 2),), modes=config.modes[:1], repeats=1)
+    rows = islice(measured(config, dtype), 1 if config.smoke else None)
+    return harness.stored("sweep", rows, config.device, dtype, config.out)
 
 
 def measured(config: Config, dtype: torch.dtype) -> Iterator[Row]:
@@ -70,7 +61,7 @@ def measured(config: Config, dtype: torch.dtype) -> Iterator[Row]:
                 "failure": trial.failure, "best_ms": 1e3 * trial.best,
                 "median_ms": trial.seconds and 1e3 * trial.seconds, "repeats": config.repeats,
             }  # fmt: skip
-        ratio = layer_error_ratio(attn, length=min(tokens, CHECKED_TOKENS))
+        ratio = layer_error_ratio(attn, length=min(tokens, suite.CHECKED_TOKENS))
         harness.require_correct(ratio)
         again = 1e3 * tuning.duration(call, device, config.repeats)
         yield {**facts, "stage": "all", "median_ms": again, "error_ratio": ratio}

@@ -5,12 +5,10 @@ one model start from the same weights; the losses of two backends are to differ 
 The images are scikit-learn's digits, enlarged to latents of four channels.
 """
 
-from __future__ import annotations
-
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any, Literal
 
@@ -22,17 +20,15 @@ from torch import Tensor
 from benchmarks import harness, suite
 from benchmarks.harness import Row
 from benchmarks.model import DiffusionTransformer, configs
-from dydila_kernels import DyDiLAttention
+from dydila_kernels import DyDiLAttention, tuning
 from examples.dydi_lit.data import digits
 from examples.dydi_lit.diffusion import GaussianDiffusion
 
-WARM_UP = 3
-"""Steps left out of the time: they compile kernels and fill caches."""
-LAST = 0.25
-"""The fraction of the steps, from the end, whose mean loss is compared."""
+WARM_UP = 3  # steps left out of the time: they compile kernels and fill caches
+LAST = 0.25  # the fraction of the steps, from the end, whose mean loss is compared
 WRONG = "wrong: the loss differs from that on the torch backend by more than that of two seeds"
+# Models of the example, and the backends of their layers.
 RUNS = (("dydi-lit", "triton"), ("dydi-lit", "torch"), ("sana", None), ("dit", None))
-"""Models of the example, and the backends of their layers."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +37,11 @@ class Config(harness.Options):
 
     On a CPU the kernels take no part: a step in the interpreter is a minute."""
 
-    models: tuple[Literal["tiny", "S", "B", "L"], ...] = ("tiny", "S")
-    """Sizes of the models."""
-    side: int = 32
-    """Of the latents: 32 stands for images of 256 pixels, which have 256 tokens."""
-    batch: int = 128
-    """Images of a step."""
-    steps: int = 300
-    """Optimiser steps of each run."""
-    seeds: tuple[int, ...] = (0, 1)
-    """Seeds of weights, batches and noise, two at least."""
-    learning_rate: float = 1e-3
-    """AdamW's, from the first step on."""
+    models: tuple[Literal["tiny", "S", "B", "L"], ...] = ("tiny", "S")  # Sizes of the models.
+    side: int = 32  # Of the latents: 32 stands for images of 256 pixels, which have 256 tokens.
+    batch: int = 128  # Images of a step.
+    steps: int = 300  # Optimiser steps of each run.
+    seeds: tuple[int, ...] = (0, 1)  # Seeds of weights, batches and noise, two at least.
 
 
 def main(config: Config) -> list[Row]:
@@ -61,10 +50,14 @@ def main(config: Config) -> list[Row]:
         raise ValueError(f"seeds must be two different ones at least; got {config.seeds}")
     torch.set_num_threads(config.threads)
     dtype = torch.bfloat16 if config.on_gpu else torch.float32
-    trained = runs(smoke(config) if config.smoke else config)
-    rows = harness.stored("training", trained, config.device, dtype, config.out)
+    found = runs(smoke(config) if config.smoke else config)
+    rows = harness.stored("training", found, config.device, dtype, config.out)
     print(table(rows))
     return rows
+
+
+def smoke(config: Config) -> Config:
+    return replace(config, models=("tiny",), side=8, batch=2, steps=WARM_UP + 1)
 
 
 def runs(config: Config) -> Iterator[Row]:
@@ -72,17 +65,12 @@ def runs(config: Config) -> Iterator[Row]:
     for size in config.models:
         rows: list[Row] = []
         for seed, (name, backend) in product(config.seeds, RUNS):
-            row = {"name": name, "backend": backend, "size": size, "seed": seed, "batch": config.batch}
-            row |= {"mode": "training", "tokens": (config.side // 2) ** 2, "skipped": None}
             without = backend == "triton" and not config.on_gpu
             found = {"skipped": "the kernels need a GPU"} if without else train(config, size, seed, name, backend)
-            rows.append(row | found)
+            facts = {"name": name, "backend": backend, "size": size, "seed": seed, "batch": config.batch}
+            rows.append({**facts, "mode": "training", "tokens": (config.side // 2) ** 2, "skipped": None, **found})
             compare(rows)
             yield rows[-1]
-
-
-def smoke(config: Config) -> Config:
-    return replace(config, models=("tiny",), side=8, batch=2, steps=WARM_UP + 1)
 
 
 def train(config: Config, size: Any, seed: int, name: Any, backend: str | None) -> Row:
@@ -93,38 +81,34 @@ def train(config: Config, size: Any, seed: int, name: Any, backend: str | None) 
     for module in model.modules():
         if isinstance(module, DyDiLAttention) and backend is not None:
             module.backend = backend
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.learning_rate)
-    diffusion, images, labels = GaussianDiffusion(device), *latents(config.side)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    diffusion, (images, labels) = GaussianDiffusion(device), latents(config.side)
     losses: list[float] = []
     seconds: list[float] = []
 
+    def step(number: int) -> None:
+        generator = torch.Generator().manual_seed(1_000_000 * seed + number)
+        chosen = torch.randint(len(images), (config.batch,), generator=generator)
+        timestep = torch.randint(diffusion.num_timesteps, (config.batch,), generator=generator).to(device)
+        image, label = images[chosen].to(device), labels[chosen].to(device)
+        noise = torch.randn(image.shape, generator=generator).to(device)
+        noisy = diffusion.add_noise(image, noise, timestep)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            output = model(noisy, timestep, label)
+        loss = diffusion.losses(output, image, noisy, noise, timestep).total.mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())  # which waits for the device
+
     def run() -> None:
-        for number in range(config.steps):
-            started = time.perf_counter()
-            generator = torch.Generator().manual_seed(1_000_000 * seed + number)
-            chosen = torch.randint(len(images), (config.batch,), generator=generator)
-            timestep = torch.randint(diffusion.num_timesteps, (config.batch,), generator=generator).to(device)
-            image, label = images[chosen].to(device), labels[chosen].to(device)
-            noise = torch.randn(image.shape, generator=generator).to(device)
-            noisy = diffusion.add_noise(image, noise, timestep)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                output = model(noisy, timestep, label)
-            loss = diffusion.losses(output, image, noisy, noise, timestep).total.mean()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())  # which waits for the device
-            seconds.append(time.perf_counter() - started)
+        seconds.extend(tuning.seconds_of(partial(step, number), device) for number in range(config.steps))
 
     peak = harness.peak_growth_mib(run, config.device)
-    return {
-        "steps": config.steps,
-        "median_ms": 1e3 * statistics.median(seconds[WARM_UP:]),
-        # On a CPU, runs share a process, and memory that one gave back hides what the next one takes.
-        "peak_mib": peak if config.on_gpu else None,
-        "losses": losses,
-    }
+    # On a CPU, runs share a process, and memory that one gave back hides what the next one takes.
+    measured = {"median_ms": 1e3 * statistics.median(seconds[WARM_UP:]), "peak_mib": peak if config.on_gpu else None}
+    return {"steps": config.steps, **measured, "losses": losses}
 
 
 def latents(side: int) -> tuple[Tensor, Tensor]:
@@ -135,9 +119,7 @@ def latents(side: int) -> tuple[Tensor, Tensor]:
 
 
 def last_loss(row: Row) -> float:
-    """The mean loss of the last steps."""
-    losses = row["losses"]
-    return statistics.fmean(losses[-max(round(LAST * len(losses)), 1) :])
+    return statistics.fmean(row["losses"][-max(round(LAST * len(row["losses"])), 1) :])
 
 
 def compare(rows: Sequence[Row]) -> None:
@@ -145,10 +127,8 @@ def compare(rows: Sequence[Row]) -> None:
 
     ``difference`` is the mean over the seeds, ``spread`` the largest difference of two seeds on the torch backend.
     """
-    ours, of_torch = (
-        {row["seed"]: row for row in rows if row["backend"] == backend and not row["skipped"]}
-        for backend in ("triton", "torch")
-    )
+    done = [row for row in rows if not row["skipped"]]
+    ours, of_torch = ({row["seed"]: row for row in done if row["backend"] == name} for name in ("triton", "torch"))
     seeds = ours.keys() & of_torch.keys()
     if len(seeds) < 2:
         return
@@ -163,12 +143,9 @@ def compare(rows: Sequence[Row]) -> None:
 
 def table(rows: Sequence[Row]) -> str:
     """A line for each run, and how far backends and seeds are apart: times in ms, memory in MiB."""
-    columns = (
-        "size", "seed", "name", "backend", "last_loss", "difference", "spread", "median_ms", "peak_mib", "skipped",
-    )  # fmt: skip
+    shown = ("size", "seed", "name", "backend", "last_loss", "difference", "spread", "median_ms", "peak_mib", "skipped")
     lines = [{**row, "last_loss": last_loss(row) if "losses" in row else None} for row in rows]
-    cells = [[line.get(column) for column in columns] for line in lines]
-    return tabulate(cells, columns, "plain", floatfmt=".4g", missingval="-")
+    return tabulate([map(line.get, shown) for line in lines], shown, "plain", floatfmt=".4g", missingval="-")
 
 
 if __name__ == "__main__":

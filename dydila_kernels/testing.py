@@ -74,16 +74,20 @@ def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensors:
 def output_and_gradients(
     function: Callable[[Tensors], Tensor], inputs: Mapping[str, Tensor], wanted: Sequence[str] | None = None
 ) -> Tensors:
-    """``{"output": function(inputs)}`` and the gradient of each input (or of those ``wanted``) by name.
+    """``{"output": function(inputs)}`` and the gradient of each input (or of those ``wanted``, if any) by name.
 
     The incoming gradient is the same for every call with an output of the same shape, rounded to its dtype.
     """
     leaves = {name: t.detach().requires_grad_(t.is_floating_point()) for name, t in inputs.items()}
     names = [name for name, t in leaves.items() if t.requires_grad and (wanted is None or name in wanted)]
-    out = function(leaves)
+    with torch.set_grad_enabled(bool(names)):
+        out = function(leaves)
     incoming = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
-    gradients = torch.autograd.grad(out, [leaves[name] for name in names], incoming.to(out), materialize_grads=True)
-    return {"output": out.detach(), **dict(zip(names, gradients, strict=True))}
+    found = {"output": out.detach()}
+    if names:
+        gradients = torch.autograd.grad(out, [leaves[name] for name in names], incoming.to(out), materialize_grads=True)
+        found |= zip(names, gradients, strict=True)
+    return found
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -274,6 +278,20 @@ def layer_error_ratio(attn: DyDiLAttention, batch: int = 1, length: int = 256, s
     def plain(t: Tensors) -> Tensor:
         return equations(attn, t, indices={name: index.to(t["x"].device) for name, index in indices.items()})
 
+    return error_ratio(lambda t: call_layer(attn, t), plain, inputs, wanted)
+
+
+def error_ratio(
+    ours: Callable[[Tensors], Tensor],
+    plain: Callable[[Tensors], Tensor],
+    inputs: Mapping[str, Tensor],
+    wanted: Sequence[str] | None = None,
+) -> float:
+    """The error of ``ours(inputs)`` over that of ``plain``, the same in plain PyTorch, which is exact in float64.
+
+    The worse of two ratios: that of the output, and that of the gradients of the inputs (or of those ``wanted``, which
+    may be none) together.  Above 2 something is wrong.
+    """
     # On the CPU: not every device has float64.
     oracle = output_and_gradients(plain, cast({name: t.cpu() for name, t in inputs.items()}, torch.float64), wanted)
 
@@ -282,8 +300,6 @@ def layer_error_ratio(attn: DyDiLAttention, batch: int = 1, length: int = 256, s
         relative = {name: relative_error(t, oracle[name]) for name, t in found.items()}
         return relative.pop("output"), math.hypot(*relative.values())
 
-    ratios = [
-        ours / usual if ours else 0.0
-        for ours, usual in zip(errors(lambda t: call_layer(attn, t)), errors(plain), strict=True)
-    ]
+    pairs = zip(errors(ours), errors(plain), strict=True)
+    ratios = [mine / usual if usual else math.inf if mine else 0.0 for mine, usual in pairs]
     return math.nan if any(map(math.isnan, ratios)) else max(ratios)

@@ -5,14 +5,12 @@
 says what a model of the machine code expects of a call of any shape.
 """
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -20,7 +18,6 @@ import triton
 import tyro
 from tqdm import tqdm
 
-from benchmarks.harness import Row
 from benchmarks.offline.cases import Case, cases
 from benchmarks.offline.compiling import TARGETS, Job, figures, record
 from benchmarks.offline.prediction.call import Shape, predictions, report
@@ -31,20 +28,13 @@ from benchmarks.offline.table import PATH, key, problems, read_table, write_tabl
 class Config:
     """Compile the kernels for every target, without a GPU."""
 
-    check: bool = False
-    """Compare with the table instead of updating it."""
-    subset: bool = False
-    """Only what is most likely to go wrong, in a few minutes."""
-    only: str = ""
-    """Only kernels whose stage or name contains this."""
-    target: str = ""
-    """Only this target."""
-    workers: int = 2
-    """Processes."""
-    table: Path = PATH
-    """Where the table is."""
-    predict: bool = False
-    """Print predictions for one call of ``shape``, forward and backward, and do nothing else."""
+    check: bool = False  # Compare with the table instead of updating it.
+    subset: bool = False  # Only what is most likely to go wrong, in a few minutes.
+    only: str = ""  # Only kernels whose stage or name contains this.
+    target: str = ""  # Only this target.
+    workers: int = 2  # Processes.
+    table: Path = PATH  # Where the table is.
+    predict: bool = False  # Print predictions for one call of ``shape``, forward and backward, and do nothing else.
     shape: Shape = field(default_factory=Shape)
 
 
@@ -52,58 +42,38 @@ def jobs(chosen: Iterable[Case]) -> list[Job]:
     """All that the cases launch, each once."""
     found: dict[str, Job] = {}
     names: Counter[tuple[str, ...]] = Counter()
-    for case in chosen:
+    for case, (name, target) in product(chosen, TARGETS.items()):
         labels = {"stage": case.stage, "dtype": case.dtype, "d": case.d, "head": case.head}
-        for name, target in TARGETS.items():
-            for job in record(case.call, labels, name, target):
-                if found.setdefault(job.identity, job) is job:
-                    names[key(job.labels)] += 1
-                    if (count := names[key(job.labels)]) > 1:  # differs in the type or alignment of an argument only
-                        job.labels["options"] += f" #{count}"
+        for job in record(case.call, labels, name, target):
+            if found.setdefault(job.identity, job) is job:
+                names[key(job.labels)] += 1
+                if (count := names[key(job.labels)]) > 1:  # differs in the type or alignment of an argument only
+                    job.labels["options"] += f" #{count}"
     return list(found.values())
 
 
 def in_subset(job: Job) -> bool:
     """bf16 at the smallest width and for heads of 72, neither a power of two; a target of little shared memory, the one
     most used, and one of the other vendor."""
-    labels = job.labels
-    return (
-        labels["dtype"] == "bf16"
-        and (labels["d"] == 384 or labels["head"] == 72)
-        and labels["target"] in ("sm_86", "sm_90", "gfx942")
-    )
-
-
-def compile_all(todo: Sequence[Job], workers: int) -> list[Row]:
-    with ProcessPoolExecutor(workers, mp_context=get_context("forkserver")) as pool:
-        futures = [pool.submit(figures, job) for job in todo]
-        return [row_of(job, future) for job, future in zip(tqdm(todo, disable=None), futures, strict=True)]
-
-
-def row_of(job: Job, future: Future[Row]) -> Row:
-    try:
-        return future.result()
-    except BrokenProcessPool:
-        return {**job.labels, "error": "the compiler crashed on this kernel, or on one before it"}
+    dtype, d, head, target = (job.labels[name] for name in ("dtype", "d", "head", "target"))
+    return dtype == "bf16" and (d == 384 or head == 72) and target in ("sm_86", "sm_90", "gfx942")
 
 
 def main(config: Config) -> int:
     if config.predict:
         print(report(predictions(config.shape)))
         return 0
-    everything = jobs(cases())
-    todo = [
-        job
-        for job in everything
-        if config.only in f"{job.labels['stage']}/{job.labels['kernel']}"
-        and config.target in ("", job.labels["target"])
-        and (in_subset(job) or not config.subset)
-    ]
+    everything, todo = jobs(cases()), []
+    for job in everything:
+        named = config.only in f"{job.labels['stage']}/{job.labels['kernel']}"
+        if named and config.target in ("", job.labels["target"]) and (in_subset(job) or not config.subset):
+            todo.append(job)
     if not todo:
         print("nothing to compile")
         return 1
     table = read_table(config.table) if config.check or config.table.exists() else []
-    rows = compile_all(todo, config.workers)
+    with ProcessPoolExecutor(config.workers, mp_context=get_context("forkserver")) as pool:
+        rows = list(tqdm(pool.map(figures, todo), total=len(todo), disable=None))
     found = problems(rows, table if config.check else None)
     if not config.check:
         update = {key(row): row for row in [*table, *rows]}

@@ -5,16 +5,14 @@ that alone, on tensors without data, for the launches of a default layer forward
 named tuples, as the kernels take them, and with the same arguments one by one, as they would be without.
 """
 
-from __future__ import annotations
-
-import inspect
 import statistics
-import time
+import timeit
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton.language as tl
@@ -22,42 +20,29 @@ import tyro
 from triton.compiler import make_backend
 from triton.runtime.jit import KernelParam, compute_cache_key, create_function_from_signature
 
-from benchmarks import harness
+from benchmarks import harness, suite
 from benchmarks.harness import Row
 from benchmarks.offline.cases import attend, project
 from benchmarks.offline.compiling import TARGETS
 from dydila_kernels.ops import tiles
-from dydila_kernels.ops.configs import Config as LaunchConfig
+from dydila_kernels.ops.configs import Config
 
 PATH = harness.REPOSITORY / "benchmarks" / "results" / "binder.jsonl"
 BACKEND = make_backend(TARGETS["sm_90"].triton)
 
 
-@dataclass(frozen=True)
-class Config:
-    """Time what Triton's binder costs a launch, without a GPU."""
+def launches() -> dict[str, tuple[Any, Config, dict[str, Any]]]:
+    """The kernels of a layer of d = 384 with heads of 64 in bf16 by name, with the arguments of their first launch."""
+    found: dict[str, tuple[Any, Config, dict[str, Any]]] = {}
 
-    repeats: int = 2000
-    """Bindings of each kernel, of which the median counts."""
-    out: Path = PATH
-    """Where the rows go."""
-
-
-def launches() -> Iterator[tuple[Any, LaunchConfig, dict[str, Any]]]:
-    """The kernels of a layer of d = 384 with heads of 64 in bf16, each once, with their arguments."""
-    found: dict[str, tuple[Any, LaunchConfig, dict[str, Any]]] = {}
-
-    def note(kernel: Any, grid: tiles.Grid, config: LaunchConfig, arguments: dict[str, Any]) -> None:
+    def note(kernel: Any, grid: tiles.Grid, config: Config, arguments: dict[str, Any]) -> None:
         found.setdefault(kernel.__name__, (kernel, config, arguments))
 
-    saved, tiles.launcher = tiles.launcher, note
-    try:
+    with mock.patch.object(tiles, "launcher", note):
         project(torch.bfloat16, 384)
         attend(torch.bfloat16, 384, 64)
         attend(torch.bfloat16, 384, 64, straight_through=True)
-    finally:
-        tiles.launcher = saved
-    yield from found.values()
+    return found
 
 
 def one_by_one(value: Any, name: str, constant: bool) -> Iterator[tuple[str, Any, bool]]:
@@ -65,66 +50,55 @@ def one_by_one(value: Any, name: str, constant: bool) -> Iterator[tuple[str, Any
     if hasattr(value, "_asdict"):
         for field, part in value._asdict().items():
             yield from one_by_one(part, f"{name}_{field}", constant)
+    elif isinstance(value, tl.constexpr):
+        yield name, value.value, True
     else:
-        yield (
-            name,
-            value.value if isinstance(value, tl.constexpr) else value,
-            constant or isinstance(value, tl.constexpr),
-        )
+        yield name, value, constant
 
 
-def seconds_of(bind: Callable[[], tuple[Any, Any, Any]], repeats: int) -> float:
+def microseconds_of(bind: Callable[[], tuple[Any, Any, Any]], repeats: int) -> float:
     """The median time of a binding and the look-up that follows."""
     keys: dict[Any, str] = {}
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
+
+    def launch() -> None:
         _, specialization, options = bind()
         compute_cache_key(keys, specialization, options)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+
+    return round(1e6 * statistics.median(timeit.repeat(launch, number=1, repeat=repeats)), 2)
 
 
-def row_of(kernel: Any, config: LaunchConfig, arguments: dict[str, Any], repeats: int) -> Row:
-    """One row of the table."""
+def row_of(kernel: Any, config: Config, arguments: dict[str, Any], repeats: int) -> Row:
     options = {"num_warps": config.warps, "num_stages": config.stages}
     constants = {p.name for p in kernel.params if p.is_constexpr}
     flat = [part for name, value in arguments.items() for part in one_by_one(value, name, name in constants)]
-    parameters = [
-        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation="constexpr" if fixed else "")
-        for name, _, fixed in flat
-    ]
-    params = [KernelParam(i, p, False, False) for i, p in enumerate(parameters)]
-    grouped_binder = create_function_from_signature(kernel.signature, kernel.params, BACKEND)
-    flat_binder = create_function_from_signature(inspect.Signature(parameters), params, BACKEND)
-    values = {name: value for name, value, _ in flat}
-    grouped = seconds_of(partial(grouped_binder, **arguments, **options), repeats)
-    separate = seconds_of(partial(flat_binder, **values, **options), repeats)
+    kind = Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [Parameter(name, kind, annotation="constexpr" if fixed else "") for name, _, fixed in flat]
+    params = [KernelParam(i, parameter, False, False) for i, parameter in enumerate(parameters)]
+    grouped = create_function_from_signature(kernel.signature, kernel.params, BACKEND)
+    separate = create_function_from_signature(Signature(parameters), params, BACKEND)
     return {
         "kernel": kernel.__name__,
         "parameters": len(kernel.params),
         "arguments": len(flat),
-        "grouped_us": round(1e6 * grouped, 2),
-        "one_by_one_us": round(1e6 * separate, 2),
-        "ratio": round(grouped / separate, 3),
+        "grouped_us": microseconds_of(partial(grouped, **arguments, **options), repeats),
+        "one_by_one_us": microseconds_of(partial(separate, **{name: v for name, v, _ in flat}, **options), repeats),
     }
 
 
-def main(config: Config) -> list[Row]:
-    """Times, prints and stores; the last row has the sums."""
-    facts = {"suite": "binder", **harness.environment("cpu"), "repeats": config.repeats}
-    rows = [row_of(*launch, config.repeats) for launch in launches()]
-    total: Row = {
-        "kernel": "all",
-        **{name: round(sum(row[name] for row in rows), 2) for name in rows[0] if name != "kernel"},
-    }
-    total["ratio"] = round(total["grouped_us"] / total["one_by_one_us"], 3)
-    for row in [*rows, total]:
-        print("{kernel:30} {parameters:3} parameters, {arguments:3} arguments: {grouped_us:6.1f} us, one by one "
-              "{one_by_one_us:6.1f} us, ratio {ratio:.2f}".format(**row))  # fmt: skip
-    harness.write_rows(config.out, [facts | row for row in [*rows, total]])
-    return [*rows, total]
+def main(repeats: int = 2000, out: Path = PATH) -> None:
+    """Times what Triton's binder costs a launch, without a GPU, prints and stores it; the last row has the sums.
+
+    Args:
+        repeats: bindings of each kernel, of which the median counts.
+        out: where the rows go.
+    """
+    facts = {"suite": "binder", **harness.environment("cpu"), "repeats": repeats}
+    rows = [row_of(*launch, repeats) for launch in launches().values()]
+    rows.append({"kernel": "all", **{key: round(sum(row[key] for row in rows), 2) for key in [*rows[0]][1:]}})
+    rows = [{**row, "ratio": round(row["grouped_us"] / row["one_by_one_us"], 3)} for row in rows]
+    print(suite.table(rows))
+    harness.write_rows(out, [facts | row for row in rows])
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    tyro.cli(main)

@@ -4,8 +4,6 @@ A case calls launchers of ``dydila_kernels.ops`` once; whatever they launch is c
 sizes and addresses divide by 16, as they mostly do.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -57,11 +55,8 @@ def cases() -> Iterator[Case]:
 
 
 def project(dtype: torch.dtype, d: int) -> None:
-    x, weight, router = (
-        empty(IMAGES, TOKENS, d, dtype=dtype),
-        empty(PROJECTORS, d, d, dtype=dtype),
-        empty(d, PROJECTORS),
-    )
+    x, weight = empty(IMAGES, TOKENS, d, dtype=dtype), empty(PROJECTORS, d, d, dtype=dtype)
+    router = empty(d, PROJECTORS)
     (index,) = projection.route(x, [router])
     projection.route(x, [router, router])
     plan = projection.plan(index, PROJECTORS)
@@ -115,18 +110,14 @@ def attend(dtype: torch.dtype, d: int, head: int, size: Size = Size(), **variant
     shape = (1, size.images * tokens, d) if "cu_seqlens" in variant else (size.images, tokens, d)
     q, k, v, q_redundant, k_redundant = (empty(*shape, dtype=dtype) for _ in range(5))
     inputs = core.Inputs(
-        q=q,
-        k=k,
-        v=v,
-        q_redundant=q_redundant,
-        k_redundant=k_redundant,
+        q, k, v, q_redundant, k_redundant,
         gamma=empty(size.factors),
         lam=empty(size.factors),
         kernel_routers=empty(4, d, size.factors),
         differential_routers=empty(2, 2 * d, size.factors),
         weight=empty(9, d) if size.convolution else None,
         bias=empty(d) if size.convolution else None,
-    )
+    )  # fmt: skip
     if variant.get("differential") == "off":
         inputs = inputs._replace(q_redundant=None, k_redundant=None, lam=None, differential_routers=None)
     settings = core.Settings(

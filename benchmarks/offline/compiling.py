@@ -4,10 +4,7 @@ The launchers run on tensors without data, and :func:`record` notes what they wo
 that into a specialisation, as it would at a launch, so no signature is written down a second time.
 """
 
-from __future__ import annotations
-
 import importlib
-import os
 import re
 import subprocess
 import tempfile
@@ -16,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import triton
 import triton.language
@@ -36,21 +34,13 @@ KIB = 1024
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU and the limits of one of its multiprocessors (compute units).
+    """A GPU and the limits of one of its multiprocessors (compute units)."""
 
-    Attributes:
-        arch: as Triton's ``GPUTarget`` wants it.
-        shared: bytes of shared memory that one program may have.
-        shared_total: bytes for all resident programs.
-        warps: resident warps at most.
-        programs: resident programs at most.
-    """
-
-    arch: int | str
-    shared: int
-    shared_total: int
-    warps: int
-    programs: int
+    arch: int | str  # as Triton's ``GPUTarget`` wants it
+    shared: int  # bytes of shared memory that one program may have
+    shared_total: int  # bytes for all resident programs
+    warps: int  # resident warps at most
+    programs: int  # resident programs at most
 
     @property
     def backend(self) -> str:
@@ -74,25 +64,17 @@ TARGETS: dict[str, Target] = {
 
 @dataclass(frozen=True)
 class Job:
-    """One kernel, specialised, for one target; plain data, so that another process can compile it.
+    """One kernel, specialised, for one target; plain data, so that another process can compile it."""
 
-    Attributes:
-        labels: the columns that tell rows of the table apart.
-        kernel: module and name.
-        signature, constants, attributes: of Triton's ``ASTSource``.
-        warps, stages: of the launch.
-        launch: what it was launched with, for the target of the model that predicts.
-    """
-
-    labels: Row = field(repr=False)
-    kernel: tuple[str, str]
-    signature: dict[str, Any]
+    labels: Row = field(repr=False)  # the columns that tell rows of the table apart
+    kernel: tuple[str, str]  # module and name
+    signature: dict[str, Any]  # of Triton's ``ASTSource``, as the next two
     constants: dict[tuple[int, ...], Any]
     attributes: dict[tuple[int, ...], Any]
     warps: int
     stages: int
     target: Target
-    launch: Launch | None = field(default=None, repr=False)
+    launch: Launch | None = field(default=None, repr=False)  # where the model is to predict it
 
     @property
     def identity(self) -> str:
@@ -114,21 +96,15 @@ def record(call: Callable[[], object], labels: Row, name: str, target: Target) -
         _, signature, constants, attributes = kernel._pack_args(backend, arguments, bound, specialization, None)
         fixed: dict[str, Any] = {}
         for path, value in constants.items():
-            found = unwrapped(value)
+            found = value.value if isinstance(value, triton.language.constexpr) else value
             fixed |= found._asdict() if hasattr(found, "_asdict") else {name_of(kernel, arguments, path): found}
         fixed.pop("D", None)  # a column of its own
         options = [f"{key}={value}" for key, value in fixed.items() if value is not None]
         options += [f"-{key}" for key, value in fixed.items() if value is None]
+        launch = {"kernel": kernel.__name__, "options": " ".join(options), "warps": config.warps}
         jobs.append(
             Job(
-                labels={
-                    **labels,
-                    "kernel": kernel.__name__,
-                    "options": " ".join(options),
-                    "warps": config.warps,
-                    "stages": config.stages,
-                    "target": name,
-                },
+                labels={**labels, **launch, "stages": config.stages, "target": name},
                 kernel=(kernel.__module__, kernel.__name__),
                 signature=signature,
                 constants=constants,
@@ -140,12 +116,8 @@ def record(call: Callable[[], object], labels: Row, name: str, target: Target) -
             )
         )
 
-    saved = tiles.launcher, tiles.target
-    tiles.launcher, tiles.target = note, target.backend
-    try:
+    with mock.patch.object(tiles, "launcher", note), mock.patch.object(tiles, "target", target.backend):
         call()
-    finally:
-        tiles.launcher, tiles.target = saved
     return jobs
 
 
@@ -157,11 +129,6 @@ def name_of(kernel: Any, arguments: dict[str, Any], path: tuple[int, ...]) -> st
         names.append(value._fields[position])
         value = value[position]
     return names[-1] if names[-1].isupper() else ".".join(names)
-
-
-def unwrapped(value: Any) -> Any:
-    """What a constant of Triton holds."""
-    return value.value if isinstance(value, triton.language.constexpr) else value
 
 
 def compiled(job: Job) -> Any:
@@ -179,26 +146,15 @@ def figures(job: Job) -> Row:
         kernel = compiled(job)
     except Exception as error:  # whatever the compiler raises is a result, to be reported with all the others
         return {**row, "error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-    measured = nvidia(kernel.asm["cubin"]) if job.target.backend == "cuda" else amd(kernel.asm["amdgcn"])
-    shared = kernel.metadata.shared
-    return {
-        **row,
-        **measured,
-        "shared": shared,
-        "resident_warps": resident_warps(job.target, measured["registers"], shared, job.warps),
-        "dots": tensor_core_dots(kernel.asm["ttir"]),
-        **predicted(job, kernel, measured["registers"]),
-    }
-
-
-def predicted(job: Job, kernel: Any, registers: int) -> Row:
-    """The columns of the model of :mod:`benchmarks.offline.prediction`; none where a loop ends by data."""
-    if job.launch is None:
-        return {}
-    found = prediction_of(kernel, registers, job.warps, job.launch)
-    if found.loops:
-        return {}
-    return {"predicted_us": round(found.microseconds, 1), "predicted_barriers": found.barriers}
+    row |= nvidia(kernel.asm["cubin"]) if job.target.backend == "cuda" else amd(kernel.asm["amdgcn"])
+    row["shared"], row["dots"] = kernel.metadata.shared, tensor_core_dots(kernel.asm["ttir"])
+    row["resident_warps"] = resident_warps(job.target, row["registers"], row["shared"], job.warps)
+    if job.launch is not None:
+        prediction = prediction_of(kernel, row["registers"], job.warps, job.launch)
+        if not prediction.loops:  # that end by data, of which nothing is known
+            row["predicted_us"] = round(prediction.microseconds, 1)
+            row["predicted_barriers"] = prediction.barriers
+    return row
 
 
 def tensor_core_dots(ttir: str) -> int:
@@ -209,46 +165,41 @@ def tensor_core_dots(ttir: str) -> int:
 
 def nvidia(cubin: bytes) -> Row:
     with tempfile.TemporaryDirectory() as folder:
-        file = os.path.join(folder, "kernel.cubin")
-        Path(file).write_bytes(cubin)
-        usage = tool("cuobjdump", "-res-usage", file)
-        code = tool("nvdisasm", "-c", file)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
-        raise RuntimeError(f"cuobjdump -res-usage answered: {usage!r}")
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(cubin)
+        usage = tool("cuobjdump", "-res-usage", str(file))
+        code = tool("nvdisasm", "-c", str(file))
     # Such as "/*0a50*/  @!P0 HMMA.16816.F32.BF16 R4, ..."
     names = Counter(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", code, re.MULTILINE))
     del names["NOP"]
-    return {
-        "registers": int(found[1]),
-        "stack": int(found[2]),
-        "instructions": names.total(),
-        "mufu": names["MUFU"],
-        "tensor_core": sum(count for name, count in names.items() if re.fullmatch(r"\w*MMA", name)),
-    }
+    registers, stack = number(r"REG:(\d+)", usage), number(r"STACK:(\d+)", usage)
+    return counted(names, registers, stack, mufu="MUFU", tensor_core=r"\w*MMA")
 
 
 def tool(name: str, *arguments: str) -> str:
     """The output of one of the CUDA tools that Triton's wheel carries."""
-    path = getattr(triton.knobs.nvidia, name).path
-    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+    command = [getattr(triton.knobs.nvidia, name).path, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def amd(assembly: str) -> Row:
-    def entry(name: str) -> int:
-        found = re.search(rf"^\s+\.{name}:\s+(\d+)", assembly, re.MULTILINE)
-        if found is None:
-            raise RuntimeError(f"no .{name} in the assembly")
-        return int(found[1])
-
     names = Counter(re.findall(r"^\s+([a-z]\w+)", assembly.split(".section", 1)[0], re.MULTILINE))
-    return {
-        "registers": entry("vgpr_count"),
-        "stack": entry("private_segment_fixed_size"),
-        "instructions": names.total(),
-        "mufu": sum(count for name, count in names.items() if re.match(r"v_(exp|log|rcp|rsq|sqrt|sin|cos)_", name)),
-        "tensor_core": sum(count for name, count in names.items() if name.startswith("v_mfma")),
-    }
+    registers = number(r"\.vgpr_count:\s+(\d+)", assembly)
+    stack = number(r"\.private_segment_fixed_size:\s+(\d+)", assembly)
+    return counted(names, registers, stack, mufu=r"v_(exp|log|rcp|rsq|sqrt|sin|cos)_\w+", tensor_core=r"v_mfma\w*")
+
+
+def number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"no {pattern} in what the compiler's tools say: {text[:200]!r}")
+    return int(found[1])
+
+
+def counted(names: Counter[str], registers: int, stack: int, **kinds: str) -> Row:
+    """Figures of a kernel's instructions by name: how many there are, and how many of each kind."""
+    totals = {kind: sum(n for name, n in names.items() if re.fullmatch(like, name)) for kind, like in kinds.items()}
+    return {"registers": registers, "stack": stack, "instructions": names.total(), **totals}
 
 
 def resident_warps(target: Target, registers: int, shared: int, warps: int) -> int:

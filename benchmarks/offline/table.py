@@ -1,7 +1,5 @@
 """The table of compiled kernels: its columns, its file, and what a kernel must not do."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Sequence
 from pathlib import Path

@@ -47,7 +47,7 @@ def test_wide_heads_are_left_to_linear_attention() -> None:
 def test_prepared_calls_pickle() -> None:
     """Memory on a CPU is measured in a fresh process."""
     for comparison in core.comparisons(core.Config(device="cpu", dim=32, heads=(2,), sizes=(16,))):
-        for contender in comparison.contenders.values():
+        for contender in comparison:
             pickle.dumps((contender.prepare, contender.warm_up))
 
 
@@ -85,11 +85,11 @@ def test_layers_have_the_shapes_of_ours(attend: rivals.Attention) -> None:
 
 def test_packages_that_are_not_installed_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda _: None)
-    assert rivals.missing("flash-attn", "cuda") == "missing: not installed"
+    assert rivals.missing("flash-attn", SHAPE, "cuda") == "missing: not installed"
     monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda _: object())
-    assert rivals.missing("flash-attn", "cuda") is None
-    assert rivals.missing("flash-attn", "cpu") == "missing: it needs a GPU"
-    assert "causal only" in str(rivals.missing("flash-linear-attention", "cuda"))
+    assert rivals.missing("flash-attn", SHAPE, "cuda") is None
+    assert rivals.missing("flash-attn", SHAPE, "cpu") == "missing: it needs a GPU"
+    assert "causal only" in str(rivals.missing("flash-linear-attention", SHAPE, "cuda"))
 
 
 @pytest.mark.parametrize(("name", "module"), [("flash-attn", "flash_attn"), ("flash_bla", "flash_bla")])

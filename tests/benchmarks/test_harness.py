@@ -39,22 +39,6 @@ def test_a_call_over_budget_is_made_once_and_counts() -> None:
     assert len(seconds["slow"]) == 1 and seconds["slow"][0] >= 0.02
 
 
-def test_sets_of_inputs_take_turns() -> None:
-    order: list[str] = []
-    call = harness.in_turn([lambda: order.append("first"), lambda: order.append("second")])
-    for _ in range(3):
-        call()
-    assert order == ["first", "second", "first"]
-
-
-def test_sets_of_inputs_together_are_twice_the_last_cache_or_eight(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "cache_bytes", lambda _: 32 * harness.MIB)
-    sets = {mib: harness.sets_for_cold_cache(mib * harness.MIB, "cpu") for mib in (1, 16, 32, 200)}
-    assert sets == {1: 8, 16: 5, 32: 3, 200: 2}
-    monkeypatch.setattr(harness, "cache_bytes", lambda _: 0)
-    assert harness.sets_for_cold_cache(harness.MIB, "cpu") == 1
-
-
 def test_a_summary_is_of_milliseconds() -> None:
     found = harness.summarize([0.001, 0.002, 0.003])
     assert found == pytest.approx({"median_ms": 2.0, "q10_ms": 1.2, "q90_ms": 2.8, "repeats": 3})

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,18 +15,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import core, harness, rivals, roofline, suite
 from benchmarks.roofline import Cost, Shape
-from benchmarks.suite import Comparison, Contender
+from benchmarks.suite import Contender
 
 OPTIONS = suite.Options(device="cpu", threads=1, smoke=True)
 CEILINGS = {"copy_gb_s": 10.0, "float32_tflop_s": 0.1, "bfloat16_tflop_s": 0.2}
 COST = Cost(1e6, 1e6)
+LABELS = {"name": "a", "mode": "forward", "dim": 8, "tokens": 64}
 
 
-def run(
-    contenders: dict[str, Contender], earlier: tuple[harness.Row, ...] = (), **options: object
-) -> list[harness.Row]:
-    comparison = Comparison({"mode": "forward", "dim": 8}, {"tokens": 64}, contenders, input_bytes=2**20)
-    return suite.measure(replace(OPTIONS, **options), comparison, earlier, CEILINGS)  # type: ignore[arg-type]
+def run(contenders: dict[str, Contender], **options: object) -> list[harness.Row]:
+    for name, contender in contenders.items():
+        contender.labels = {**LABELS, "name": name}
+    return suite.measure(replace(OPTIONS, **options), [*contenders.values()], CEILINGS)  # type: ignore[arg-type]
 
 
 def fails(error: Exception) -> Callable[[], object]:
@@ -39,13 +40,17 @@ def never() -> object:
     raise AssertionError("called although it must not be")
 
 
+def contender_of(prepare: Callable[[], Callable[[], object]], **facts: Any) -> Contender:
+    return Contender(prepare, LABELS, **facts)
+
+
 def fine() -> Contender:
-    return Contender(lambda: lambda: None, cost=COST)
+    return contender_of(lambda: lambda: None, cost=COST)
 
 
 @pytest.mark.parametrize("ratio", [2.5, math.nan])
 def test_what_is_wrong_gets_no_time(ratio: float) -> None:
-    wrong, right = run({"wrong": Contender(never, error_ratio=lambda: ratio), "right": fine()})
+    wrong, right = run({"wrong": contender_of(never, error_ratio=lambda: ratio), "right": fine()})
     assert wrong["skipped"] == suite.WRONG and "median_ms" not in wrong
     assert right["skipped"] is None and right["median_ms"] >= 0
     assert suite.exit_code([right]) == 0 and suite.exit_code([right, wrong]) == 1
@@ -54,13 +59,13 @@ def test_what_is_wrong_gets_no_time(ratio: float) -> None:
 @pytest.mark.parametrize(
     ("contender", "reason"),
     [
-        (Contender(lambda: fails(torch.OutOfMemoryError("no room"))), "out of memory"),
-        (Contender(fails(torch.OutOfMemoryError("no room"))), "out of memory"),
-        (Contender(lambda: fails(ValueError("bad\nsecond line"))), "failed: ValueError: bad"),
-        (Contender(fails(RuntimeError("at once"))), "failed: RuntimeError: at once"),
-        (Contender(never, error_ratio=fails(KeyError("x"))), "failed: KeyError: 'x'"),  # type: ignore[arg-type]
-        (Contender(never, missing="missing: not installed"), "missing: not installed"),
-        (Contender(lambda: lambda: None, warm_up=fails(ValueError("cold"))), "failed: ValueError: cold"),
+        (contender_of(lambda: fails(torch.OutOfMemoryError("no room"))), "out of memory"),
+        (contender_of(fails(torch.OutOfMemoryError("no room"))), "out of memory"),
+        (contender_of(lambda: fails(ValueError("bad\nsecond line"))), "failed: ValueError: bad"),
+        (contender_of(fails(RuntimeError("at once"))), "failed: RuntimeError: at once"),
+        (contender_of(never, error_ratio=fails(KeyError("x"))), "failed: KeyError: 'x'"),  # type: ignore[arg-type]
+        (contender_of(never, missing="missing: not installed"), "missing: not installed"),
+        (contender_of(lambda: lambda: None, warm_up=fails(ValueError("cold"))), "failed: ValueError: cold"),
     ],
 )
 def test_what_goes_wrong_is_in_the_row_and_the_others_go_on(contender: Contender, reason: str) -> None:
@@ -71,40 +76,17 @@ def test_what_goes_wrong_is_in_the_row_and_the_others_go_on(contender: Contender
     assert reason.split(":")[0] in text and "before" in text
 
 
-def test_a_call_expected_to_take_too_long_is_not_made() -> None:
-    first = run({"slow": Contender(lambda: lambda: None, cost=COST)})[0] | {"median_ms": 2e3, "tokens": 16}
-    slow = {"slow": Contender(never, cost=COST * 400)}
-    second = run(slow, (first,), skip_over_seconds=600.0)[0]
-    assert second["skipped"] == "over budget: a call would take about 800 s"
-    third = run(slow, (first, second), skip_over_seconds=600.0)[0]
-    assert third["skipped"] == second["skipped"]
-    elsewhere = first | {"mode": "backward"}
-    assert run({"slow": Contender(lambda: lambda: None, cost=COST * 400)}, (elsewhere,))[0]["skipped"] is None
-
-
-def test_stages_without_flops_are_expected_by_their_bytes() -> None:
-    first = run({"copy": Contender(lambda: lambda: None, cost=Cost(1e6, 0))})[0] | {"median_ms": 2e3}
-    second = run({"copy": Contender(never, cost=Cost(4e8, 0))}, (first,), skip_over_seconds=600.0)[0]
-    assert second["skipped"] == "over budget: a call would take about 800 s"
-
-
-def test_sets_of_inputs_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "cache_bytes", lambda _: 2**20)
-    used: list[int] = []
-
-    def prepare() -> Callable[[], object]:
-        number = next(numbers)
-        return lambda: used.append(number)
-
-    numbers = iter(range(8))
-    run({"a": Contender(prepare)})
-    assert used == [0, 1, 2]  # twice the cache and one more; a call to warm up and two that count
-    assert harness.sets_for_cold_cache(2**30, "cpu") == 2 and harness.sets_for_cold_cache(1, "cpu") == 8
+def test_caches_are_flushed_before_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+    monkeypatch.setattr(Tensor, "add_", lambda tensor, _: happened.append(f"flush {tensor.numel() // 2**20}"))
+    run({name: contender_of(lambda name=name: lambda: happened.append(name)) for name in "ab"})
+    assert happened == ["flush 1", "a", "flush 1", "b"] * 3  # a call to warm up and two that count
+    run({"a": contender_of(lambda: lambda: happened.append("a"))}, smoke=False, repeats=1)
+    assert happened[12:] == ["flush 256", "a"] * 2
 
 
 def test_rows_are_stored_with_facts(tmp_path: Path) -> None:
-    comparison = Comparison({"mode": "forward"}, {"tokens": 64}, {"a": fine()}, input_bytes=2**20)
-    rows = suite.run("trial", replace(OPTIONS, out=tmp_path), [comparison])
+    rows = suite.run("trial", lambda _: [[fine()]], replace(OPTIONS, out=tmp_path))
     assert harness.read_rows(tmp_path / "trial.jsonl") == rows
     assert all(rows[0][fact] for fact in ("suite", "commit", "torch", "device", "date", "dtype", "ceilings"))
 

@@ -87,7 +87,7 @@ def seconds_of(bind: Callable[[], tuple[Any, Any, Any]], repeats: int) -> float:
 
 def row_of(kernel: Any, config: LaunchConfig, arguments: dict[str, Any], repeats: int) -> Row:
     """One row of the table."""
-    options = {"num_warps": config.warps, "num_stages": config.stages}
+    options = config.options
     constants = {p.name for p in kernel.params if p.is_constexpr}
     flat = [part for name, value in arguments.items() for part in one_by_one(value, name, name in constants)]
     parameters = [

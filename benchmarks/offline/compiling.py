@@ -80,7 +80,7 @@ class Job:
         labels: the columns that tell rows of the table apart.
         kernel: module and name.
         signature, constants, attributes: of Triton's ``ASTSource``.
-        warps, stages: of the launch.
+        config: Triton's options of the launch.
         launch: what it was launched with, for the target of the model that predicts.
     """
 
@@ -89,8 +89,7 @@ class Job:
     signature: dict[str, Any]
     constants: dict[tuple[int, ...], Any]
     attributes: dict[tuple[int, ...], Any]
-    warps: int
-    stages: int
+    config: dict[str, int]
     target: Target
     launch: Launch | None = field(default=None, repr=False)
 
@@ -109,7 +108,7 @@ def record(call: Callable[[], object], labels: Row, name: str, target: Target) -
 
     def note(kernel: Any, grid: tiles.Grid, config: Config, arguments: dict[str, Any]) -> None:
         # As triton.JITFunction.run does.
-        arguments = {**arguments, "num_warps": config.warps, "num_stages": config.stages}
+        arguments = {**arguments, **config.options}
         bound, specialization, _ = create_function_from_signature(kernel.signature, kernel.params, backend)(**arguments)
         _, signature, constants, attributes = kernel._pack_args(backend, arguments, bound, specialization, None)
         fixed: dict[str, Any] = {}
@@ -133,8 +132,7 @@ def record(call: Callable[[], object], labels: Row, name: str, target: Target) -
                 signature=signature,
                 constants=constants,
                 attributes=attributes,
-                warps=config.warps,
-                stages=config.stages,
+                config=config.options,
                 target=target,
                 launch=launch_of(grid, bound, signature) if name == machine.TARGET else None,
             )
@@ -169,7 +167,7 @@ def compiled(job: Job) -> Any:
     module, name = job.kernel
     function = getattr(importlib.import_module(module), name)
     source = source_of(function, job.signature, job.constants, job.attributes)
-    return triton.compile(source, target=job.target.triton, options={"num_warps": job.warps, "num_stages": job.stages})
+    return triton.compile(source, target=job.target.triton, options=job.config)
 
 
 def figures(job: Job) -> Row:
@@ -185,7 +183,7 @@ def figures(job: Job) -> Row:
         **row,
         **measured,
         "shared": shared,
-        "resident_warps": resident_warps(job.target, measured["registers"], shared, job.warps),
+        "resident_warps": resident_warps(job.target, measured["registers"], shared, job.config["num_warps"]),
         "dots": tensor_core_dots(kernel.asm["ttir"]),
         **predicted(job, kernel, measured["registers"]),
     }
@@ -195,7 +193,7 @@ def predicted(job: Job, kernel: Any, registers: int) -> Row:
     """The columns of the model of :mod:`benchmarks.offline.prediction`; none where a loop ends by data."""
     if job.launch is None:
         return {}
-    found = prediction_of(kernel, registers, job.warps, job.launch)
+    found = prediction_of(kernel, registers, job.config["num_warps"], job.launch)
     if found.loops:
         return {}
     return {"predicted_us": round(found.microseconds, 1), "predicted_barriers": found.barriers}

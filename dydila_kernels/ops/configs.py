@@ -20,6 +20,7 @@ class Config:
         block_d: channels that a program works on at a time.
         warps, stages: ``num_warps`` and ``num_stages`` of the launch.
         block_k: length of a step along the summed dimension of a matrix product, where that is neither of the above.
+        registers: of a thread at most (``maxnreg``), or None for what the compiler takes.
         reason: why these values.
     """
 
@@ -28,7 +29,14 @@ class Config:
     warps: int
     stages: int = 1
     block_k: int = 0
+    registers: int | None = None
     reason: str = ""
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Triton's options of a launch."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,14 @@ TABLE |= {
     ("given_gradients", "single"): (Entry(ANY, Config(32, 32, 4, reason=WALK)),),
 }
 
+# gluon/; the width as above
+ROWS = "16 rows a warp; 128 registers: four programs on a multiprocessor"
+TABLE |= {
+    ("gluon_tokens", "half"): (Entry(ANY, Config(64, 64, 4, registers=128, reason=ROWS)),),
+    ("gluon_readout", "half"): (Entry(ANY, Config(64, 64, 4, registers=128, reason=ROWS)),),
+    ("prepare", "half"): (Entry(ANY, Config(64, 1, 4, reason="a few thousand numbers: many small programs")),),
+}
+
 # projection.py; the width is n_P for "route", the channels of the result for "projection"
 TABLE |= {
     ("route", "half"): (

@@ -31,8 +31,12 @@ def wanted() -> str:
     return form
 
 
-def why_not_gluon(context: LaunchContext, side: QKOperand) -> str | None:
-    """The reason why launches for ``side`` take the Triton form, or None where they take that in Gluon."""
+STEP = 64
+"""Channels that a program of the Gluon form works on at a time."""
+
+
+def why_never_gluon(context: LaunchContext, side: QKOperand) -> str | None:
+    """The reason why no launch for ``side`` takes the form in Gluon, or None where some do."""
     if wanted() == "triton":
         return f"{VARIABLE} is triton"
     if tiles.INTERPRETED:
@@ -45,6 +49,33 @@ def why_not_gluon(context: LaunchContext, side: QKOperand) -> str | None:
         return "float32 tokens are exact in the Triton form alone"
     if side.redundant is None:
         return "there is one branch"
+    return None
+
+
+def why_not_gluon(context: LaunchContext, side: QKOperand) -> str | None:
+    """The reason why launches for ``side`` take the Triton form, or None where they take that in Gluon."""
     if context.head_dim not in HEADS:
         return f"heads of {context.head_dim} are none of {HEADS}"
-    return None
+    return why_never_gluon(context, side)
+
+
+def why_not_gluon_tokens(context: LaunchContext, side: QKOperand, decide: bool, terms: bool) -> str | None:
+    """The same of ``tokens``; ``terms``: whether denominator terms are wanted."""
+    if not decide:
+        return "what was decided is read"
+    if terms:
+        return "denominator terms are summed"
+    if side.differential_router is None:
+        return "no lambda is chosen"
+    if side.slopes is not None:
+        return "routers are trained"
+    if context.dim % STEP:
+        return f"{context.dim} channels are no multiple of {STEP}"
+    return why_never_gluon(context, side)
+
+
+def why_not_gluon_readout(context: LaunchContext, side: QKOperand, decide: bool, add: bool) -> str | None:
+    """The same of ``readout``; ``add``: whether it adds to what is there, or a convolution."""
+    if add:
+        return "the result is added to what is there"
+    return why_not_gluon(context, side) or why_not_gluon_tokens(context, side, decide, side.has_denominator)

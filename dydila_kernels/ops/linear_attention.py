@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dydila_kernels.ops import configs
+from dydila_kernels.ops import configs, forms
 from dydila_kernels.ops.arguments import Denominator, Scaling, strided
 from dydila_kernels.ops.branches import (
     branch_pointers,
@@ -269,6 +269,11 @@ def readout(
     state (segments, H, e, e) in the dtype of the tokens; under "denominator" ``means`` (segments, d) are those of the
     keys, and ``inverse`` (T, H), written, that of the queries, all float32.
     """
+    if forms.why_not_gluon_readout(context, side, decide, add or weight is not None) is None:
+        from dydila_kernels.ops.gluon.readout import readout as gluon_readout
+
+        gluon_readout(context, side, state, out)
+        return
     config = configs.pick("readout", context.dtype, context.head_dim)
     launch(
         readout_kernel, (context.programs(config.block_n),), config, tokens=context.tokens(side, masked=decide),

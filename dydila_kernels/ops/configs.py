@@ -86,12 +86,20 @@ TABLE |= {
     ("given_gradients", "single"): (Entry(ANY, Config(32, 32, 4, reason=WALK)),),
 }
 
-# gluon/; the width as above
-ROWS = "16 rows a warp; 128 registers: four programs on a multiprocessor"
+# gluon/ and the products of what it writes; the width is that of a head, for "gluon_tokens" d
+ROWS = "16 tokens, whole, in the registers of 8 warps: two programs on a multiprocessor, one loads while one works"
 TABLE |= {
-    ("gluon_tokens", "half"): (Entry(ANY, Config(64, 64, 4, registers=128, reason=ROWS)),),
-    ("gluon_readout", "half"): (Entry(ANY, Config(64, 64, 4, registers=128, reason=ROWS)),),
-    ("prepare", "half"): (Entry(ANY, Config(64, 1, 4, reason="a few thousand numbers: many small programs")),),
+    ("gluon_tokens", "half"): (Entry(ANY, Config(16, 32, 8, registers=128, reason=ROWS)),),
+    ("prepare", "half"): (Entry(ANY, Config(512, 1, 4, reason="the largest of some thousand numbers in a few steps")),),
+    ("written_state", "half"): (
+        Entry(64, Config(64, 64, 4, 3, reason="two tiles on their way; a head at once, so that nothing is read twice")),
+        Entry(ANY, Config(64, 32, 4, 3, reason="two tiles on their way; columns of 128 leave room for 32 rows")),
+    ),
+    ("product", "half"): (
+        Entry(64, Config(64, 64, 4, reason="a tile is loaded at once, and many programs are")),
+        Entry(80, Config(64, 16, 4, reason="72 and 80 are 5 x 16")),
+        Entry(ANY, Config(64, 32, 4, reason="columns of 128")),
+    ),
 }
 
 # projection.py; the width is n_P for "route", the channels of the result for "projection"

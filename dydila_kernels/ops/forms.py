@@ -13,14 +13,13 @@ import os
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
 from dydila_kernels.ops import tiles
 from dydila_kernels.ops.context import LaunchContext, QKOperand
 
 VARIABLE = "DYDILA_KERNELS_FORM"
 FORMS = ("auto", "gluon", "triton")
-HEADS = (32, 64, 96, 128)
-"""Widths of heads of the Gluon form."""
 
 
 def wanted() -> str:
@@ -31,12 +30,12 @@ def wanted() -> str:
     return form
 
 
-STEP = 64
-"""Channels that a program of the Gluon form works on at a time."""
+LARGEST = 1280
+"""Channels whose words the registers of a program hold."""
 
 
-def why_never_gluon(context: LaunchContext, side: QKOperand) -> str | None:
-    """The reason why no launch for ``side`` takes the form in Gluon, or None where some do."""
+def why_not_gluon(context: LaunchContext, side: QKOperand) -> str | None:
+    """The reason why launches for ``side`` take the Triton form, or None where they take that in Gluon."""
     if wanted() == "triton":
         return f"{VARIABLE} is triton"
     if tiles.INTERPRETED:
@@ -49,18 +48,20 @@ def why_never_gluon(context: LaunchContext, side: QKOperand) -> str | None:
         return "float32 tokens are exact in the Triton form alone"
     if side.redundant is None:
         return "there is one branch"
+    if context.dim > LARGEST:
+        return f"the registers hold {LARGEST} channels, not {context.dim}"
+    if any(not in_words(t) for t in (side.tokens, side.redundant)):
+        return "rows do not begin at even channels"
     return None
 
 
-def why_not_gluon(context: LaunchContext, side: QKOperand) -> str | None:
-    """The reason why launches for ``side`` take the Triton form, or None where they take that in Gluon."""
-    if context.head_dim not in HEADS:
-        return f"heads of {context.head_dim} are none of {HEADS}"
-    return why_never_gluon(context, side)
+def in_words(tokens: Tensor) -> bool:
+    """Whether the rows of tokens (B, N, d) of 16 bits are whole words of two."""
+    return tokens.data_ptr() % 4 == 0 and not any(n % 2 for n in (*tokens.stride()[:-1], tokens.shape[-1]))
 
 
-def why_not_gluon_tokens(context: LaunchContext, side: QKOperand, decide: bool, terms: bool) -> str | None:
-    """The same of ``tokens``; ``terms``: whether denominator terms are wanted."""
+def why_not_gluon_tokens(context: LaunchContext, side: QKOperand, *, decide: bool, terms: bool) -> str | None:
+    """The same of what routes, measures and writes; ``terms``: whether denominator terms are wanted."""
     if not decide:
         return "what was decided is read"
     if terms:
@@ -69,13 +70,4 @@ def why_not_gluon_tokens(context: LaunchContext, side: QKOperand, decide: bool, 
         return "no lambda is chosen"
     if side.slopes is not None:
         return "routers are trained"
-    if context.dim % STEP:
-        return f"{context.dim} channels are no multiple of {STEP}"
-    return why_never_gluon(context, side)
-
-
-def why_not_gluon_readout(context: LaunchContext, side: QKOperand, decide: bool, add: bool) -> str | None:
-    """The same of ``readout``; ``add``: whether it adds to what is there, or a convolution."""
-    if add:
-        return "the result is added to what is there"
-    return why_not_gluon(context, side) or why_not_gluon_tokens(context, side, decide, side.has_denominator)
+    return why_not_gluon(context, side)

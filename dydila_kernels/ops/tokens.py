@@ -242,7 +242,7 @@ def tokens(
     Under "denominator" ``means`` (segments, d) and ``inverse`` (T, H), written, are those of queries; with ``sums`` it
     returns the mean denominator term (segments, d) float32, each token's times ``weights`` (T, H) where given.
     """
-    if forms.why_not_gluon_tokens(context, side, decide, sums or means is not None) is None:
+    if forms.why_not_gluon_tokens(context, side, decide=decide, terms=sums or means is not None) is None:
         from dydila_kernels.ops.gluon.tokens import tokens as gluon_tokens
 
         gluon_tokens(context, side, out)

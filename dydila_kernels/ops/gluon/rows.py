@@ -1,9 +1,9 @@
 """What the Gluon kernels share: which thread holds what, the power of Eq. 5 in machine words, sums over rows.
 
-A warp has 16 whole rows.  In the layout of the left operand of ``mma.sync`` (``operand``), with 8 channels a step, lane
-l has of rows l / 4 and l / 4 + 8 the channels 8 (l mod 4) to 8 (l mod 4) + 7, and those plus 32: loads of 16 bytes go
-straight into operands of the tensor cores, and a sum over a row is one over four lanes.  In the layout of their results
-(``result``) the same lane has of the same rows the columns 2 (l mod 4), 2 (l mod 4) + 1, and those plus 8, 16, ...
+A program has R = 16 tokens, whole, in registers: its W warps share the channels, CHUNK = 32 W at a time, of which warp w
+has 32.  Lane l has of these, of the tokens l / 4 and l / 4 + 8, the channels from 8 (l mod 4) to 8 (l mod 4) + 7: 16
+bytes, four words of two channels (:func:`words_of`).  Products on tensor cores may take the channels of a sum in any
+order, so the words are operands as they are: :func:`as_right` moves nothing.
 """
 
 from __future__ import annotations
@@ -15,20 +15,70 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 TINY = gl.constexpr(torch.finfo(torch.float32).tiny)
-STEP = gl.constexpr(64)
-"""Channels that a program works on at a time."""
+R = gl.constexpr(16)
+"""Tokens of a program: the columns of two products of tensor cores."""
 
 
 @gluon.constexpr_function
-def result(warps):
-    """(16 warps, columns): of ``mma.sync``, the rows of a tile over the warps."""
-    return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[warps, 1], instr_shape=[16, 8])
+def bits(warps):
+    return range(warps.bit_length() - 1)
 
 
 @gluon.constexpr_function
-def operand(warps, side, width=8):
-    """The left (0) or right (1) operand; ``width`` channels next to each other are those of one lane."""
-    return gl.DotOperandLayout(side, result(warps), width)
+def products(warps):
+    """(W, options, R): results of products on tensor cores, one for each warp; tokens are columns."""
+    return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[warps, 1, 1], instr_shape=[1, 16, 8])
+
+
+@gluon.constexpr_function
+def words_of(warps):
+    """(R, 16 W): words of CHUNK channels."""
+    across = [[0, 16 << i] for i in bits(warps)]
+    lanes = [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout([[0, 1], [0, 2], [8, 0]], lanes, across, [], [16, 16 * warps])
+
+
+@gluon.constexpr_function
+def row(warps):
+    """(R,): what is known of tokens."""
+    return gl.SliceLayout(1, words_of(warps))
+
+
+@gluon.jit
+def channels(words, dtype: gl.constexpr):
+    """(R, 16 W) words -> (..., 2): both channels of each."""
+    low, high = gl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [words], dtype=(gl.int16, gl.int16), is_pure=True, pack=1
+    )
+    return gl.join(low, high).to(dtype, bitcast=True)
+
+
+@gluon.jit
+def as_right(words, dtype: gl.constexpr, WARPS: gl.constexpr):
+    """Words (R, 16 W) as right operand (W, 32, R)."""
+    x = gl.reshape(channels(words, dtype), (2, 8, WARPS, 4, 2, 2, 2))
+    x = gl.reshape(gl.permute(x, (2, 4, 5, 3, 6, 0, 1)), (WARPS, 32, R))
+    return gl.convert_layout(x, gl.DotOperandLayout(1, products(WARPS), 2), assert_trivial=True)
+
+
+@gluon.constexpr_function
+def packing(dtype):
+    return f"cvt.rn.{'bf16x2' if dtype == gl.bfloat16 else 'f16x2'}.f32 $0, $2, $1;"
+
+
+@gluon.jit
+def packed(low, high, dtype: gl.constexpr):
+    """Two float32 as a word of two of 16 bits."""
+    return gl.inline_asm_elementwise(packing(dtype), "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def halves(words):
+    """Words of float16 -> both in float32."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b16 u, v; mov.b32 {u, v}, $2; cvt.f32.f16 $0, u; cvt.f32.f16 $1, v; }", "=f,=f,r", [words],
+        dtype=(gl.float32, gl.float32), is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 class Place(NamedTuple):
@@ -44,8 +94,8 @@ class Place(NamedTuple):
 
 
 @gluon.jit
-def place_of(segments, tile, R: gl.constexpr):
-    """The :class:`Place` of a tile of R tokens."""
+def place_of(segments, tile):
+    """The :class:`Place` of a tile."""
     T = gl.cast(segments.T, gl.int64)
     if segments.table is None:
         tiles = (segments.N + R - 1) // R
@@ -60,18 +110,24 @@ def place_of(segments, tile, R: gl.constexpr):
 
 
 @gluon.jit
-def pointers(strided, place, R: gl.constexpr, layout: gl.constexpr, COLUMNS: gl.constexpr):
-    """Pointers (R, COLUMNS) to the first channels of the rows of a tile."""
-    rows = gl.arange(0, R, layout=gl.SliceLayout(1, layout)).to(gl.int64)
-    columns = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
-    start = strided.x + (place.image * strided.stride_xb + place.first.to(gl.int64) * strided.stride_xn)
-    return start + rows[:, None] * strided.stride_xn + columns[None, :]
+def word_pointers(x, start, stride, WARPS: gl.constexpr):
+    """Pointers (R, 16 W) to the first words of rows of 16-bit numbers: of x, ``start`` and ``stride`` even."""
+    rows = gl.arange(0, R, layout=row(WARPS)).to(gl.int64) * (stride // 2)
+    columns = gl.arange(0, 16 * WARPS, layout=gl.SliceLayout(0, words_of(WARPS)))
+    return (x + start).to(gl.pointer_type(gl.int32)) + rows[:, None] + columns[None, :]
 
 
 @gluon.jit
-def rows_there(mask, place, R: gl.constexpr, layout: gl.constexpr):
+def pointers(strided, place, WARPS: gl.constexpr):
+    """To the rows of a tile."""
+    start = place.image * strided.stride_xb + place.first.to(gl.int64) * strided.stride_xn
+    return word_pointers(strided.x, start, strided.stride_xn, WARPS)
+
+
+@gluon.jit
+def rows_there(mask, place, WARPS: gl.constexpr):
     """(R,): which rows of a tile there are, and which of them count, by ``mask`` (T,) or None."""
-    rows = gl.arange(0, R, layout=layout)
+    rows = gl.arange(0, R, layout=row(WARPS))
     there = place.first + rows < place.end
     if mask is None:
         return there, there
@@ -80,12 +136,30 @@ def rows_there(mask, place, R: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def load(pointers, active, MASKED: gl.constexpr):
-    """What the pointers (R, C) point to; MASKED: zeros in the rows that are not ``active`` (R,)."""
-    if MASKED:
-        return gl.load(pointers, mask=active[:, None], other=0.0)
+def inside(rows, c: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr, MASKED: gl.constexpr):
+    """The mask of chunk c: the channels there are, and where MASKED the rows (R,) given; None where it is full."""
+    WIDTH: gl.constexpr = 16 * WARPS
+    if (c + 1) * WIDTH * 2 <= D:
+        if MASKED:
+            return rows[:, None]
+        else:
+            return None
     else:
+        columns = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, words_of(WARPS)))[None, :]
+        there = c * WIDTH + columns < D // 2
+        if MASKED:
+            return there & rows[:, None]
+        else:
+            return there
+
+
+@gluon.jit
+def load(pointers, mask):
+    """Words, zeros where the mask says."""
+    if mask is None:
         return gl.load(pointers)
+    else:
+        return gl.load(pointers, mask=mask, other=0)
 
 
 # Two channels at a time -----------------------------------------------------------------------------------------------
@@ -94,98 +168,190 @@ PACKED = {
     gl.bfloat16: "max.NaN.bf16x2 t, {z}, t; shl.b32 x, t, 16; and.b32 y, t, 0xffff0000;",
     gl.float16: "max.NaN.f16x2 t, {z}, t; mov.b32 {{u, v}}, t; cvt.f32.f16 x, u; cvt.f32.f16 y, v;",
 }
-"""Of two packed channels z: x and y, their ReLU in float32; t is 0 before.  NaN stays NaN."""
+"""Of a word z: x and y, the ReLU of both in float32; t is 0 before.  NaN stays NaN."""
+BEGIN = "{ .reg .b32 t; .reg .b16 u, v; .reg .f32 x, y; .reg .pred zero; mov.b32 t, 0;"
 
 
 @gluon.constexpr_function
 def measuring(dtype, positive):
-    """Assembly: s = ReLU(z) / m twice, p = s^gamma twice, p in f16; from z, 1/m twice, gamma twice.
+    """Assembly: s = ReLU(z) / m twice, p = s^gamma twice, p in f16; from z, 1/m, gamma.
 
     Results below the smallest normal number are zeros (ftz), and log2 0 = -inf: so 0^gamma = 0 for gamma > 0
     (``positive``), and is made so for others.
     """
     powers = ""
-    for p, s, gamma in (("$2", "$0", "$8"), ("$3", "$1", "$9")):
-        powers += f"lg2.approx.ftz.f32 x, {s}; mul.ftz.f32 x, x, {gamma}; ex2.approx.ftz.f32 {p}, x;"
+    for p, s in (("$2", "$0"), ("$3", "$1")):
+        powers += f"lg2.approx.ftz.f32 x, {s}; mul.ftz.f32 x, x, $7; ex2.approx.ftz.f32 {p}, x;"
         powers += "" if positive else f"setp.eq.f32 zero, {s}, 0f00000000; selp.f32 {p}, 0f00000000, {p}, zero;"
-    return (
-        "{ .reg .b32 t; .reg .b16 u, v; .reg .f32 x, y; .reg .pred zero; mov.b32 t, 0;"
-        + PACKED[dtype].format(z="$5")
-        + "mul.ftz.f32 $0, x, $6; mul.ftz.f32 $1, y, $7;"
-        + powers
-        + "cvt.rn.f16x2.f32 $4, $3, $2; }"
-    )
-
-
-@gluon.constexpr_function
-def raising(dtype, positive):
-    """Assembly: p twice, from z, gamma twice, and twice gamma log2 1/m, or 1/m where not ``positive``."""
-    powers = ""
-    for p, r, gamma, scale in (("$0", "x", "$3", "$5"), ("$1", "y", "$4", "$6")):
-        if positive:
-            powers += f"lg2.approx.ftz.f32 {r}, {r}; fma.rn.ftz.f32 {r}, {r}, {gamma}, {scale};"
-            powers += f"ex2.approx.ftz.f32 {p}, {r};"
-        else:
-            powers += f"mul.ftz.f32 {r}, {r}, {scale}; setp.eq.f32 zero, {r}, 0f00000000;"
-            powers += f"lg2.approx.ftz.f32 {r}, {r}; mul.ftz.f32 {r}, {r}, {gamma};"
-            powers += f"ex2.approx.ftz.f32 {r}, {r}; selp.f32 {p}, 0f00000000, {r}, zero;"
-    return (
-        "{ .reg .b32 t; .reg .b16 u, v; .reg .f32 x, y; .reg .pred zero; mov.b32 t, 0;"
-        + PACKED[dtype].format(z="$2")
-        + powers
-        + "}"
-    )
+    ratios = "mul.ftz.f32 $0, x, $6; mul.ftz.f32 $1, y, $6;"
+    return BEGIN + PACKED[dtype].format(z="$5") + ratios + powers + "cvt.rn.f16x2.f32 $4, $3, $2; }"
 
 
 @gluon.jit
-def measured(z, inv_max, gamma, POSITIVE: gl.constexpr):
-    """s, p (R, C) float32 and p in float16, of z (R, C), 1/m and gamma (R, 1)."""
+def measured(words, inv_max, gamma, dtype: gl.constexpr, POSITIVE: gl.constexpr):
+    """(R, C) words of z, 1/m and gamma (R, 1) -> s and p, float32, of both channels of a word, and words of p in float16."""
     return gl.inline_asm_elementwise(
-        measuring(z.dtype, POSITIVE), "=&r,=&r,=&r,=&r,=r,r,r,r,r,r", [z, inv_max, gamma],
-        dtype=(gl.float32, gl.float32, gl.float16), is_pure=True, pack=2,
+        measuring(dtype, POSITIVE), "=&f,=&f,=&f,=&f,=r,r,f,f", [words, inv_max, gamma],
+        dtype=(gl.float32, gl.float32, gl.float32, gl.float32, gl.int32), is_pure=True, pack=1,
     )  # fmt: skip
 
 
-@gluon.jit
-def raised(z, gamma, shift, POSITIVE: gl.constexpr):
-    """p (R, C) float32, of z (R, C), gamma (R, 1) and what :func:`shift_of` says (R, 1)."""
-    return gl.inline_asm_elementwise(
-        raising(z.dtype, POSITIVE), "=&r,=&r,r,r,r,r,r", [z, gamma, shift], dtype=gl.float32, is_pure=True, pack=2
-    )
-
-
-@gluon.jit
-def shift_of(inv_max, gamma, POSITIVE: gl.constexpr):
-    """What :func:`raised` takes of a row: p = 2^(gamma log2 r - gamma log2 m)."""
-    if POSITIVE:
-        return gl.where(inv_max > 0.0, gamma * gl.log2(gl.where(inv_max > 0.0, inv_max, 1.0)), 0.0)
-    else:
-        return inv_max
+LARGER = {gl.bfloat16: "max.bf16x2 $0, $1, $2;", gl.float16: "max.f16x2 $0, $1, $2;"}
 
 
 @gluon.constexpr_function
 def larger_of(dtype):
-    return f"max.{'bf16x2' if dtype == gl.bfloat16 else 'f16x2'} $0, $1, $2;"
+    return LARGER[dtype]
 
 
 @gluon.jit
-def larger(x, y):
-    """The larger of each two of x and y (R, C) of 16 bits, passing over NaN."""
-    return gl.inline_asm_elementwise(larger_of(x.dtype), "=r,r,r", [x, y], dtype=x.dtype, is_pure=True, pack=2)
+def larger_bf16(x, y):
+    """The larger of each two channels of words, passing over NaN."""
+    return gl.inline_asm_elementwise(larger_of(gl.bfloat16), "=r,r,r", [x, y], dtype=gl.int32, is_pure=True, pack=1)
 
 
 @gluon.jit
-def fold(x):
-    """(R, C) in the layout of an operand -> (R, 4): the sums of what a lane has of each row."""
-    x = gl.reshape(x, (x.shape[0], x.shape[1] // STEP, 2, 4, STEP // 8))
-    return gl.sum(gl.sum(gl.sum(x, 4), 2), 1)
+def larger_fp16(x, y):
+    return gl.inline_asm_elementwise(larger_of(gl.float16), "=r,r,r", [x, y], dtype=gl.int32, is_pure=True, pack=1)
 
 
 @gluon.jit
-def first_largest(logits, CHOICES: gl.constexpr):
-    """(R, n) -> (R,) int32, the lowest index of the largest of the first CHOICES columns; among NaN, some choice."""
+def larger(x, y, dtype: gl.constexpr):
+    if dtype == gl.bfloat16:
+        return larger_bf16(x, y)
+    else:
+        return larger_fp16(x, y)
+
+
+@gluon.jit
+def largest(words, dtype: gl.constexpr, WARPS: gl.constexpr):
+    """(R, 16 W) -> (R, 4 W): of what a lane has of each row, the largest of either channel of the words."""
+    x = gl.reshape(words, (R, 4 * WARPS, 4))
+    if dtype == gl.bfloat16:
+        return gl.reduce(x, 2, larger_bf16)
+    else:
+        return gl.reduce(x, 2, larger_fp16)
+
+
+@gluon.jit
+def fold(x, WARPS: gl.constexpr):
+    """(R, 16 W) -> (R, 4 W): the sums of what a lane has of each row."""
+    return gl.sum(gl.reshape(x, (R, 4 * WARPS, 4)), 2)
+
+
+@gluon.constexpr_function
+def unpacking(dtype):
+    return BEGIN + PACKED[dtype].format(z="$2") + "mov.f32 $0, x; mov.f32 $1, y; }"
+
+
+@gluon.jit
+def unpacked(words, dtype: gl.constexpr):
+    """The ReLU of both channels of words, float32."""
+    return gl.inline_asm_elementwise(
+        unpacking(dtype), "=&f,=&f,r", [words], dtype=(gl.float32, gl.float32), is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def choose(logits, table, CHOICES: gl.constexpr):
+    """(m, R, n) -> (m, R) int32, the lowest index of the largest of the first CHOICES, and what a table has there.
+
+    Among NaN, some choice.  The table is read before the logits are known: nothing waits for it.
+    """
     layout: gl.constexpr = logits.type.layout
-    columns = gl.arange(0, logits.shape[1], layout=gl.SliceLayout(0, layout))[None, :]
-    logits = gl.where(columns < CHOICES, logits, float("-inf"))
-    best = gl.max(logits, 1)
-    return gl.minimum(gl.min(gl.where(logits == best[:, None], columns, logits.shape[1]), 1), CHOICES - 1)
+    options = gl.arange(0, logits.shape[2], layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
+    entries = gl.load(table + gl.minimum(options, CHOICES - 1)).to(gl.float32)[None, None, :]
+    options = options[None, None, :]
+    logits = gl.where(options < CHOICES, logits, float("-inf"))
+    best = gl.max(logits, 2)
+    index = gl.min(gl.where(logits == best[:, :, None], options, CHOICES - 1), 2)
+    return index, gl.sum(gl.where(options == index[:, :, None], entries, 0.0), 2)
+
+
+# Between the warps of a program ---------------------------------------------------------------------------------------
+
+
+@gluon.constexpr_function
+def logits_shared(options, warps):
+    """(W, 2, R, options) in shared memory: the lanes of a warp write, and read, different banks."""
+    tokens = [[0, 0, 1 << i, 0] for i in range(4)]
+    columns = [[0, 0, 0, 1 << i] for i in range((options - 1).bit_length())]
+    order = [*columns[:3], *tokens[1:3], *columns[3:], tokens[0], tokens[3], [0, 1, 0, 0]]
+    return gl.SharedLinearLayout([*order, *([1 << i, 0, 0, 0] for i in bits(warps))])
+
+
+@gluon.constexpr_function
+def logits_gathered(options, warps):
+    """(W, 2, R, options): the parts of a sum over the warps in one lane, the tokens over the warps."""
+    tokens = [[0, 0, 1 << i, 0] for i in range(4)]
+    columns = [[0, 0, 0, 1 << i] for i in range((options - 1).bit_length())]
+    parts = [*([1 << i, 0, 0, 0] for i in bits(warps)), *columns[3:], [0, 1, 0, 0]]
+    across = [tokens[0], tokens[3], *[[0, 0, 0, 0]] * 3][: warps.bit_length() - 1]
+    return gl.DistributedLinearLayout(parts, [*columns[:3], *tokens[1:3]], across, [], [warps, 2, 16, options])
+
+
+@gluon.jit
+def summed_logits(first, second, N: gl.constexpr, WARPS: gl.constexpr):
+    """(2, R, N) of two (W, N, R), summed over the warps."""
+    shape: gl.constexpr = [WARPS, 2, R, N]
+    shared = gl.allocate_shared_memory(gl.float32, shape, logits_shared(N, WARPS))
+    shared.store(gl.permute(gl.join(first, second), (0, 3, 2, 1)))
+    return gl.sum(shared.load(logits_gathered(N, WARPS)), 0)
+
+
+@gluon.constexpr_function
+def numbers_shared(count, warps):
+    """(R, W, count) in shared memory."""
+    order = [*([1 << i, 0, 0] for i in range(4)), *([0, 0, 1 << i] for i in range(count.bit_length() - 1))]
+    return gl.SharedLinearLayout([*order, *([0, 1 << i, 0] for i in bits(warps))])
+
+
+@gluon.constexpr_function
+def numbers_of_rows(count, warps):
+    """(R, W, count), whose slices are numbers of rows."""
+    parts = [*([0, 0, 1 << i] for i in range(count.bit_length() - 1)), *([0, 1 << i, 0] for i in bits(warps)), [8, 0, 0]]
+    lanes = [[0, 0, 0], [0, 0, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
+    return gl.DistributedLinearLayout(parts, lanes, [[0, 0, 0] for _ in bits(warps)], [], [16, warps, count])
+
+
+@gluon.constexpr_function
+def numbers_of_logits(count, warps):
+    """(R, W, count), of the tokens that a lane has of :func:`logits_gathered`."""
+    parts = [*([0, 0, 1 << i] for i in range(count.bit_length() - 1)), *([0, 1 << i, 0] for i in bits(warps))]
+    lanes = [[0, 0, 0], [0, 0, 0], [0, 0, 0], [2, 0, 0], [4, 0, 0]]
+    across = [[1, 0, 0], [8, 0, 0], *[[0, 0, 0]] * 3][: warps.bit_length() - 1]
+    return gl.DistributedLinearLayout(parts, lanes, across, [], [16, warps, count])
+
+
+@gluon.jit
+def share(x, WARPS: gl.constexpr):
+    """Shared memory with x (R, W, n), or (R, 1, n)."""
+    shared = gl.allocate_shared_memory(gl.float32, x.shape, numbers_shared(x.shape[2], x.shape[1]))
+    shared.store(x)
+    return shared
+
+
+@gluon.jit
+def as_rows(x, WARPS: gl.constexpr):
+    """(R, 2, 2) -> four (R,) in the layout of rows: [0, 0], [1, 0], [0, 1], [1, 1]."""
+    first, second = gl.split(x)
+    a, b = gl.split(first)
+    c, d = gl.split(second)
+    rows: gl.constexpr = row(WARPS)
+    return gl.convert_layout(a, rows), gl.convert_layout(b, rows), gl.convert_layout(c, rows), gl.convert_layout(d, rows)
+
+
+@gluon.constexpr_function
+def numbers_spread(count, warps):
+    parts = [*([0, 0, 1 << i] for i in range(count.bit_length() - 1)), [8, 0, 0]]
+    lanes = [[0, 0, 0], [0, 0, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
+    return gl.DistributedLinearLayout(parts, lanes, [[0, 0, 0] for _ in bits(warps)], [], [16, 1, count])
+
+
+@gluon.jit
+def spread(index, value, WARPS: gl.constexpr):
+    """What :func:`choose` finds (m, R) -> (R, m, 2) in all warps: the index as a number, and the value."""
+    count: gl.constexpr = 2 * index.shape[0]
+    x = gl.permute(gl.join(index.to(gl.float32), value), (1, 0, 2))
+    shared = share(gl.reshape(x, (R, 1, count)), WARPS)
+    return gl.reshape(shared.load(numbers_spread(count, WARPS)), (R, count // 2, 2))

@@ -20,30 +20,45 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from dydila_kernels.ops import configs
+from dydila_kernels.ops.arguments import Routers
 from dydila_kernels.ops.context import LaunchContext, QKOperand
 from dydila_kernels.ops.gluon.rows import (
-    STEP,
     TINY,
-    first_largest,
+    R,
+    as_right,
+    as_rows,
+    bits,
+    choose,
     fold,
+    halves,
+    inside,
     larger,
+    largest,
     load,
     measured,
-    operand,
+    numbers_of_logits,
+    numbers_of_rows,
+    packed,
     place_of,
     pointers,
-    raised,
-    result,
+    products,
+    row,
     rows_there,
-    shift_of,
+    share,
+    spread,
+    summed_logits,
+    unpacked,
+    word_pointers,
+    words_of,
 )
-from dydila_kernels.ops.tiles import launch, padded
+from dydila_kernels.ops.tiles import launch, padded, power_of_two
 
 
 class PreparedRouters(NamedTuple):
-    """kernel (2, parts, n_F, d), of Z and Z', in the dtype of the tokens; differential (2, 2, n_D, d) float16.
+    """kernel (2, d / 32, parts, 32 n_F), of Z and Z', in the dtype of the tokens; differential of n_D, float16.
 
-    Each is the sum of its parts, the smallest first, times a power of two.
+    d and the options are padded with zeros.  Each router is the sum of its parts, the smallest first, times a power of
+    two; of each 32 channels the options lie in the order of the operands of tensor cores, see :func:`route`.
     """
 
     kernel: Any
@@ -51,69 +66,83 @@ class PreparedRouters(NamedTuple):
 
 
 @triton.jit
-def prepare_kernel(router, out, COUNT: tl.constexpr, D: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr,
-                   BLOCK: tl.constexpr):  # fmt: skip
-    """out[i] (PARTS, N, D) = router[i] (D, N), split, for i < COUNT; one program for BLOCK rows.
-
-    Times a power of two that makes the largest entry of all of them at most 2^13, in float16.
-    """
+def power_near(router, ROWS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+    """The power of two that takes the largest entry of router (ROWS, N) to between 2^13 and 2^14: float16 holds it."""
     rows = tl.arange(0, BLOCK)
     columns = tl.arange(0, padded(N))
-    scale = tl.full((), 1.0, tl.float32)
-    if out.dtype.element_ty == tl.float16:
-        largest = tl.zeros((BLOCK, padded(N)), tl.float32)
-        for c in range(0, COUNT * D, BLOCK):
-            mask = (c + rows < COUNT * D)[:, None] & (columns < N)[None, :]
-            x = tl.load(router + (c + rows)[:, None] * N + columns[None, :], mask=mask, other=0.0)
-            largest = tl.maximum(largest, tl.abs(x.to(tl.float32)))
-        bits = tl.max(largest).to(tl.int32, bitcast=True) >> 23
-        scale = (tl.minimum(tl.maximum(267 - bits, 1), 254) << 23).to(tl.float32, bitcast=True)
-    c = tl.program_id(0) * BLOCK + rows
-    i, c = c // D, c % D
-    mask = (i < COUNT)[:, None] & (columns < N)[None, :]
-    x = tl.load(router + (tl.program_id(0) * BLOCK + rows)[:, None] * N + columns[None, :], mask=mask, other=0.0)
-    x = x.to(tl.float32) * scale
+    largest = tl.zeros((BLOCK, padded(N)), tl.float32)
+    for c in range(0, ROWS, BLOCK):
+        mask = (c + rows < ROWS)[:, None] & (columns < N)[None, :]
+        x = tl.load(router + (c + rows)[:, None] * N + columns[None, :], mask=mask, other=0.0)
+        largest = tl.maximum(largest, tl.abs(x.to(tl.float32)))
+    exponent = tl.max(largest).to(tl.int32, bitcast=True) >> 23
+    return (tl.minimum(tl.maximum(267 - exponent, 1), 254) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def split_router(router, out, scale, c, D: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr):
+    """Parts of the channels c (32,) of router (D, N), times ``scale``, to out (PARTS, 32 N padded).
+
+    Channel 8 q + 4 i + 2 h + b of 32 and option 16 t + 8 o + g lie at [t, i, g, q, h, o, b].
+    """
+    columns = tl.arange(0, padded(N))
+    mask = (c < D)[:, None] & (columns < N)[None, :]
+    x = tl.load(router + c[:, None] * N + columns[None, :], mask=mask, other=0.0).to(tl.float32) * scale
+    channel = c % 32
+    place = channel // 4 % 2 * 256 + channel // 8 * 8 + channel // 2 % 2 * 4 + channel % 2
+    option = columns // 16 * 512 + columns % 8 * 32 + columns // 8 % 2 * 2
     for part in tl.static_range(PARTS):
         y = x.to(out.dtype.element_ty)
         x -= y.to(tl.float32)
-        at = out + ((i * PARTS + PARTS - 1 - part)[:, None] * N + columns[None, :]) * D + c[:, None]
-        tl.store(at, y, mask=mask)
+        tl.store(out + (PARTS - 1 - part) * padded(N) * 32 + place[:, None] + option[None, :], y)
 
 
-class Logits(NamedTuple):
-    """Of the first walk over a branch: its logits (R, n) and the largest entries (R, STEP) so far."""
+@triton.jit
+def prepare_kernel(routers, prepared, D: tl.constexpr, BLOCKS: tl.constexpr, N_F: tl.constexpr, N_D: tl.constexpr,
+                   PARTS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """:class:`PreparedRouters` of :class:`Routers`: one program for 32 channels of each of four, of BLOCKS * 32."""
+    block = tl.program_id(0) % BLOCKS
+    c = block * 32 + tl.arange(0, 32)
+    which = tl.program_id(0) // BLOCKS
+    F: tl.constexpr = PARTS * padded(N_F) * 32
+    for i in tl.static_range(2):
+        if which == i:
+            router = routers.kernel if i == 0 else routers.kernel_redundant
+            scale = tl.full((), 1.0, tl.float32)
+            if prepared.kernel.dtype.element_ty == tl.float16:
+                scale = power_near(router, D, N_F, BLOCK)
+            split_router(router, prepared.kernel + (i * BLOCKS + block) * F, scale, c, D, N_F, PARTS)
+    if which >= 2:
+        router = routers.differential + (which - 2) * D * N_D
+        out = prepared.differential + ((which - 2) * BLOCKS + block) * (2 * padded(N_D) * 32)
+        split_router(router, out, power_near(routers.differential, 2 * D, N_D, BLOCK), c, D, N_D, 2)
 
-    logits: Any
-    most: Any
+
+@gluon.constexpr_function
+def router_layout(options, warps):
+    """(W, options 32) elements of a prepared router: 16 bytes a lane, of its own channels in each warp."""
+    tiles = [[0, 512 << i] for i in range((options // 16).bit_length() - 1)]
+    lanes = [[0, 8], [0, 16], [0, 32], [0, 64], [0, 128]]
+    across = [[1 << i, 0] for i in bits(warps)]
+    return gl.DistributedLinearLayout([[0, 1], [0, 2], [0, 4], [0, 256], *tiles], lanes, across, [], [warps, options * 32])
 
 
 @gluon.jit
-def router_pointers(router, D: gl.constexpr, N: gl.constexpr, WARPS: gl.constexpr):
-    """Pointers (STEP, n padded) to the first channels of a part; columns that are none repeat the last."""
-    layout: gl.constexpr = operand(WARPS, 1)
-    channels = gl.arange(0, STEP, layout=gl.SliceLayout(1, layout))
-    options = gl.minimum(gl.arange(0, padded(N), layout=gl.SliceLayout(0, layout)), N - 1)
-    return router + (options[None, :] * D + channels[:, None])
-
-
-@gluon.jit
-def route(z, router, logits, D: gl.constexpr, N: gl.constexpr, PARTS: gl.constexpr):
-    """logits + z times the parts of a router, whose pointers are given for the channels of z."""
+def route(words, router, c: gl.constexpr, logits, dtype: gl.constexpr, N: gl.constexpr, PARTS: gl.constexpr,
+          WARPS: gl.constexpr):  # fmt: skip
+    """logits (W, n, R) + of each warp the parts of a router (d / 32, PARTS, 32 n) times the words of chunk c."""
+    SIZE: gl.constexpr = padded(N) * 32
+    layout: gl.constexpr = router_layout(padded(N), WARPS)
+    warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, layout))[:, None]
+    at = warp * (PARTS * SIZE) + gl.arange(0, SIZE, layout=gl.SliceLayout(0, layout))[None, :]
+    z = as_right(words, dtype, WARPS)
     for part in gl.static_range(PARTS):
-        logits = mma_v2(z, gl.load(router + part * N * D), logits)
+        x = gl.load(router + (c * WARPS * PARTS + part) * SIZE + at)
+        x = gl.reshape(x, (WARPS, padded(N) // 16, 2, 8, 4, 2, 2, 2))
+        x = gl.reshape(gl.permute(x, (0, 1, 6, 3, 2, 5, 4, 7)), (WARPS, padded(N), 32))
+        x = gl.convert_layout(x, gl.DotOperandLayout(0, products(WARPS), 2), assert_trivial=True)
+        logits = mma_v2(x, z, logits)
     return logits
-
-
-@gluon.jit
-def chosen(logits, most, table, active, k, WARPS: gl.constexpr, MASKED: gl.constexpr):
-    """Of the first walk: the index, gamma and m (R,), in the layout of results."""
-    rows: gl.constexpr = gl.SliceLayout(1, result(WARPS))
-    index = first_largest(logits, k.N_F)
-    if MASKED:
-        index = gl.where(active, index, 0)
-    gamma = gl.load(table + index).to(gl.float32)
-    m = gl.convert_layout(gl.max(most, 1).to(gl.float32), rows)
-    return index, gamma, m
 
 
 @gluon.jit
@@ -131,85 +160,86 @@ def renorm_of(m, squares, powers):
 
 
 @gluon.jit
-def in_rows(x, WARPS: gl.constexpr):
-    """(R,) from the layout of results to (R, 1) in that of left operands."""
-    return gl.convert_layout(x, gl.SliceLayout(1, operand(WARPS, 0)))[:, None]
+def as_row(x, WARPS: gl.constexpr):
+    return gl.convert_layout(x, row(WARPS))
 
 
 @gluon.jit
-def summed(x, WARPS: gl.constexpr):
-    """(R, 4) of :func:`fold` -> (R,), in the layout of results."""
-    return gl.convert_layout(gl.sum(x, 1), gl.SliceLayout(1, result(WARPS)))
-
-
-class Measured(NamedTuple):
-    """Of the rows (R,) of a branch: gamma, 1/m, renorm."""
-
-    gamma: Any
-    inv_max: Any
-    renorm: Any
+def routed(words, router, k, dtype: gl.constexpr, WARPS: gl.constexpr):
+    """Of what each warp has of a branch, whose words are given: logits (W, n, R), and the largest entry (R, W)."""
+    PARTS: gl.constexpr = 3 if dtype == gl.bfloat16 else 2
+    logits = gl.zeros([WARPS, padded(k.N_F), R], gl.float32, products(WARPS))
+    most = largest(words[0], dtype, WARPS)
+    for c in gl.static_range(len(words)):
+        logits = route(words[c], router, c, logits, dtype, k.N_F, PARTS, WARPS)
+        if c > 0:
+            most = larger(most, largest(words[c], dtype, WARPS), dtype)
+    low, high = unpacked(most, dtype)
+    return logits, gl.max(gl.reshape(gl.maximum(low, high), (R, WARPS, 4)), 2)
 
 
 @gluon.jit
-def walk(tokens, tables, routers, stats, place, there, active, k, WARPS: gl.constexpr, MASKED: gl.constexpr,
-         POSITIVE: gl.constexpr):  # fmt: skip
-    """Routes and measures a tile and saves what is decided; returns :class:`Measured` of both branches and lambda (R,).
+def powers_of(words, router, inv_max, gamma, k, dtype: gl.constexpr, WARPS: gl.constexpr, POSITIVE: gl.constexpr):
+    """Words of the powers in float16, and of each warp, products (W, n, R) with a router, and |s|^2, |p|^2 (R, W)."""
+    dots = gl.zeros([WARPS, padded(k.N_D), R], gl.float32, products(WARPS))
+    squares = fold(gl.zeros([R, 16 * WARPS], gl.float32, words_of(WARPS)), WARPS)
+    norms = squares
+    powers = ()
+    for c in gl.static_range(len(words)):
+        s, t, p, q, half = measured(words[c], inv_max[:, None], gamma[:, None], dtype, POSITIVE)
+        squares += fold(s * s + t * t, WARPS)
+        norms += fold(p * p + q * q, WARPS)
+        powers = powers + (half,)
+        dots = route(half, router, c, dots, gl.float16, k.N_D, 2, WARPS)
+        if dtype == gl.float16:  # as exact as float16 tokens are
+            high, low = halves(half)
+            dots = route(packed(p - high, q - low, gl.float16), router, c, dots, gl.float16, k.N_D, 2, WARPS)
+    squares = gl.sum(gl.reshape(squares, (R, WARPS, 4)), 2)
+    return powers, dots, gl.join(squares, gl.sum(gl.reshape(norms, (R, WARPS, 4)), 2))
 
-    there, active (R,), in the layout of results.
-    """
-    R: gl.constexpr = 16 * WARPS
-    PARTS: gl.constexpr = 3 if tokens.z.x.dtype.element_ty == gl.bfloat16 else 2
-    left: gl.constexpr = operand(WARPS, 0)
-    active_left = gl.convert_layout(active, gl.SliceLayout(1, left))
-    z = pointers(tokens.z, place, R, left, STEP)
-    y = pointers(tokens.redundant, place, R, left, STEP)
-    kernel = router_pointers(routers.kernel, k.D, k.N_F, WARPS)
-    differential = router_pointers(routers.differential, k.D, k.N_D, WARPS)
 
-    logits = gl.zeros([R, padded(k.N_F)], gl.float32, result(WARPS))
-    most = gl.zeros([R, STEP], tokens.z.x.dtype.element_ty, left)
-    for c in range(0, k.D, STEP):
-        block = load(z + c, active_left, MASKED)
-        logits = route(block, kernel + c, logits, k.D, k.N_F, PARTS)
-        most = larger(most, block)
-    index, gamma, m = chosen(logits, most, tables.gamma, active, k, WARPS, MASKED)
-    inv_max = inverse_of(m)
-    gamma_left, inv_left = in_rows(gamma, WARPS), in_rows(inv_max, WARPS)
+@gluon.jit
+def tokens_tile(z, y, tables, routers, stats, scaling, out, place, there, active, k, WARPS: gl.constexpr,
+                MASKED: gl.constexpr, POSITIVE: gl.constexpr, dtype: gl.constexpr):  # fmt: skip
+    CHUNKS: gl.constexpr = len(z)
+    PARTS: gl.constexpr = 3 if dtype == gl.bfloat16 else 2
+    SECOND: gl.constexpr = CHUNKS * WARPS * 32
+    logits, most = routed(z, routers.kernel, k, dtype, WARPS)
+    other, other_most = routed(y, routers.kernel + SECOND * PARTS * padded(k.N_F), k, dtype, WARPS)
+    most = share(gl.join(most, other_most), WARPS)
+    index, gamma = choose(summed_logits(logits, other, padded(k.N_F), WARPS), tables.gamma, k.N_F)
+    index, other_index, gamma, other_gamma = as_rows(spread(index, gamma, WARPS), WARPS)
+    m, other_m = gl.split(gl.max(most.load(numbers_of_rows(2, WARPS)), 1))
+    m, other_m = as_row(m, WARPS), as_row(other_m, WARPS)
+    if MASKED:
+        index = gl.where(active, index, 0.0)
+        other_index = gl.where(active, other_index, 0.0)
+    inv_max, other_inv = inverse_of(m), inverse_of(other_m)
 
-    logits = gl.zeros([R, padded(k.N_F)], gl.float32, result(WARPS))
-    most = gl.zeros([R, STEP], tokens.z.x.dtype.element_ty, left)
-    dots = gl.zeros([R, padded(k.N_D)], gl.float32, result(WARPS))
-    squares = fold(gl.zeros([R, STEP], gl.float32, left))
-    powers = fold(gl.zeros([R, STEP], gl.float32, left))
-    for c in range(0, k.D, STEP):
-        block = load(z + c, active_left, MASKED)
-        other = load(y + c, active_left, MASKED)
-        logits = route(other, kernel + PARTS * k.N_F * k.D + c, logits, k.D, k.N_F, PARTS)
-        most = larger(most, other)
-        s, p, half = measured(block, inv_left, gamma_left, POSITIVE)
-        squares += fold(s * s)
-        powers += fold(p * p)
-        dots = route(half, differential + c, dots, k.D, k.N_D, 2)
-    other_index, other_gamma, other_m = chosen(logits, most, tables.gamma, active, k, WARPS, MASKED)
-    other_inv = inverse_of(other_m)
-    renorm, norm = renorm_of(m, summed(squares, WARPS), summed(powers, WARPS))
-    dots *= renorm[:, None]
+    p, dots, norms = powers_of(z, routers.differential, inv_max, gamma, k, dtype, WARPS, POSITIVE)
+    other = routers.differential + SECOND * 2 * padded(k.N_D)
+    q, other_dots, other_norms = powers_of(y, other, other_inv, other_gamma, k, dtype, WARPS, POSITIVE)
+    norms = share(gl.reshape(gl.join(norms, other_norms), (R, WARPS, 4)), WARPS)
+    dots = summed_logits(dots, other_dots, padded(k.N_D), WARPS)
+    # Of the tokens whose logits a lane has, and of those whose channels it has.
+    sums = gl.reshape(gl.sum(norms.load(numbers_of_logits(4, WARPS)), 1), (R, 2, 2))
+    found, other_found = gl.split(gl.max(most.load(numbers_of_logits(2, WARPS)), 1))
+    powers, other_powers = gl.split(sums)
+    squares, squared = gl.split(powers)
+    other_squares, other_squared = gl.split(other_powers)
+    renorm = renorm_of(found, gl.convert_layout(squares, found.type.layout), gl.convert_layout(squared, found.type.layout))[0]
+    other_renorm = renorm_of(other_found, gl.convert_layout(other_squares, found.type.layout), gl.convert_layout(other_squared, found.type.layout))[0]
+    renorms = gl.convert_layout(gl.permute(gl.join(renorm, other_renorm), (1, 0)), gl.SliceLayout(2, dots.type.layout))
+    dots = gl.sum(dots * renorms[:, :, None], 0)
+    choice, lam = choose(gl.expand_dims(dots, 0), tables.lam, k.N_D)
+    choice, lam = gl.split(gl.reshape(spread(choice, lam, WARPS), (R, 2)))
+    choice, lam = as_row(choice, WARPS), as_row(lam, WARPS)
+    sums = gl.reshape(gl.sum(norms.load(numbers_of_rows(4, WARPS)), 1), (R, 2, 2))
+    squares, norms, other_squares, other_norms = as_rows(sums, WARPS)
+    renorm, norm = renorm_of(m, squares, norms)
+    other_renorm, other_norm = renorm_of(other_m, other_squares, other_norms)
 
-    gamma_left, inv_left = in_rows(other_gamma, WARPS), in_rows(other_inv, WARPS)
-    other_dots = gl.zeros([R, padded(k.N_D)], gl.float32, result(WARPS))
-    squares = fold(gl.zeros([R, STEP], gl.float32, left))
-    powers = fold(gl.zeros([R, STEP], gl.float32, left))
-    for c in range(0, k.D, STEP):
-        other = load(y + c, active_left, MASKED)
-        s, p, half = measured(other, inv_left, gamma_left, POSITIVE)
-        squares += fold(s * s)
-        powers += fold(p * p)
-        other_dots = route(half, differential + 2 * k.N_D * k.D + c, other_dots, k.D, k.N_D, 2)
-    other_renorm, other_norm = renorm_of(other_m, summed(squares, WARPS), summed(powers, WARPS))
-    choice = first_largest(dots + other_dots * other_renorm[:, None], k.N_D)
-    lam = gl.load(tables.lam + choice).to(gl.float32)
-
-    n = place.token + gl.arange(0, R, layout=gl.SliceLayout(1, result(WARPS)))
+    n = place.token + gl.arange(0, R, layout=row(WARPS))
     gl.store(stats.index + n, index.to(gl.int8), mask=there)
     gl.store(stats.index + place.T + n, other_index.to(gl.int8), mask=there)
     gl.store(stats.lam_index + n, choice.to(gl.int8), mask=there)
@@ -219,38 +249,23 @@ def walk(tokens, tables, routers, stats, place, there, active, k, WARPS: gl.cons
     gl.store(stats.norms + 3 * place.T + n, other_inv, mask=there)
     gl.store(stats.norms + 4 * place.T + n, other_renorm, mask=there)
     gl.store(stats.norms + 5 * place.T + n, other_norm, mask=there)
-    return Measured(gamma, inv_max, renorm), Measured(other_gamma, other_inv, other_renorm), lam
+    if out is not None:
+        scale = scale_of(scaling, place.segment)
+        weight, other_weight = (renorm * scale)[:, None], (-lam * other_renorm * scale)[:, None]
+        at = word_pointers(out, place.token * k.D, k.D, WARPS)
+        for c in gl.static_range(CHUNKS):
+            low, high = halves(p[c])
+            other_low, other_high = halves(q[c])
+            low = low * weight + other_low * other_weight
+            found = packed(low, high * weight + other_high * other_weight, dtype)
+            gl.store(at + c * 16 * WARPS, found, mask=inside(there, c, k.D, WARPS, MASKED))
 
 
 @gluon.jit
-def is_positive(table, N: gl.constexpr):
-    """Whether all of the entries (N,) of a table are."""
+def not_positive(table, N: gl.constexpr):
+    """Whether any of the entries (N,) of a table is not above zero."""
     entries = gl.minimum(gl.arange(0, padded(N), layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), N - 1)
-    return gl.min(gl.load(table + entries).to(gl.float32), 0) > 0.0
-
-
-@gluon.jit
-def write(out, tokens, first, second, lam, scale, place, active, k, WARPS: gl.constexpr, MASKED: gl.constexpr,
-          POSITIVE: gl.constexpr):  # fmt: skip
-    """The third walk: Zh of a tile to out (T, d), times scale; first, second: :class:`Measured`."""
-    R: gl.constexpr = 16 * WARPS
-    left: gl.constexpr = operand(WARPS, 0)
-    rows: gl.constexpr = gl.SliceLayout(1, left)
-    active_left = gl.convert_layout(active, rows)
-    z = pointers(tokens.z, place, R, left, STEP)
-    y = pointers(tokens.redundant, place, R, left, STEP)
-    at = (place.token + gl.arange(0, R, layout=rows))[:, None] * k.D + gl.arange(0, STEP, layout=gl.SliceLayout(0, left))[None, :]
-    gamma, shift = in_rows(first.gamma, WARPS), in_rows(shift_of(first.inv_max, first.gamma, POSITIVE), WARPS)
-    weight = in_rows(first.renorm * scale, WARPS)
-    other_gamma, other_shift = in_rows(second.gamma, WARPS), in_rows(shift_of(second.inv_max, second.gamma, POSITIVE), WARPS)
-    other_weight = in_rows(-lam * second.renorm * scale, WARPS)
-    for c in range(0, k.D, STEP):
-        p = raised(load(z + c, active_left, MASKED), gamma, shift, POSITIVE) * weight
-        p += raised(load(y + c, active_left, MASKED), other_gamma, other_shift, POSITIVE) * other_weight
-        if MASKED:
-            gl.store(out + at + c, p.to(out.dtype.element_ty), mask=(place.first + gl.arange(0, R, layout=rows) < place.end)[:, None])
-        else:
-            gl.store(out + at + c, p.to(out.dtype.element_ty))
+    return gl.min(gl.load(table + entries).to(gl.float32), 0) <= 0.0
 
 
 @gluon.jit
@@ -263,53 +278,50 @@ def scale_of(scaling, segment):
 
 
 @gluon.jit
-def tokens_tile(tokens, tables, routers, stats, scaling, out, place, k, WARPS: gl.constexpr, MASKED: gl.constexpr,
-                POSITIVE: gl.constexpr):  # fmt: skip
-    there, active = rows_there(tokens.mask, place, 16 * WARPS, gl.SliceLayout(1, result(WARPS)))
-    first, second, lam = walk(tokens, tables, routers, stats, place, there, active, k, WARPS, MASKED, POSITIVE)
-    if out is not None:
-        scale = scale_of(scaling, place.segment)
-        write(out, tokens, first, second, lam, scale, place, active, k, WARPS, MASKED, POSITIVE)
-
-
-@gluon.jit
 def gluon_tokens_kernel(tokens, segments, tables, routers, stats, scaling, out, k: gl.constexpr,
                         MASKED: gl.constexpr):  # fmt: skip
-    """One program for a tile of 16 tokens a warp: routes and measures them, then writes Zh to out (T, d), or None."""
+    """One program for a tile of R tokens: routes and measures them, then writes Zh to out (T, d), or None."""
     WARPS: gl.constexpr = gl.num_warps()
-    place = place_of(segments, gl.program_id(0), 16 * WARPS)
-    if is_positive(tables.gamma, k.N_F):
-        tokens_tile(tokens, tables, routers, stats, scaling, out, place, k, WARPS, MASKED, True)
+    CHUNKS: gl.constexpr = (k.D + 32 * WARPS - 1) // (32 * WARPS)
+    place = place_of(segments, gl.program_id(0))
+    there, active = rows_there(tokens.mask, place, WARPS)
+    z_pointers, y_pointers = pointers(tokens.z, place, WARPS), pointers(tokens.redundant, place, WARPS)
+    z = ()
+    y = ()
+    for c in gl.static_range(CHUNKS):
+        z = z + (load(z_pointers + c * 16 * WARPS, inside(active, c, k.D, WARPS, MASKED)),)
+    for c in gl.static_range(CHUNKS):
+        y = y + (load(y_pointers + c * 16 * WARPS, inside(active, c, k.D, WARPS, MASKED)),)
+    dtype: gl.constexpr = tokens.z.x.dtype.element_ty
+    if not_positive(tables.gamma, k.N_F):
+        tokens_tile(z, y, tables, routers, stats, scaling, out, place, there, active, k, WARPS, MASKED, False, dtype)
     else:
-        tokens_tile(tokens, tables, routers, stats, scaling, out, place, k, WARPS, MASKED, False)
+        tokens_tile(z, y, tables, routers, stats, scaling, out, place, there, active, k, WARPS, MASKED, True, dtype)
 
 
-def prepared(context: LaunchContext, side: QKOperand) -> PreparedRouters:
-    """The routers of a side, in one launch each for those of Eq. 6 and of Eq. 7."""
-    first, second = side.routers
-    assert second is not None and side.differential_router is not None
-    d, parts = context.dim, 3 if context.dtype == torch.bfloat16 else 2
-    n_f, n_d = first.shape[-1], side.differential_router.shape[-1]
-    kernel = torch.empty(2, parts, n_f, d, device=context.device, dtype=context.dtype)
-    differential = torch.empty(2, 2, n_d, d, device=context.device, dtype=torch.float16)
+def prepared(context: LaunchContext, side: QKOperand, warps: int) -> PreparedRouters:
+    """The routers of a side, for programs of so many warps."""
+    routers = Routers(*side.routers, side.differential_router)
+    parts = 3 if context.dtype == torch.bfloat16 else 2
+    n_f, n_d = len(context.gamma), len(context.gamma if context.lam is None else context.lam)
+    blocks = triton.cdiv(context.dim, 32 * warps) * warps
+    found = PreparedRouters(
+        torch.empty(2, blocks, parts, 32 * power_of_two(n_f), device=context.device, dtype=context.dtype),
+        torch.empty(2, blocks, 2, 32 * power_of_two(n_d), device=context.device, dtype=torch.float16),
+    )
     config = configs.pick("prepare", context.dtype)
-    for router, out, count in ((first, kernel[0], 1), (second, kernel[1], 1), (side.differential_router, differential, 2)):
-        launch(prepare_kernel, (triton.cdiv(count * d, config.block_n),), config, router=router, out=out, COUNT=count,
-               D=d, N=router.shape[-1], PARTS=out.shape[-3], BLOCK=config.block_n)  # fmt: skip
-    return PreparedRouters(kernel, differential)
-
-
-def is_ragged(context: LaunchContext, rows: int) -> bool:
-    """Whether a tile may have rows that do not count."""
-    return context.mask is not None or context.bounds is not None or context.length % rows != 0
+    launch(prepare_kernel, (4 * blocks,), config, routers=routers, prepared=found, D=context.dim, BLOCKS=blocks,
+           N_F=n_f, N_D=n_d, PARTS=parts, BLOCK=config.block_n)  # fmt: skip
+    return found
 
 
 def tokens(context: LaunchContext, side: QKOperand, out: Tensor | None) -> None:
     """Routes and measures one side, and writes Zh to ``out`` (B, N, d) contiguous, where given."""
     config = configs.pick("gluon_tokens", context.dtype, context.dim)
+    ragged = context.mask is not None or context.bounds is not None or context.length % config.block_n != 0
     launch(
         gluon_tokens_kernel, (context.programs(config.block_n),), config, tokens=context.tokens(side, masked=True),
-        segments=context.tiles(config.block_n), **context.measured(side), routers=prepared(context, side),
-        scaling=context.scaling(side), out=out, k=context.constants(config),
-        MASKED=is_ragged(context, config.block_n),
+        segments=context.tiles(config.block_n), **context.measured(side),
+        routers=prepared(context, side, config.warps), scaling=context.scaling(side), out=out,
+        k=context.constants(config), MASKED=ragged,
     )  # fmt: skip

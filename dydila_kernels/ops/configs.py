@@ -59,11 +59,14 @@ WALK = "16 elements a thread and tile: what a pass over a row keeps in registers
 TABLE |= {
     ("tokens", "half"): (Entry(ANY, Config(64, 32, 4, reason=WALK)),),
     ("tokens", "single"): (Entry(ANY, Config(32, 32, 4, reason="float32 operands take twice the registers")),),
-    ("state", "half"): (Entry(ANY, Config(64, 32, 4, 2, reason="the next tile is on its way; half a head of 64")),),
+    ("state", "half"): (
+        Entry(64, Config(64, 32, 4, 3, reason="two tiles are on their way; half a head of 64")),
+        Entry(80, Config(32, 32, 4, reason="columns of 128 leave room for half the rows, and for no tile on its way")),
+        Entry(ANY, Config(64, 32, 4, 2, reason="the next tile is on its way; a quarter of a head of 128")),
+    ),
     ("state", "single"): (Entry(ANY, Config(32, 16, 4, reason="FMA bound: registers decide")),),
     ("readout", "half"): (
         Entry(64, Config(64, 32, 4, reason=WALK)),
-        Entry(80, Config(32, 16, 4, reason="72 and 80 are 5 x 16; columns of 128 leave room for half the rows")),
         Entry(ANY, Config(32, 32, 4, reason="columns of 128 leave room for half the rows")),
     ),
     ("readout", "single"): (
@@ -90,7 +93,7 @@ TABLE |= {
 ROWS = "16 tokens, whole, in the registers of 8 warps: two programs on a multiprocessor, one loads while one works"
 TABLE |= {
     ("gluon_tokens", "half"): (Entry(ANY, Config(16, 32, 8, registers=128, reason=ROWS)),),
-    ("prepare", "half"): (Entry(ANY, Config(512, 1, 4, reason="the largest of some thousand numbers in a few steps")),),
+    ("prepare", "half"): (Entry(ANY, Config(4096, 1, 4, reason="the largest of some thousand numbers in a few steps")),),
     ("written_state", "half"): (
         Entry(64, Config(64, 64, 4, 3, reason="two tiles on their way; a head at once, so that nothing is read twice")),
         Entry(ANY, Config(64, 32, 4, 3, reason="two tiles on their way; columns of 128 leave room for 32 rows")),

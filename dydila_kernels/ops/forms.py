@@ -34,16 +34,25 @@ LARGEST = 1280
 """Channels whose words the registers of a program hold."""
 
 
-def why_not_gluon(context: LaunchContext, side: QKOperand) -> str | None:
-    """The reason why launches for ``side`` take the Triton form, or None where they take that in Gluon."""
-    if wanted() == "triton":
-        return f"{VARIABLE} is triton"
+def why_no_gluon_here() -> str | None:
+    """The reason why nothing can take the Gluon form, or None."""
     if tiles.INTERPRETED:
         return "Gluon has no interpreter"
     if tiles.target != "cuda":
         return "the layouts are those of NVIDIA's tensor cores"
     if find_spec("triton.experimental.gluon") is None:
         return "this Triton has no Gluon"
+    return None
+
+
+def why_not_gluon(context: LaunchContext, side: QKOperand) -> str | None:
+    """The reason why launches for ``side`` take the Triton form, or None where they take that in Gluon."""
+    if wanted() == "triton":
+        return f"{VARIABLE} is triton"
+    if missing := why_no_gluon_here():
+        if wanted() == "gluon":
+            raise RuntimeError(f"{VARIABLE} is gluon, but {missing}")
+        return missing
     if context.dtype == torch.float32:
         return "float32 tokens are exact in the Triton form alone"
     if side.redundant is None:

@@ -162,6 +162,13 @@ def load(pointers, mask):
         return gl.load(pointers, mask=mask, other=0)
 
 
+@gluon.constexpr_function
+def words_shared(warps):
+    """(R, 16 W) words in shared memory: 16 bytes of each lane, one lane after the other."""
+    lanes = [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0], [8, 0]]
+    return gl.SharedLinearLayout([[0, 1], [0, 2], *lanes, *([0, 16 << i] for i in bits(warps))])
+
+
 # Two channels at a time -----------------------------------------------------------------------------------------------
 
 PACKED = {
@@ -254,104 +261,87 @@ def unpacked(words, dtype: gl.constexpr):
 
 @gluon.jit
 def choose(logits, table, CHOICES: gl.constexpr):
-    """(m, R, n) -> (m, R) int32, the lowest index of the largest of the first CHOICES, and what a table has there.
+    """(R, n) -> (R,) int32, the lowest index of the largest of the first CHOICES, and what a table has there.
 
     Among NaN, some choice.  The table is read before the logits are known: nothing waits for it.
     """
     layout: gl.constexpr = logits.type.layout
-    options = gl.arange(0, logits.shape[2], layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
-    entries = gl.load(table + gl.minimum(options, CHOICES - 1)).to(gl.float32)[None, None, :]
-    options = options[None, None, :]
+    options = gl.arange(0, logits.shape[1], layout=gl.SliceLayout(0, layout))
+    entries = gl.load(table + gl.minimum(options, CHOICES - 1)).to(gl.float32)[None, :]
+    options = options[None, :]
     logits = gl.where(options < CHOICES, logits, float("-inf"))
-    best = gl.max(logits, 2)
-    index = gl.min(gl.where(logits == best[:, :, None], options, CHOICES - 1), 2)
-    return index, gl.sum(gl.where(options == index[:, :, None], entries, 0.0), 2)
+    best = gl.max(logits, 1)
+    index = gl.min(gl.where(logits == best[:, None], options, CHOICES - 1), 1)
+    return index, gl.sum(gl.where(options == index[:, None], entries, 0.0), 1)
 
 
 # Between the warps of a program ---------------------------------------------------------------------------------------
 
 
 @gluon.constexpr_function
+def columns_of(options):
+    return [1 << i for i in range((options - 1).bit_length())]
+
+
+@gluon.constexpr_function
 def logits_shared(options, warps):
-    """(W, 2, R, options) in shared memory: the lanes of a warp write, and read, different banks."""
-    tokens = [[0, 0, 1 << i, 0] for i in range(4)]
-    columns = [[0, 0, 0, 1 << i] for i in range((options - 1).bit_length())]
-    order = [*columns[:3], *tokens[1:3], *columns[3:], tokens[0], tokens[3], [0, 1, 0, 0]]
-    return gl.SharedLinearLayout([*order, *([1 << i, 0, 0, 0] for i in bits(warps))])
+    """(2, W, R, options) in shared memory: the lanes of a warp write, and read, different banks."""
+    tokens, columns = [[0, 1 << i, 0] for i in range(4)], [[0, 0, n] for n in columns_of(options)]
+    order = [*columns[:3], *tokens[1:3], *columns[3:], tokens[0], tokens[3]]
+    return gl.SharedLinearLayout([*order, *([1 << i, 0, 0] for i in bits(warps))])
 
 
 @gluon.constexpr_function
 def logits_gathered(options, warps):
-    """(W, 2, R, options): the parts of a sum over the warps in one lane, the tokens over the warps."""
-    tokens = [[0, 0, 1 << i, 0] for i in range(4)]
-    columns = [[0, 0, 0, 1 << i] for i in range((options - 1).bit_length())]
-    parts = [*([1 << i, 0, 0, 0] for i in bits(warps)), *columns[3:], [0, 1, 0, 0]]
-    across = [tokens[0], tokens[3], *[[0, 0, 0, 0]] * 3][: warps.bit_length() - 1]
-    return gl.DistributedLinearLayout(parts, [*columns[:3], *tokens[1:3]], across, [], [warps, 2, 16, options])
+    """(W, R, options): the parts of a sum over the warps in one lane, the tokens over the warps."""
+    tokens, columns = [[0, 1 << i, 0] for i in range(4)], [[0, 0, n] for n in columns_of(options)]
+    parts = [*([1 << i, 0, 0] for i in bits(warps)), *columns[3:]]
+    across = [tokens[0], tokens[3], *[[0, 0, 0]] * 3][: warps.bit_length() - 1]
+    return gl.DistributedLinearLayout(parts, [*columns[:3], *tokens[1:3]], across, [], [warps, 16, options])
 
 
 @gluon.jit
-def summed_logits(first, second, N: gl.constexpr, WARPS: gl.constexpr):
-    """(2, R, N) of two (W, N, R), summed over the warps."""
-    shape: gl.constexpr = [WARPS, 2, R, N]
-    shared = gl.allocate_shared_memory(gl.float32, shape, logits_shared(N, WARPS))
-    shared.store(gl.permute(gl.join(first, second), (0, 3, 2, 1)))
+def summed_logits(logits, WARPS: gl.constexpr):
+    """(R, n) of (W, n, R), summed over the warps."""
+    N: gl.constexpr = logits.shape[1]
+    shared = gl.allocate_shared_memory(gl.float32, [WARPS, R, N], logits_shared(N, WARPS))
+    shared.store(gl.permute(logits, (0, 2, 1)))
     return gl.sum(shared.load(logits_gathered(N, WARPS)), 0)
 
 
 @gluon.constexpr_function
-def numbers_shared(count, warps):
-    """(R, W, count) in shared memory."""
-    order = [*([1 << i, 0, 0] for i in range(4)), *([0, 0, 1 << i] for i in range(count.bit_length() - 1))]
-    return gl.SharedLinearLayout([*order, *([0, 1 << i, 0] for i in bits(warps))])
+def numbers_shared(warps):
+    """(R, W) in shared memory."""
+    return gl.SharedLinearLayout([*([0, 1 << i] for i in bits(warps)), *([1 << i, 0] for i in range(4))])
 
 
 @gluon.constexpr_function
-def numbers_of_rows(count, warps):
-    """(R, W, count), whose slices are numbers of rows."""
-    parts = [*([0, 0, 1 << i] for i in range(count.bit_length() - 1)), *([0, 1 << i, 0] for i in bits(warps)), [8, 0, 0]]
-    lanes = [[0, 0, 0], [0, 0, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
-    return gl.DistributedLinearLayout(parts, lanes, [[0, 0, 0] for _ in bits(warps)], [], [16, warps, count])
+def numbers_of_rows(warps):
+    """(R, W), whose slices are numbers of rows."""
+    lanes = [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]]
+    parts = [*([0, 1 << i] for i in bits(warps)), [8, 0]]
+    return gl.DistributedLinearLayout(parts, lanes, [[0, 0] for _ in bits(warps)], [], [16, warps])
 
 
 @gluon.constexpr_function
-def numbers_of_logits(count, warps):
-    """(R, W, count), of the tokens that a lane has of :func:`logits_gathered`."""
-    parts = [*([0, 0, 1 << i] for i in range(count.bit_length() - 1)), *([0, 1 << i, 0] for i in bits(warps))]
-    lanes = [[0, 0, 0], [0, 0, 0], [0, 0, 0], [2, 0, 0], [4, 0, 0]]
-    across = [[1, 0, 0], [8, 0, 0], *[[0, 0, 0]] * 3][: warps.bit_length() - 1]
-    return gl.DistributedLinearLayout(parts, lanes, across, [], [16, warps, count])
+def numbers_of_logits(warps):
+    """(R, W), of the tokens that a lane has of :func:`logits_gathered`."""
+    lanes = [[0, 0], [0, 0], [0, 0], [2, 0], [4, 0]]
+    across = [[1, 0], [8, 0], *[[0, 0]] * 3][: warps.bit_length() - 1]
+    return gl.DistributedLinearLayout([[0, 1 << i] for i in bits(warps)], lanes, across, [], [16, warps])
 
 
 @gluon.jit
 def share(x, WARPS: gl.constexpr):
-    """Shared memory with x (R, W, n), or (R, 1, n)."""
-    shared = gl.allocate_shared_memory(gl.float32, x.shape, numbers_shared(x.shape[2], x.shape[1]))
+    """Shared memory with x (R, W)."""
+    shared = gl.allocate_shared_memory(gl.float32, [R, WARPS], numbers_shared(WARPS))
     shared.store(x)
     return shared
 
 
 @gluon.jit
-def as_rows(x, WARPS: gl.constexpr):
-    """(R, 2, 2) -> four (R,) in the layout of rows: [0, 0], [1, 0], [0, 1], [1, 1]."""
-    first, second = gl.split(x)
-    a, b = gl.split(first)
-    c, d = gl.split(second)
-    rows: gl.constexpr = row(WARPS)
-    return gl.convert_layout(a, rows), gl.convert_layout(b, rows), gl.convert_layout(c, rows), gl.convert_layout(d, rows)
-
-
-@gluon.constexpr_function
-def numbers_spread(count, warps):
-    parts = [*([0, 0, 1 << i] for i in range(count.bit_length() - 1)), [8, 0, 0]]
-    lanes = [[0, 0, 0], [0, 0, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
-    return gl.DistributedLinearLayout(parts, lanes, [[0, 0, 0] for _ in bits(warps)], [], [16, 1, count])
-
-
-@gluon.jit
-def spread(index, value, WARPS: gl.constexpr):
-    """What :func:`choose` finds (m, R) -> (R, m, 2) in all warps: the index as a number, and the value."""
-    count: gl.constexpr = 2 * index.shape[0]
-    x = gl.permute(gl.join(index.to(gl.float32), value), (1, 0, 2))
-    shared = share(gl.reshape(x, (R, 1, count)), WARPS)
-    return gl.reshape(shared.load(numbers_spread(count, WARPS)), (R, count // 2, 2))
+def spread(x, WARPS: gl.constexpr):
+    """Shared memory with x (R,) float32, which some lanes have."""
+    shared = gl.allocate_shared_memory(gl.float32, [R], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    shared.store(x)
+    return shared

@@ -26,7 +26,6 @@ from dydila_kernels.ops.gluon.rows import (
     TINY,
     R,
     as_right,
-    as_rows,
     bits,
     choose,
     fold,
@@ -50,6 +49,7 @@ from dydila_kernels.ops.gluon.rows import (
     unpacked,
     word_pointers,
     words_of,
+    words_shared,
 )
 from dydila_kernels.ops.tiles import launch, padded, power_of_two
 
@@ -68,13 +68,10 @@ class PreparedRouters(NamedTuple):
 @triton.jit
 def power_near(router, ROWS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
     """The power of two that takes the largest entry of router (ROWS, N) to between 2^13 and 2^14: float16 holds it."""
-    rows = tl.arange(0, BLOCK)
-    columns = tl.arange(0, padded(N))
-    largest = tl.zeros((BLOCK, padded(N)), tl.float32)
-    for c in range(0, ROWS, BLOCK):
-        mask = (c + rows < ROWS)[:, None] & (columns < N)[None, :]
-        x = tl.load(router + (c + rows)[:, None] * N + columns[None, :], mask=mask, other=0.0)
-        largest = tl.maximum(largest, tl.abs(x.to(tl.float32)))
+    largest = tl.zeros((BLOCK,), tl.float32)
+    for start in tl.static_range(0, ROWS * N, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        largest = tl.maximum(largest, tl.abs(tl.load(router + i, mask=i < ROWS * N, other=0.0).to(tl.float32)))
     exponent = tl.max(largest).to(tl.int32, bitcast=True) >> 23
     return (tl.minimum(tl.maximum(267 - exponent, 1), 254) << 23).to(tl.float32, bitcast=True)
 
@@ -165,97 +162,124 @@ def as_row(x, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def routed(words, router, k, dtype: gl.constexpr, WARPS: gl.constexpr):
-    """Of what each warp has of a branch, whose words are given: logits (W, n, R), and the largest entry (R, W)."""
-    PARTS: gl.constexpr = 3 if dtype == gl.bfloat16 else 2
-    logits = gl.zeros([WARPS, padded(k.N_F), R], gl.float32, products(WARPS))
-    most = largest(words[0], dtype, WARPS)
-    for c in gl.static_range(len(words)):
-        logits = route(words[c], router, c, logits, dtype, k.N_F, PARTS, WARPS)
-        if c > 0:
-            most = larger(most, largest(words[c], dtype, WARPS), dtype)
+def lane_sums(x, WARPS: gl.constexpr):
+    """(R, 4 W) -> (R, W)."""
+    return gl.sum(gl.reshape(x, (R, WARPS, 4)), 2)
+
+
+@gluon.jit
+def lane_largest(most, dtype: gl.constexpr, WARPS: gl.constexpr):
+    """(R, 4 W) words of :func:`largest` -> (R, W), 0 where nothing is positive."""
     low, high = unpacked(most, dtype)
-    return logits, gl.max(gl.reshape(gl.maximum(low, high), (R, WARPS, 4)), 2)
+    return gl.max(gl.reshape(gl.maximum(low, high), (R, WARPS, 4)), 2)
 
 
 @gluon.jit
-def powers_of(words, router, inv_max, gamma, k, dtype: gl.constexpr, WARPS: gl.constexpr, POSITIVE: gl.constexpr):
-    """Words of the powers in float16, and of each warp, products (W, n, R) with a router, and |s|^2, |p|^2 (R, W)."""
-    dots = gl.zeros([WARPS, padded(k.N_D), R], gl.float32, products(WARPS))
-    squares = fold(gl.zeros([R, 16 * WARPS], gl.float32, words_of(WARPS)), WARPS)
-    norms = squares
-    powers = ()
-    for c in gl.static_range(len(words)):
-        s, t, p, q, half = measured(words[c], inv_max[:, None], gamma[:, None], dtype, POSITIVE)
-        squares += fold(s * s + t * t, WARPS)
-        norms += fold(p * p + q * q, WARPS)
-        powers = powers + (half,)
-        dots = route(half, router, c, dots, gl.float16, k.N_D, 2, WARPS)
-        if dtype == gl.float16:  # as exact as float16 tokens are
-            high, low = halves(half)
-            dots = route(packed(p - high, q - low, gl.float16), router, c, dots, gl.float16, k.N_D, 2, WARPS)
-    squares = gl.sum(gl.reshape(squares, (R, WARPS, 4)), 2)
-    return powers, dots, gl.join(squares, gl.sum(gl.reshape(norms, (R, WARPS, 4)), 2))
+def routed(z, y, router, k, dtype: gl.constexpr, WARPS: gl.constexpr):
+    """Of what each warp has of both branches, as words: their logits (W, n, R) and largest entries (R, W)."""
+    PARTS: gl.constexpr = 3 if dtype == gl.bfloat16 else 2
+    other = router + len(z) * WARPS * 32 * PARTS * padded(k.N_F)
+    logits = gl.zeros([WARPS, padded(k.N_F), R], gl.float32, products(WARPS))
+    other_logits = logits
+    most = largest(z[0], dtype, WARPS)
+    other_most = largest(y[0], dtype, WARPS)
+    for c in gl.static_range(len(z)):
+        logits = route(z[c], router, c, logits, dtype, k.N_F, PARTS, WARPS)
+    for c in gl.static_range(len(z)):
+        other_logits = route(y[c], other, c, other_logits, dtype, k.N_F, PARTS, WARPS)
+        if c > 0:
+            most = larger(most, largest(z[c], dtype, WARPS), dtype)
+            other_most = larger(other_most, largest(y[c], dtype, WARPS), dtype)
+    return logits, other_logits, lane_largest(most, dtype, WARPS), lane_largest(other_most, dtype, WARPS)
+
+
+class Powers(NamedTuple):
+    """Of a branch, so far: dots (W, n, R) with a router, and sums of squares of s and of p, (R, 4 W)."""
+
+    dots: Any
+    squares: Any
+    norms: Any
 
 
 @gluon.jit
-def tokens_tile(z, y, tables, routers, stats, scaling, out, place, there, active, k, WARPS: gl.constexpr,
+def add_powers(found, words, router, c: gl.constexpr, inv_max, gamma, k, dtype: gl.constexpr, WARPS: gl.constexpr,
+               POSITIVE: gl.constexpr):  # fmt: skip
+    """Words of the powers of chunk c in float16, and ``found`` with what they add."""
+    s, t, p, q, half = measured(words, inv_max[:, None], gamma[:, None], dtype, POSITIVE)
+    squares = found.squares + fold(s * s + t * t, WARPS)
+    norms = found.norms + fold(p * p + q * q, WARPS)
+    dots = route(half, router, c, found.dots, gl.float16, k.N_D, 2, WARPS)
+    if dtype == gl.float16:  # as exact as float16 tokens are
+        high, low = halves(half)
+        dots = route(packed(p - high, q - low, gl.float16), router, c, dots, gl.float16, k.N_D, 2, WARPS)
+    return half, Powers(dots, squares, norms)
+
+
+@gluon.jit
+def norms_of(most, squares, norms, layout: gl.constexpr, WARPS: gl.constexpr):
+    """:func:`renorm_of` from what the warps share of m, |s|^2 and |p|^2."""
+    m = gl.convert_layout(gl.max(most.load(numbers_of_logits(WARPS)), 1), layout)
+    squares = gl.convert_layout(gl.sum(squares.load(numbers_of_logits(WARPS)), 1), layout)
+    return renorm_of(m, squares, gl.convert_layout(gl.sum(norms.load(numbers_of_logits(WARPS)), 1), layout))
+
+
+@gluon.jit
+def tokens_tile(z, y, tables, routers, stats, scaling, out, place, there, k, WARPS: gl.constexpr,
                 MASKED: gl.constexpr, POSITIVE: gl.constexpr, dtype: gl.constexpr):  # fmt: skip
     CHUNKS: gl.constexpr = len(z)
-    PARTS: gl.constexpr = 3 if dtype == gl.bfloat16 else 2
-    SECOND: gl.constexpr = CHUNKS * WARPS * 32
-    logits, most = routed(z, routers.kernel, k, dtype, WARPS)
-    other, other_most = routed(y, routers.kernel + SECOND * PARTS * padded(k.N_F), k, dtype, WARPS)
-    most = share(gl.join(most, other_most), WARPS)
-    index, gamma = choose(summed_logits(logits, other, padded(k.N_F), WARPS), tables.gamma, k.N_F)
-    index, other_index, gamma, other_gamma = as_rows(spread(index, gamma, WARPS), WARPS)
-    m, other_m = gl.split(gl.max(most.load(numbers_of_rows(2, WARPS)), 1))
-    m, other_m = as_row(m, WARPS), as_row(other_m, WARPS)
-    if MASKED:
-        index = gl.where(active, index, 0.0)
-        other_index = gl.where(active, other_index, 0.0)
-    inv_max, other_inv = inverse_of(m), inverse_of(other_m)
+    logits, other, most, other_most = routed(z, y, routers.kernel, k, dtype, WARPS)
+    most, other_most = share(most, WARPS), share(other_most, WARPS)
+    index, gamma = choose(summed_logits(logits, WARPS), tables.gamma, k.N_F)
+    other_index, other_gamma = choose(summed_logits(other, WARPS), tables.gamma, k.N_F)
+    gamma, other_gamma = spread(gamma, WARPS), spread(other_gamma, WARPS)
+    inv_max = inverse_of(as_row(gl.max(most.load(numbers_of_rows(WARPS)), 1), WARPS))
+    other_inv = inverse_of(as_row(gl.max(other_most.load(numbers_of_rows(WARPS)), 1), WARPS))
+    gamma, other_gamma = gamma.load(row(WARPS)), other_gamma.load(row(WARPS))
 
-    p, dots, norms = powers_of(z, routers.differential, inv_max, gamma, k, dtype, WARPS, POSITIVE)
-    other = routers.differential + SECOND * 2 * padded(k.N_D)
-    q, other_dots, other_norms = powers_of(y, other, other_inv, other_gamma, k, dtype, WARPS, POSITIVE)
-    norms = share(gl.reshape(gl.join(norms, other_norms), (R, WARPS, 4)), WARPS)
-    dots = summed_logits(dots, other_dots, padded(k.N_D), WARPS)
-    # Of the tokens whose logits a lane has, and of those whose channels it has.
-    sums = gl.reshape(gl.sum(norms.load(numbers_of_logits(4, WARPS)), 1), (R, 2, 2))
-    found, other_found = gl.split(gl.max(most.load(numbers_of_logits(2, WARPS)), 1))
-    powers, other_powers = gl.split(sums)
-    squares, squared = gl.split(powers)
-    other_squares, other_squared = gl.split(other_powers)
-    renorm = renorm_of(found, gl.convert_layout(squares, found.type.layout), gl.convert_layout(squared, found.type.layout))[0]
-    other_renorm = renorm_of(other_found, gl.convert_layout(other_squares, found.type.layout), gl.convert_layout(other_squared, found.type.layout))[0]
-    renorms = gl.convert_layout(gl.permute(gl.join(renorm, other_renorm), (1, 0)), gl.SliceLayout(2, dots.type.layout))
-    dots = gl.sum(dots * renorms[:, :, None], 0)
-    choice, lam = choose(gl.expand_dims(dots, 0), tables.lam, k.N_D)
-    choice, lam = gl.split(gl.reshape(spread(choice, lam, WARPS), (R, 2)))
-    choice, lam = as_row(choice, WARPS), as_row(lam, WARPS)
-    sums = gl.reshape(gl.sum(norms.load(numbers_of_rows(4, WARPS)), 1), (R, 2, 2))
-    squares, norms, other_squares, other_norms = as_rows(sums, WARPS)
-    renorm, norm = renorm_of(m, squares, norms)
-    other_renorm, other_norm = renorm_of(other_m, other_squares, other_norms)
+    none = fold(gl.zeros([R, 16 * WARPS], gl.float32, words_of(WARPS)), WARPS)
+    first = Powers(gl.zeros([WARPS, padded(k.N_D), R], gl.float32, products(WARPS)), none, none)
+    second = first
+    other = routers.differential + CHUNKS * WARPS * 32 * 2 * padded(k.N_D)
+    if out is not None:
+        kept = gl.allocate_shared_memory(gl.int32, [CHUNKS, R, 16 * WARPS], words_shared(WARPS))
+        other_kept = gl.allocate_shared_memory(gl.int32, [CHUNKS, R, 16 * WARPS], words_shared(WARPS))
+    for c in gl.static_range(CHUNKS):
+        half, first = add_powers(first, z[c], routers.differential, c, inv_max, gamma, k, dtype, WARPS, POSITIVE)
+        if out is not None:
+            kept.index(c).store(half)
+    for c in gl.static_range(CHUNKS):
+        half, second = add_powers(second, y[c], other, c, other_inv, other_gamma, k, dtype, WARPS, POSITIVE)
+        if out is not None:
+            other_kept.index(c).store(half)
+    squares, norms = share(lane_sums(first.squares, WARPS), WARPS), share(lane_sums(first.norms, WARPS), WARPS)
+    other_squares = share(lane_sums(second.squares, WARPS), WARPS)
+    other_norms = share(lane_sums(second.norms, WARPS), WARPS)
+    dots, other = summed_logits(first.dots, WARPS), summed_logits(second.dots, WARPS)
+    column: gl.constexpr = gl.SliceLayout(1, dots.type.layout)
+    renorm, norm = norms_of(most, squares, norms, column, WARPS)
+    other_renorm, other_norm = norms_of(other_most, other_squares, other_norms, column, WARPS)
+    choice, lam = choose(dots * renorm[:, None] + other * other_renorm[:, None], tables.lam, k.N_D)
 
+    n = place.token + gl.arange(0, R, layout=column)
+    counts = place.first + gl.arange(0, R, layout=column) < place.end
+    gl.store(stats.norms + place.T + n, renorm, mask=counts)
+    gl.store(stats.norms + 2 * place.T + n, norm, mask=counts)
+    gl.store(stats.norms + 4 * place.T + n, other_renorm, mask=counts)
+    gl.store(stats.norms + 5 * place.T + n, other_norm, mask=counts)
+    gl.store(stats.lam_index + n, choice.to(gl.int8), mask=counts)
+    gl.store(stats.index + n, index.to(gl.int8), mask=counts)
+    gl.store(stats.index + place.T + n, other_index.to(gl.int8), mask=counts)
     n = place.token + gl.arange(0, R, layout=row(WARPS))
-    gl.store(stats.index + n, index.to(gl.int8), mask=there)
-    gl.store(stats.index + place.T + n, other_index.to(gl.int8), mask=there)
-    gl.store(stats.lam_index + n, choice.to(gl.int8), mask=there)
     gl.store(stats.norms + n, inv_max, mask=there)
-    gl.store(stats.norms + place.T + n, renorm, mask=there)
-    gl.store(stats.norms + 2 * place.T + n, norm, mask=there)
     gl.store(stats.norms + 3 * place.T + n, other_inv, mask=there)
-    gl.store(stats.norms + 4 * place.T + n, other_renorm, mask=there)
-    gl.store(stats.norms + 5 * place.T + n, other_norm, mask=there)
     if out is not None:
         scale = scale_of(scaling, place.segment)
-        weight, other_weight = (renorm * scale)[:, None], (-lam * other_renorm * scale)[:, None]
+        weight, other_weight = spread(renorm * scale, WARPS), spread(-lam * other_renorm * scale, WARPS)
+        weight, other_weight = weight.load(row(WARPS))[:, None], other_weight.load(row(WARPS))[:, None]
         at = word_pointers(out, place.token * k.D, k.D, WARPS)
         for c in gl.static_range(CHUNKS):
-            low, high = halves(p[c])
-            other_low, other_high = halves(q[c])
+            low, high = halves(kept.index(c).load(words_of(WARPS)))
+            other_low, other_high = halves(other_kept.index(c).load(words_of(WARPS)))
             low = low * weight + other_low * other_weight
             found = packed(low, high * weight + other_high * other_weight, dtype)
             gl.store(at + c * 16 * WARPS, found, mask=inside(there, c, k.D, WARPS, MASKED))
@@ -294,9 +318,9 @@ def gluon_tokens_kernel(tokens, segments, tables, routers, stats, scaling, out, 
         y = y + (load(y_pointers + c * 16 * WARPS, inside(active, c, k.D, WARPS, MASKED)),)
     dtype: gl.constexpr = tokens.z.x.dtype.element_ty
     if not_positive(tables.gamma, k.N_F):
-        tokens_tile(z, y, tables, routers, stats, scaling, out, place, there, active, k, WARPS, MASKED, False, dtype)
+        tokens_tile(z, y, tables, routers, stats, scaling, out, place, there, k, WARPS, MASKED, False, dtype)
     else:
-        tokens_tile(z, y, tables, routers, stats, scaling, out, place, there, active, k, WARPS, MASKED, True, dtype)
+        tokens_tile(z, y, tables, routers, stats, scaling, out, place, there, k, WARPS, MASKED, True, dtype)
 
 
 def prepared(context: LaunchContext, side: QKOperand, warps: int) -> PreparedRouters:

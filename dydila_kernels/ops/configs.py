@@ -96,12 +96,13 @@ TABLE |= {
     ("prepare", "half"): (Entry(ANY, Config(4096, 1, 4, reason="the largest of some thousand numbers in a few steps")),),
     ("written_state", "half"): (
         Entry(64, Config(64, 64, 4, 3, reason="two tiles on their way; a head at once, so that nothing is read twice")),
-        Entry(ANY, Config(64, 32, 4, 3, reason="two tiles on their way; columns of 128 leave room for 32 rows")),
+        Entry(80, Config(64, 128, 8, 3, reason="a head of 72 at once; the columns of 128 over twice the threads")),
+        Entry(ANY, Config(64, 64, 8, 3, reason="half a head of 128, its columns over twice the threads")),
     ),
     ("product", "half"): (
-        Entry(64, Config(64, 64, 4, reason="a tile is loaded at once, and many programs are")),
-        Entry(80, Config(64, 16, 4, reason="72 and 80 are 5 x 16")),
-        Entry(ANY, Config(64, 32, 4, reason="columns of 128")),
+        Entry(64, Config(64, 64, 4, reason="a head at once; many programs, of which some load")),
+        Entry(80, Config(64, 32, 4, reason="72 and 80 are 3 x 32 but for 24 and 16")),
+        Entry(ANY, Config(64, 64, 4, reason="a head in two steps")),
     ),
 }
 

@@ -93,7 +93,9 @@ TABLE |= {
 ROWS = "16 tokens, whole, in the registers of 8 warps: two programs on a multiprocessor, one loads while one works"
 TABLE |= {
     ("gluon_tokens", "half"): (Entry(ANY, Config(16, 32, 8, registers=128, reason=ROWS)),),
-    ("prepare", "half"): (Entry(ANY, Config(4096, 1, 4, reason="the largest of some thousand numbers in a few steps")),),
+    ("prepare", "half"): (
+        Entry(ANY, Config(4096, 1, 4, reason="the largest of some thousand numbers in a few steps")),
+    ),
     ("written_state", "half"): (
         Entry(64, Config(64, 64, 4, 3, reason="two tiles on their way; a head at once, so that nothing is read twice")),
         Entry(80, Config(64, 128, 8, 3, reason="a head of 72 at once; the columns of 128 over twice the threads")),

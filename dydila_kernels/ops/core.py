@@ -1,6 +1,11 @@
 """Eqs. 5-9 on a GPU: which kernels run in which order; :mod:`backward` has the backward pass.
 
-Two forms, by the width e = d/H of a head (:data:`LARGEST_HEAD`).  "fused": Zh lives in registers only.
+Three forms.  "written", where :mod:`forms` says so: Zh is written once, in the memory of the output.
+
+    forward     tokens(K)  written_state(K, V)  tokens(Q)  written_readout(Q)
+    backward    that of the others
+
+The others by the width e = d/H of a head (:data:`LARGEST_HEAD`).  "fused": Zh lives in registers only.
 
     forward     tokens(K)  state(K, V)  readout(Q), which routes and measures as it goes
     backward    state(Q, dO)  gradients(Q)  gradients(K), which writes dV too

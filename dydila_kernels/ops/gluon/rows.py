@@ -1,9 +1,9 @@
 """What the Gluon kernels share: which thread holds what, the power of Eq. 5 in machine words, sums over rows.
 
-A program has R = 16 tokens, whole, in registers: its W warps share the channels, CHUNK = 32 W at a time, of which warp w
-has 32.  Lane l has of these, of the tokens l / 4 and l / 4 + 8, the channels from 8 (l mod 4) to 8 (l mod 4) + 7: 16
-bytes, four words of two channels (:func:`words_of`).  Products on tensor cores may take the channels of a sum in any
-order, so the words are operands as they are: :func:`as_right` moves nothing.
+A program has R = 16 tokens, whole, in registers: its W warps share the channels, a chunk of 32 W at a time, of which
+warp w has 32.  Lane l has of these, of the tokens l / 4 and l / 4 + 8, eight channels from 8 (l mod 4) on: 16 bytes,
+four words of two channels (:func:`words_of`).  Products on tensor cores may take the channels of a sum in any order, so
+the words are operands as they are: :func:`as_right` moves nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ R = gl.constexpr(16)
 
 @gluon.constexpr_function
 def bits(warps):
+    """Those of the number of a warp."""
     return range(warps.bit_length() - 1)
 
 
@@ -32,7 +33,7 @@ def products(warps):
 
 @gluon.constexpr_function
 def words_of(warps):
-    """(R, 16 W): words of CHUNK channels."""
+    """(R, 16 W): words of a chunk of channels."""
     across = [[0, 16 << i] for i in bits(warps)]
     lanes = [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]]
     return gl.DistributedLinearLayout([[0, 1], [0, 2], [8, 0]], lanes, across, [], [16, 16 * warps])
@@ -196,7 +197,7 @@ def measuring(dtype, positive):
 
 @gluon.jit
 def measured(words, inv_max, gamma, dtype: gl.constexpr, POSITIVE: gl.constexpr):
-    """(R, C) words of z, 1/m and gamma (R, 1) -> s and p, float32, of both channels of a word, and words of p in float16."""
+    """Words (R, C) of z, 1/m and gamma (R, 1) -> float32 s, s', p, p' of both channels, and words of p in float16."""
     return gl.inline_asm_elementwise(
         measuring(dtype, POSITIVE), "=&f,=&f,=&f,=&f,=r,r,f,f", [words, inv_max, gamma],
         dtype=(gl.float32, gl.float32, gl.float32, gl.float32, gl.int32), is_pure=True, pack=1,
@@ -280,6 +281,7 @@ def choose(logits, table, CHOICES: gl.constexpr):
 
 @gluon.constexpr_function
 def columns_of(options):
+    """The bits of the number of an option."""
     return [1 << i for i in range((options - 1).bit_length())]
 
 

@@ -1,27 +1,26 @@
-"""Eqs. 5-8 with whole rows in a warp: what :mod:`dydila_kernels.ops.tokens` does, with the same results.
+"""Eqs. 5-8 with tokens held in registers: what :mod:`dydila_kernels.ops.tokens` does, with the same results.
 
-Three walks over the rows: the first routes and finds the largest entry, the second makes powers and measures, the third,
-where Zh is wanted, makes it.  The second walk over Z and the first over Z' are one loop, so that one waits for special
-functions while the other waits for memory.
+A program reads its R tokens once and makes each power once:
 
-The routers come prepared (:class:`PreparedRouters`), in the order of the operands of tensor cores.
+    route      logits of both branches and their largest entries        the warps add up; gamma and 1/m are chosen
+    measure    p = s^gamma in float16, kept; |s|^2, |p|^2, p R_D        the warps add up; renorm and lambda are chosen
+    write      Zh = renorm p - lambda renorm' p'
+
+Between them the W warps, each with its share of the channels, exchange a few numbers of each token.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from dydila_kernels.ops import configs
-from dydila_kernels.ops.arguments import Routers
 from dydila_kernels.ops.context import LaunchContext, QKOperand
+from dydila_kernels.ops.gluon.routers import prepared
 from dydila_kernels.ops.gluon.rows import (
     TINY,
     R,
@@ -51,68 +50,7 @@ from dydila_kernels.ops.gluon.rows import (
     words_of,
     words_shared,
 )
-from dydila_kernels.ops.tiles import launch, padded, power_of_two
-
-
-class PreparedRouters(NamedTuple):
-    """kernel (2, d / 32, parts, 32 n_F), of Z and Z', in the dtype of the tokens; differential of n_D, float16.
-
-    d and the options are padded with zeros.  Each router is the sum of its parts, the smallest first, times a power of
-    two; of each 32 channels the options lie in the order of the operands of tensor cores, see :func:`route`.
-    """
-
-    kernel: Any
-    differential: Any
-
-
-@triton.jit
-def power_near(router, ROWS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
-    """The power of two that takes the largest entry of router (ROWS, N) to between 2^13 and 2^14: float16 holds it."""
-    largest = tl.zeros((BLOCK,), tl.float32)
-    for start in tl.static_range(0, ROWS * N, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        largest = tl.maximum(largest, tl.abs(tl.load(router + i, mask=i < ROWS * N, other=0.0).to(tl.float32)))
-    exponent = tl.max(largest).to(tl.int32, bitcast=True) >> 23
-    return (tl.minimum(tl.maximum(267 - exponent, 1), 254) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def split_router(router, out, scale, c, D: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr):
-    """Parts of the channels c (32,) of router (D, N), times ``scale``, to out (PARTS, 32 N padded).
-
-    Channel 8 q + 4 i + 2 h + b of 32 and option 16 t + 8 o + g lie at [t, i, g, q, h, o, b].
-    """
-    columns = tl.arange(0, padded(N))
-    mask = (c < D)[:, None] & (columns < N)[None, :]
-    x = tl.load(router + c[:, None] * N + columns[None, :], mask=mask, other=0.0).to(tl.float32) * scale
-    channel = c % 32
-    place = channel // 4 % 2 * 256 + channel // 8 * 8 + channel // 2 % 2 * 4 + channel % 2
-    option = columns // 16 * 512 + columns % 8 * 32 + columns // 8 % 2 * 2
-    for part in tl.static_range(PARTS):
-        y = x.to(out.dtype.element_ty)
-        x -= y.to(tl.float32)
-        tl.store(out + (PARTS - 1 - part) * padded(N) * 32 + place[:, None] + option[None, :], y)
-
-
-@triton.jit
-def prepare_kernel(routers, prepared, D: tl.constexpr, BLOCKS: tl.constexpr, N_F: tl.constexpr, N_D: tl.constexpr,
-                   PARTS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """:class:`PreparedRouters` of :class:`Routers`: one program for 32 channels of each of four, of BLOCKS * 32."""
-    block = tl.program_id(0) % BLOCKS
-    c = block * 32 + tl.arange(0, 32)
-    which = tl.program_id(0) // BLOCKS
-    F: tl.constexpr = PARTS * padded(N_F) * 32
-    for i in tl.static_range(2):
-        if which == i:
-            router = routers.kernel if i == 0 else routers.kernel_redundant
-            scale = tl.full((), 1.0, tl.float32)
-            if prepared.kernel.dtype.element_ty == tl.float16:
-                scale = power_near(router, D, N_F, BLOCK)
-            split_router(router, prepared.kernel + (i * BLOCKS + block) * F, scale, c, D, N_F, PARTS)
-    if which >= 2:
-        router = routers.differential + (which - 2) * D * N_D
-        out = prepared.differential + ((which - 2) * BLOCKS + block) * (2 * padded(N_D) * 32)
-        split_router(router, out, power_near(routers.differential, 2 * D, N_D, BLOCK), c, D, N_D, 2)
+from dydila_kernels.ops.tiles import launch, padded
 
 
 @gluon.constexpr_function
@@ -121,7 +59,9 @@ def router_layout(options, warps):
     tiles = [[0, 512 << i] for i in range((options // 16).bit_length() - 1)]
     lanes = [[0, 8], [0, 16], [0, 32], [0, 64], [0, 128]]
     across = [[1 << i, 0] for i in bits(warps)]
-    return gl.DistributedLinearLayout([[0, 1], [0, 2], [0, 4], [0, 256], *tiles], lanes, across, [], [warps, options * 32])
+    return gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [0, 256], *tiles], lanes, across, [], [warps, options * 32]
+    )
 
 
 @gluon.jit
@@ -150,7 +90,7 @@ def inverse_of(m):
 
 @gluon.jit
 def renorm_of(m, squares, powers):
-    """m |s| / |p| (R,) and |p|^2, both 0 for a row without positive entry; a maximum passes over NaN, a row shall not."""
+    """m |s| / |p| (R,) and |p|^2, both 0 without a positive entry; a maximum passes over NaN, a row shall not."""
     nonzero = (m >= TINY) | (powers != powers)
     ratio = squares / gl.where(nonzero, powers, 1.0)
     return gl.where(nonzero, m * gl.sqrt(ratio), 0.0), gl.where(nonzero, powers, 0.0)
@@ -158,6 +98,7 @@ def renorm_of(m, squares, powers):
 
 @gluon.jit
 def as_row(x, WARPS: gl.constexpr):
+    """(R,) in the layout of rows."""
     return gl.convert_layout(x, row(WARPS))
 
 
@@ -226,6 +167,7 @@ def norms_of(most, squares, norms, layout: gl.constexpr, WARPS: gl.constexpr):
 @gluon.jit
 def tokens_tile(z, y, tables, routers, stats, scaling, out, place, there, k, WARPS: gl.constexpr,
                 MASKED: gl.constexpr, POSITIVE: gl.constexpr, dtype: gl.constexpr):  # fmt: skip
+    """What :func:`gluon_tokens_kernel` does with the words z, y of both branches; POSITIVE: all gamma are."""
     CHUNKS: gl.constexpr = len(z)
     logits, other, most, other_most = routed(z, y, routers.kernel, k, dtype, WARPS)
     most, other_most = share(most, WARPS), share(other_most, WARPS)
@@ -304,7 +246,11 @@ def scale_of(scaling, segment):
 @gluon.jit
 def gluon_tokens_kernel(tokens, segments, tables, routers, stats, scaling, out, k: gl.constexpr,
                         MASKED: gl.constexpr):  # fmt: skip
-    """One program for a tile of R tokens: routes and measures them, then writes Zh to out (T, d), or None."""
+    """One program for a tile of R tokens: routes and measures them, then writes Zh to out (T, d), or None.
+
+    routers are :class:`PreparedRouters`, the other arguments as in :mod:`dydila_kernels.ops.arguments`; MASKED: a tile
+    may have rows that do not count.
+    """
     WARPS: gl.constexpr = gl.num_warps()
     CHUNKS: gl.constexpr = (k.D + 32 * WARPS - 1) // (32 * WARPS)
     place = place_of(segments, gl.program_id(0))
@@ -313,30 +259,14 @@ def gluon_tokens_kernel(tokens, segments, tables, routers, stats, scaling, out, 
     z = ()
     y = ()
     for c in gl.static_range(CHUNKS):
-        z = z + (load(z_pointers + c * 16 * WARPS, inside(active, c, k.D, WARPS, MASKED)),)
+        z = z + (load(z_pointers + c * 16 * WARPS, inside(active, c, k.D, WARPS, MASKED)),)  # type: ignore[assignment]  # noqa: RUF005
     for c in gl.static_range(CHUNKS):
-        y = y + (load(y_pointers + c * 16 * WARPS, inside(active, c, k.D, WARPS, MASKED)),)
+        y = y + (load(y_pointers + c * 16 * WARPS, inside(active, c, k.D, WARPS, MASKED)),)  # type: ignore[assignment]  # noqa: RUF005
     dtype: gl.constexpr = tokens.z.x.dtype.element_ty
     if not_positive(tables.gamma, k.N_F):
         tokens_tile(z, y, tables, routers, stats, scaling, out, place, there, k, WARPS, MASKED, False, dtype)
     else:
         tokens_tile(z, y, tables, routers, stats, scaling, out, place, there, k, WARPS, MASKED, True, dtype)
-
-
-def prepared(context: LaunchContext, side: QKOperand, warps: int) -> PreparedRouters:
-    """The routers of a side, for programs of so many warps."""
-    routers = Routers(*side.routers, side.differential_router)
-    parts = 3 if context.dtype == torch.bfloat16 else 2
-    n_f, n_d = len(context.gamma), len(context.gamma if context.lam is None else context.lam)
-    blocks = triton.cdiv(context.dim, 32 * warps) * warps
-    found = PreparedRouters(
-        torch.empty(2, blocks, parts, 32 * power_of_two(n_f), device=context.device, dtype=context.dtype),
-        torch.empty(2, blocks, 2, 32 * power_of_two(n_d), device=context.device, dtype=torch.float16),
-    )
-    config = configs.pick("prepare", context.dtype)
-    launch(prepare_kernel, (4 * blocks,), config, routers=routers, prepared=found, D=context.dim, BLOCKS=blocks,
-           N_F=n_f, N_D=n_d, PARTS=parts, BLOCK=config.block_n)  # fmt: skip
-    return found
 
 
 def tokens(context: LaunchContext, side: QKOperand, out: Tensor | None) -> None:

@@ -297,9 +297,9 @@ def logits_shared(options, warps):
 def logits_gathered(options, warps):
     """(W, R, options): the parts of a sum over the warps in one lane, the tokens over the warps."""
     tokens, columns = [[0, 1 << i, 0] for i in range(4)], [[0, 0, n] for n in columns_of(options)]
-    parts = [*([1 << i, 0, 0] for i in bits(warps)), *columns[3:]]
-    across = [tokens[0], tokens[3], *[[0, 0, 0]] * 3][: warps.bit_length() - 1]
-    return gl.DistributedLinearLayout(parts, [*columns[:3], *tokens[1:3]], across, [], [warps, 16, options])
+    places, n = [tokens[0], tokens[3], *[[0, 0, 0]] * 3], len(bits(warps))
+    parts = [*([1 << i, 0, 0] for i in bits(warps)), *columns[3:], *places[n:2]]
+    return gl.DistributedLinearLayout(parts, [*columns[:3], *tokens[1:3]], places[:n], [], [warps, 16, options])
 
 
 @gluon.jit
@@ -329,8 +329,9 @@ def numbers_of_rows(warps):
 def numbers_of_logits(warps):
     """(R, W), of the tokens that a lane has of :func:`logits_gathered`."""
     lanes = [[0, 0], [0, 0], [0, 0], [2, 0], [4, 0]]
-    across = [[1, 0], [8, 0], *[[0, 0]] * 3][: warps.bit_length() - 1]
-    return gl.DistributedLinearLayout([[0, 1 << i] for i in bits(warps)], lanes, across, [], [16, warps])
+    places, n = [[1, 0], [8, 0], *[[0, 0]] * 3], len(bits(warps))
+    parts = [*([0, 1 << i] for i in bits(warps)), *places[n:2]]
+    return gl.DistributedLinearLayout(parts, lanes, places[:n], [], [16, warps])
 
 
 @gluon.jit

@@ -272,10 +272,11 @@ def gluon_tokens_kernel(tokens, segments, tables, routers, stats, scaling, out, 
 def tokens(context: LaunchContext, side: QKOperand, out: Tensor | None) -> None:
     """Routes and measures one side, and writes Zh to ``out`` (B, N, d) contiguous, where given."""
     config = configs.pick("gluon_tokens", context.dtype, context.dim)
-    ragged = context.mask is not None or context.bounds is not None or context.length % config.block_n != 0
+    rows = R.value
+    ragged = context.mask is not None or context.bounds is not None or context.length % rows != 0
     launch(
-        gluon_tokens_kernel, (context.programs(config.block_n),), config, tokens=context.tokens(side, masked=True),
-        segments=context.tiles(config.block_n), **context.measured(side),
+        gluon_tokens_kernel, (context.programs(rows),), config, tokens=context.tokens(side, masked=True),
+        segments=context.tiles(rows), **context.measured(side),
         routers=prepared(context, side, config.warps), scaling=context.scaling(side), out=out,
         k=context.constants(config), MASKED=ragged,
     )  # fmt: skip

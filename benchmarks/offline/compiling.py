@@ -184,7 +184,7 @@ def figures(job: Job) -> Row:
         **measured,
         "shared": shared,
         "resident_warps": resident_warps(job.target, measured["registers"], shared, job.config["num_warps"]),
-        "dots": tensor_core_dots(kernel.asm["ttir"]),
+        "dots": tensor_core_dots(kernel.asm.get("ttir", kernel.asm["ttgir"])),  # Gluon begins with the latter
         **predicted(job, kernel, measured["registers"]),
     }
 

@@ -59,7 +59,7 @@ def hook() -> None:
         return refused(torch.device("meta") if device.type == "cpu" else device, *arguments)
 
     def launcher(kernel: Any, grid: tiles.Grid, config: Any, arguments: dict[str, Any]) -> None:
-        emulation(kernel, grid, arguments, config.warps, config.stages)
+        emulation(kernel, grid, arguments, config.options)
 
     functional.why_not_triton = why_not_triton
     tiles.launcher = launcher

@@ -68,7 +68,7 @@ def microseconds_of(bind: Callable[[], tuple[Any, Any, Any]], repeats: int) -> f
 
 
 def row_of(kernel: Any, config: Config, arguments: dict[str, Any], repeats: int) -> Row:
-    options = {"num_warps": config.warps, "num_stages": config.stages}
+    options = config.options
     constants = {p.name for p in kernel.params if p.is_constexpr}
     flat = [part for name, value in arguments.items() for part in one_by_one(value, name, name in constants)]
     kind = Parameter.POSITIONAL_OR_KEYWORD

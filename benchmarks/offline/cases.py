@@ -4,15 +4,17 @@ A case calls launchers of ``dydila_kernels.ops`` once; whatever they launch is c
 sizes and addresses divide by 16, as they mostly do.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from dydila_kernels.ops import backward, core, depthwise, projection
+from dydila_kernels.ops import backward, core, depthwise, forms, projection
 
 IMAGES, ROWS, COLUMNS = 4, 64, 64
 TOKENS = ROWS * COLUMNS
@@ -47,6 +49,7 @@ def cases() -> Iterator[Case]:
                 continue
             for head in heads:
                 yield Case("attention", name, d, head, partial(attend, dtype, d, head))
+                yield Case("attention", name, d, head, partial(portable, partial(attend, dtype, d, head)))
     for head in (384, 64):
         for variant in VARIANTS:
             yield Case("attention", "bf16", 384, head, partial(attend, torch.bfloat16, 384, head, **variant))
@@ -91,6 +94,12 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"cu_seqlens": (0, TOKENS, IMAGES * TOKENS), "grids": (0, ROWS, COLUMNS, TOKENS, (IMAGES - 1) * ROWS, COLUMNS)},
 )
 """Settings of the core beside the default."""
+
+
+def portable(call: Callable[[], object]) -> None:
+    """The call with the kernels in Triton, where others would be taken."""
+    with patch.dict(os.environ, {forms.VARIABLE: "triton"}):
+        call()
 
 
 @dataclass(frozen=True)

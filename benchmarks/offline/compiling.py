@@ -71,8 +71,7 @@ class Job:
     signature: dict[str, Any]  # of Triton's ``ASTSource``, as the next two
     constants: dict[tuple[int, ...], Any]
     attributes: dict[tuple[int, ...], Any]
-    warps: int
-    stages: int
+    config: dict[str, int]
     target: Target
     launch: Launch | None = field(default=None, repr=False)  # where the model is to predict it
 
@@ -91,7 +90,7 @@ def record(call: Callable[[], object], labels: Row, name: str, target: Target) -
 
     def note(kernel: Any, grid: tiles.Grid, config: Config, arguments: dict[str, Any]) -> None:
         # As triton.JITFunction.run does.
-        arguments = {**arguments, "num_warps": config.warps, "num_stages": config.stages}
+        arguments = {**arguments, **config.options}
         bound, specialization, _ = create_function_from_signature(kernel.signature, kernel.params, backend)(**arguments)
         _, signature, constants, attributes = kernel._pack_args(backend, arguments, bound, specialization, None)
         fixed: dict[str, Any] = {}
@@ -109,8 +108,7 @@ def record(call: Callable[[], object], labels: Row, name: str, target: Target) -
                 signature=signature,
                 constants=constants,
                 attributes=attributes,
-                warps=config.warps,
-                stages=config.stages,
+                config=config.options,
                 target=target,
                 launch=launch_of(grid, bound, signature) if name == machine.TARGET else None,
             )
@@ -136,7 +134,7 @@ def compiled(job: Job) -> Any:
     module, name = job.kernel
     function = getattr(importlib.import_module(module), name)
     source = source_of(function, job.signature, job.constants, job.attributes)
-    return triton.compile(source, target=job.target.triton, options={"num_warps": job.warps, "num_stages": job.stages})
+    return triton.compile(source, target=job.target.triton, options=job.config)
 
 
 def figures(job: Job) -> Row:
@@ -147,10 +145,14 @@ def figures(job: Job) -> Row:
     except Exception as error:  # whatever the compiler raises is a result, to be reported with all the others
         return {**row, "error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     row |= nvidia(kernel.asm["cubin"]) if job.target.backend == "cuda" else amd(kernel.asm["amdgcn"])
-    row["shared"], row["dots"] = kernel.metadata.shared, tensor_core_dots(kernel.asm["ttir"])
-    row["resident_warps"] = resident_warps(job.target, row["registers"], row["shared"], job.warps)
+    row["shared"], row["dots"] = (
+        kernel.metadata.shared,
+        tensor_core_dots(kernel.asm.get("ttir", kernel.asm["ttgir"])),
+    )  # Gluon begins with the latter
+    warps = job.config["num_warps"]
+    row["resident_warps"] = resident_warps(job.target, row["registers"], row["shared"], warps)
     if job.launch is not None:
-        prediction = prediction_of(kernel, row["registers"], job.warps, job.launch)
+        prediction = prediction_of(kernel, row["registers"], warps, job.launch)
         if not prediction.loops:  # that end by data, of which nothing is known
             row["predicted_us"] = round(prediction.microseconds, 1)
             row["predicted_barriers"] = prediction.barriers

@@ -20,6 +20,7 @@ class Config:
         block_d: channels that a program works on at a time.
         warps, stages: ``num_warps`` and ``num_stages`` of the launch.
         block_k: length of a step along the summed dimension of a matrix product, where that is neither of the above.
+        registers: of a thread at most (``maxnreg``), or None for what the compiler takes.
         reason: why these values.
     """
 
@@ -28,7 +29,14 @@ class Config:
     warps: int
     stages: int = 1
     block_k: int = 0
+    registers: int | None = None
     reason: str = ""
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Triton's options of a launch."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
 @dataclass(frozen=True)
@@ -51,11 +59,14 @@ WALK = "16 elements a thread and tile: what a pass over a row keeps in registers
 TABLE |= {
     ("tokens", "half"): (Entry(ANY, Config(64, 32, 4, reason=WALK)),),
     ("tokens", "single"): (Entry(ANY, Config(32, 32, 4, reason="float32 operands take twice the registers")),),
-    ("state", "half"): (Entry(ANY, Config(64, 32, 4, 2, reason="the next tile is on its way; half a head of 64")),),
+    ("state", "half"): (
+        Entry(64, Config(64, 32, 4, 3, reason="two tiles are on their way; half a head of 64")),
+        Entry(80, Config(32, 32, 4, reason="columns of 128 leave room for half the rows, and for no tile on its way")),
+        Entry(ANY, Config(64, 32, 4, 2, reason="the next tile is on its way; a quarter of a head of 128")),
+    ),
     ("state", "single"): (Entry(ANY, Config(32, 16, 4, reason="FMA bound: registers decide")),),
     ("readout", "half"): (
         Entry(64, Config(64, 32, 4, reason=WALK)),
-        Entry(80, Config(32, 16, 4, reason="72 and 80 are 5 x 16; columns of 128 leave room for half the rows")),
         Entry(ANY, Config(32, 32, 4, reason="columns of 128 leave room for half the rows")),
     ),
     ("readout", "single"): (
@@ -76,6 +87,29 @@ TABLE |= {
     ("routed_gradients", "single"): (Entry(ANY, Config(16, 16, 4, reason="FMA bound: registers decide")),),
     ("given_gradients", "half"): (Entry(ANY, Config(32, 32, 4, reason="two powers and their slopes at a time")),),
     ("given_gradients", "single"): (Entry(ANY, Config(32, 32, 4, reason=WALK)),),
+}
+
+# gluon/ and the products of what it writes; the width is that of a head, for "gluon_tokens" d
+ROWS = "16 tokens, whole, in the registers of all warps; while one program loads, another works"
+TABLE |= {
+    ("gluon_tokens", "half"): (
+        Entry(384, Config(16, 32, 4, registers=128, reason=ROWS)),
+        Entry(768, Config(16, 32, 8, registers=128, reason=ROWS)),
+        Entry(ANY, Config(16, 32, 8, reason="one program, which may have all registers: the words of 1280 channels")),
+    ),
+    ("prepare", "half"): (
+        Entry(ANY, Config(4096, 1, 4, reason="the largest of some thousand numbers in a few steps")),
+    ),
+    ("written_state", "half"): (
+        Entry(64, Config(64, 64, 4, 3, reason="two tiles on their way; a head at once, so that nothing is read twice")),
+        Entry(80, Config(64, 128, 8, 3, reason="a head of 72 at once; the columns of 128 over twice the threads")),
+        Entry(ANY, Config(64, 64, 8, 3, reason="half a head of 128, its columns over twice the threads")),
+    ),
+    ("product", "half"): (
+        Entry(64, Config(64, 64, 4, reason="a head at once; many programs, of which some load")),
+        Entry(80, Config(64, 32, 4, reason="72 and 80 are 3 x 32 but for 24 and 16")),
+        Entry(ANY, Config(64, 64, 4, reason="a head in two steps")),
+    ),
 }
 
 # projection.py; the width is n_P for "route", the channels of the result for "projection"

@@ -1,6 +1,11 @@
 """Eqs. 5-9 on a GPU: which kernels run in which order; :mod:`backward` has the backward pass.
 
-Two forms, by the width e = d/H of a head (:data:`LARGEST_HEAD`).  "fused": Zh lives in registers only.
+Three forms.  "written", where :mod:`forms` says so: Zh is written once, in the memory of the output.
+
+    forward     tokens(K)  written_state(K, V)  tokens(Q)  written_readout(Q)
+    backward    that of the others
+
+The others by the width e = d/H of a head (:data:`LARGEST_HEAD`).  "fused": Zh lives in registers only.
 
     forward     tokens(K)  state(K, V)  readout(Q), which routes and measures as it goes
     backward    state(Q, dO)  gradients(Q)  gradients(K), which writes dV too
@@ -23,11 +28,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dydila_kernels.ops import depthwise, gemm
+from dydila_kernels.ops import depthwise, forms, gemm
 from dydila_kernels.ops.arguments import contiguous_channels
 from dydila_kernels.ops.configs import LARGEST_HEAD, pick
 from dydila_kernels.ops.context import LaunchContext, QKOperand
-from dydila_kernels.ops.linear_attention import readout, state
+from dydila_kernels.ops.linear_attention import readout, state, written_readout, written_state
 from dydila_kernels.ops.tiles import power_of_two
 from dydila_kernels.ops.tokens import tokens
 from dydila_kernels.types import DIFFERENTIAL_SIDES, Ranks
@@ -246,6 +251,12 @@ def fused_product(
     out: Tensor, *, decide: bool, add: bool, convolution: Weights,
 ) -> None:  # fmt: skip
     """Product i: writes O (B, N, d) to ``out`` or adds it, and with ``convolution`` DWC(V)."""
+    if not add and all(
+        forms.why_not_gluon_tokens(context, side, decide=decide, terms=settings.has_denominator) is None
+        for side in (q, k)
+    ):
+        written_product(context, saved, i, q, k, v, out, convolution)
+        return
     if decide:
         tokens(context, k, decide=True)
     total, means = state(context, k, v, sums=settings.has_denominator)
@@ -258,6 +269,22 @@ def fused_product(
         context, q, saved.states[i], out, decide=decide, add=add, means=means, inverse=inverse, values=v,
         weight=convolution[0], bias=convolution[1],
     )  # fmt: skip
+
+
+def written_product(
+    context: LaunchContext, saved: SavedForBackward, i: int, q: QKOperand, k: QKOperand, v: Tensor, out: Tensor,
+    convolution: Weights,
+) -> None:  # fmt: skip
+    """As :func:`fused_product`, where each power is made once: ``out`` holds Kh, then Qh, then O."""
+    tokens(context, k, decide=True, out=out)
+    total = written_state(context, k, out, v)
+    context.sum_over_ranks(total)
+    saved.states[i] = total
+    tokens(context, q, decide=True, out=out)
+    written_readout(context, out, saved.states[i])
+    weight, bias = convolution
+    if weight is not None:
+        depthwise.depthwise(out, v, weight.t(), bias, context.geometry, context.mask)
 
 
 def gemm_product(

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dydila_kernels.ops import configs
-from dydila_kernels.ops.arguments import Denominator, Scaling, strided
+from dydila_kernels.ops.arguments import Denominator, Scaling, Tokens, strided
 from dydila_kernels.ops.branches import (
     branch_pointers,
     difference_of,
@@ -37,7 +37,7 @@ from dydila_kernels.ops.branches import (
 )
 from dydila_kernels.ops.context import LaunchContext, QKOperand
 from dydila_kernels.ops.depthwise import ImageGrid, Taps, convolve_tile, load_grid
-from dydila_kernels.ops.tiles import Tile, launch, padded, pin, tile_mask, tile_of_program
+from dydila_kernels.ops.tiles import Tile, launch, padded, pin, row_pointers, tile_mask, tile_of_program
 from dydila_kernels.ops.tokens import branches_of
 
 
@@ -194,6 +194,29 @@ def readout_kernel(tokens, segments, tables, routers, stats, slopes, scaling, de
     write_readout(out, matrix, output_scale, denominator, stencil, branches, tile, active_rows, k, ADD, False)
 
 
+@triton.jit
+def product_kernel(tokens, segments, state, output_scale, k: tl.constexpr):
+    """One program for a tile of queries and a head: O_h = output_scale Qh_h S_h in the place of Qh, tokens.z (B, N, d).
+
+    state (segments, H, e, e) in the dtype of the tokens.
+    """
+    E: tl.constexpr = k.D // k.H
+    BLOCK_D: tl.constexpr = k.BLOCK_D
+    tile = tile_of_program(segments, k.BLOCK_N)
+    h = tl.program_id(1)
+    row_ptrs = row_pointers(tokens.z, tile) + h * E
+    chunk = tl.arange(0, k.BLOCK_D)
+    across = tl.arange(0, padded(E))
+    acc = tl.zeros((tile.n.shape[0], padded(E)), tl.float32)
+    for c in tl.static_range(0, E, BLOCK_D):
+        x = tl.load(row_ptrs + c + chunk[None, :], mask=tile_mask(tile.row_mask, c + chunk, E, k.BLOCK_D), other=0.0)
+        block = state + ((tile.segment * k.H + h) * E + c + chunk[:, None]) * E + across[None, :]
+        block = tl.load(block, mask=tile_mask(c + chunk < E, across, E, padded(E)), other=0.0)
+        acc = tl.dot(x, block, acc, input_precision=k.PRECISION)
+    mask = tile_mask(tile.row_mask, across, E, padded(E))
+    tl.store(row_ptrs + across[None, :], (acc * output_scale).to(state.dtype.element_ty), mask=mask)
+
+
 def state(
     context: LaunchContext,
     side: QKOperand,
@@ -218,6 +241,27 @@ def state(
     return found.sum(1), None if partials is None else partials.sum(1)
 
 
+def written_state(context: LaunchContext, side: QKOperand, written: Tensor, values: Tensor) -> Tensor:
+    """:func:`state` from ``written``, the Zh of a side (B, N, d); no values are read of rows that are all zero."""
+    e = context.head_dim
+    splits = context.splits(configs.pick("written_state", context.dtype, e).block_n)
+    return partial_states(
+        context, side._replace(tokens=written, redundant=written), Values(*strided(values), e), splits, width=e,
+        head_dim=e, raw=True, has_denominator=False, scaling=context.scaling(side), state_scale=context.state_scale,
+        denominator=Denominator(), stage="written_state",
+    ).sum(1)  # fmt: skip
+
+
+def written_readout(context: LaunchContext, written: Tensor, state: Tensor) -> None:
+    """O (B, N, d) in the place of ``written``, the Qh; state (segments, H, e, e) in their dtype."""
+    config = configs.pick("product", context.dtype, context.head_dim)
+    launch(
+        product_kernel, (context.programs(config.block_n), context.heads), config,
+        tokens=Tokens(strided(written), None, None), segments=context.tiles(config.block_n), state=state,
+        output_scale=context.output_scale, k=context.constants(config),
+    )  # fmt: skip
+
+
 def correlation(context: LaunchContext, side: QKOperand, values: Tensor, raw: bool) -> Tensor:
     """(d, n) float32: the sum over all T rows of phi(Z)^T values, or Z^T values where ``raw``, values (T, n) float32.
 
@@ -235,11 +279,11 @@ def correlation(context: LaunchContext, side: QKOperand, values: Tensor, raw: bo
 
 def partial_states(
     context: LaunchContext, side: QKOperand, values: Values, splits: int, *, width: int, head_dim: int, raw: bool,
-    has_denominator: bool, **arguments: Any,
+    has_denominator: bool, stage: str = "state", **arguments: Any,
 ) -> Tensor:  # fmt: skip
     """The partial sums (segments, splits, H, e, width) float32 of :func:`state_kernel`, for e = ``head_dim``."""
     heads = context.dim // head_dim
-    config = configs.pick("state", values.x.dtype, head_dim)
+    config = configs.pick(stage, values.x.dtype, head_dim)
     partials = values.x.new_empty((context.segments, splits, heads, head_dim, width), dtype=torch.float32)
     launch(
         state_kernel, (context.segments * splits * heads * triton.cdiv(head_dim, config.block_d),), config,

@@ -26,7 +26,7 @@ Launcher = Callable[[Any, Grid, Config, dict[str, Any]], None]
 
 def run(kernel: Any, grid: Grid, config: Config, arguments: dict[str, Any]) -> None:
     """Launches a kernel of Triton."""
-    kernel[grid](**arguments, num_warps=config.warps, num_stages=config.stages)
+    kernel[grid](**arguments, **config.options)
 
 
 launcher: Launcher = run

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dydila_kernels.ops import configs
+from dydila_kernels.ops import configs, forms
 from dydila_kernels.ops.arguments import Denominator
 from dydila_kernels.ops.branches import (
     RowStats,
@@ -242,6 +242,11 @@ def tokens(
     Under "denominator" ``means`` (segments, d) and ``inverse`` (T, H), written, are those of queries; with ``sums`` it
     returns the mean denominator term (segments, d) float32, each token's times ``weights`` (T, H) where given.
     """
+    if forms.why_not_gluon_tokens(context, side, decide=decide, terms=sums or means is not None) is None:
+        from dydila_kernels.ops.gluon.tokens import tokens as gluon_tokens
+
+        gluon_tokens(context, side, out)
+        return None
     config = configs.pick("tokens", context.dtype, context.dim)
     programs = context.programs(config.block_n)
     partials = torch.empty(programs, context.dim, device=context.device, dtype=torch.float32) if sums else None

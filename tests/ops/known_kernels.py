@@ -114,7 +114,7 @@ def predict() -> dict[str, dict[str, Any]]:
         (job,) = record(call, {}, "sm_90", TARGETS["sm_90"])
         assert job.launch is not None
         kernel = compiled(job)
-        p = prediction_of(kernel, nvidia(kernel.asm["cubin"])["registers"], job.warps, job.launch, H200)
+        p = prediction_of(kernel, nvidia(kernel.asm["cubin"])["registers"], job.config["num_warps"], job.launch, H200)
         found[name] = {"us": p.microseconds, "floor": p.floor, "tflops": operations / p.microseconds / 1e6,
                        "binds": p.binds, "loops": p.loops, "instructions": p.instructions}  # fmt: skip
     return found

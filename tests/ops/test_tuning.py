@@ -130,7 +130,7 @@ def test_tuning_says_where_the_kernels_cannot_run() -> None:
     [
         (384, 1, ["heads of 384 > 128", "GEMMs"]),
         (384, 6, ["heads of 64: fused"]),
-        (1152, 16, ["heads of 72: fused", "8 of 80 are padding", "results of 128"]),
+        (1152, 16, ["heads of 72: fused", "24 of 96 are padding", "results of 128"]),
         (130, 10, ["260 bytes", "narrow"]),
     ],
 )

@@ -41,17 +41,19 @@ class Emulation:
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def __call__(
-        self, function: Any, grid: tuple[int, ...], arguments: dict[str, Any], warps: int, stages: int
+        self, function: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, int]
     ) -> None:
         """Runs ``function[grid](**arguments)``; raises Unsupported for PTX that the emulator does not know."""
-        kernel, taken = self.specialise(function, arguments, warps, stages)
+        kernel, taken = self.specialise(function, arguments, options)
         start = time.perf_counter()
         self.execute(kernel, grid, taken, self.report)
         self.seconds[kernel.name] += time.perf_counter() - start
 
-    def specialise(self, function: Any, arguments: dict[str, Any], warps: int, stages: int) -> tuple[Kernel, list[Any]]:
-        """The parsed PTX, and the tensors and numbers that it takes, in order; as triton.JITFunction.run does."""
-        options = {"num_warps": warps, "num_stages": stages}
+    def specialise(self, function: Any, arguments: dict[str, Any], options: dict[str, int]) -> tuple[Kernel, list[Any]]:
+        """The parsed PTX, and the tensors and numbers that it takes, in order; as triton.JITFunction.run does.
+
+        options: those of the launch, such as ``num_warps``.
+        """
         bind = create_function_from_signature(function.signature, function.params, self.backend)
         bound, specialization, _ = bind(**arguments, **options)
         _, signature, constants, attributes = function._pack_args(

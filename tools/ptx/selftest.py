@@ -33,7 +33,7 @@ class Result(NamedTuple):
 
 def run(target: str, name: str, grid: tuple[int, ...], warps: int = 4, stages: int = 1, **arguments: Any) -> Emulation:
     emulation = Emulation(target)
-    emulation(getattr(selftest_kernels, name), grid, arguments, warps, stages)
+    emulation(getattr(selftest_kernels, name), grid, arguments, {"num_warps": warps, "num_stages": stages})
     return emulation
 
 
@@ -127,7 +127,8 @@ def removed(target: str) -> Iterator[Result]:
     )  # fmt: skip
     emulation, missed, total = Emulation(target), [], 0
     for name, stages, arguments in calls:
-        kernel, taken = emulation.specialise(getattr(selftest_kernels, name), arguments, 4, stages)
+        options = {"num_warps": 4, "num_stages": stages}
+        kernel, taken = emulation.specialise(getattr(selftest_kernels, name), arguments, options)
         for wait in re.finditer(WAITS, kernel.text, re.MULTILINE):
             text = f"{kernel.text[: wait.start(1)]}//{kernel.text[wait.start(1) :]}"
             report = Report()

@@ -71,7 +71,7 @@ def predicted(job: Job, spread: bool) -> Kernel:
     kernel = compiled(job)
     registers = nvidia(kernel.asm["cubin"])["registers"]
     likely, *others = [
-        prediction_of(kernel, registers, job.warps, job.launch, gpu)
+        prediction_of(kernel, registers, job.config["num_warps"], job.launch, gpu)
         for gpu in (H200, *(SPREAD.values() if spread else ()))
     ]
     fast, slow = [other.microseconds for other in others] or [likely.microseconds] * 2

@@ -1,0 +1,82 @@
+"""Which form of a kernel a launch takes, and why.
+
+    "gluon"     :mod:`dydila_kernels.ops.gluon`: a warp owns whole rows, in layouts that are written out.  For the
+                common case on NVIDIA GPUs of sm_80 and later.
+    "triton"    the kernels of this folder: for everything, everywhere, the interpreter too.
+
+Both save the same statistics, so that each launch of a call is free to take either.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from dydila_kernels.ops import tiles
+from dydila_kernels.ops.context import LaunchContext, QKOperand
+
+VARIABLE = "DYDILA_KERNELS_FORM"
+FORMS = ("auto", "gluon", "triton")
+
+
+def wanted() -> str:
+    """The form that the environment asks for: "auto" where it does not."""
+    form = os.environ.get(VARIABLE, "auto")
+    if form not in FORMS:
+        raise ValueError(f"{VARIABLE} must be one of {', '.join(FORMS)}; got {form!r}")
+    return form
+
+
+LARGEST = 1280
+"""Channels whose words the registers of a program hold."""
+
+
+def why_no_gluon_here() -> str | None:
+    """The reason why nothing can take the Gluon form, or None."""
+    if tiles.INTERPRETED:
+        return "Gluon has no interpreter"
+    if tiles.target != "cuda":
+        return "the layouts are those of NVIDIA's tensor cores"
+    if find_spec("triton.experimental.gluon") is None:
+        return "this Triton has no Gluon"
+    return None
+
+
+def why_not_gluon(context: LaunchContext, side: QKOperand) -> str | None:
+    """The reason why launches for ``side`` take the Triton form, or None where they take that in Gluon."""
+    if wanted() == "triton":
+        return f"{VARIABLE} is triton"
+    if missing := why_no_gluon_here():
+        if wanted() == "gluon":
+            raise RuntimeError(f"{VARIABLE} is gluon, but {missing}")
+        return missing
+    if context.dtype == torch.float32:
+        return "float32 tokens are exact in the Triton form alone"
+    if side.redundant is None:
+        return "there is one branch"
+    if context.dim > LARGEST:
+        return f"the registers hold {LARGEST} channels, not {context.dim}"
+    if any(not in_words(t) for t in (side.tokens, side.redundant)):
+        return "rows do not begin at even channels"
+    return None
+
+
+def in_words(tokens: Tensor) -> bool:
+    """Whether the rows of tokens (B, N, d) of 16 bits are whole words of two."""
+    return tokens.data_ptr() % 4 == 0 and not any(n % 2 for n in (*tokens.stride()[:-1], tokens.shape[-1]))
+
+
+def why_not_gluon_tokens(context: LaunchContext, side: QKOperand, *, decide: bool, terms: bool) -> str | None:
+    """The same of what routes, measures and writes; ``terms``: whether denominator terms are wanted."""
+    if not decide:
+        return "what was decided is read"
+    if terms:
+        return "denominator terms are summed"
+    if side.differential_router is None:
+        return "no lambda is chosen"
+    if side.slopes is not None:
+        return "routers are trained"
+    return why_not_gluon(context, side)

@@ -1,0 +1,350 @@
+"""What the Gluon kernels share: which thread holds what, the power of Eq. 5 in machine words, sums over rows.
+
+A program has R = 16 tokens, whole, in registers: its W warps share the channels, a chunk of 32 W at a time, of which
+warp w has 32.  Lane l has of these, of the tokens l / 4 and l / 4 + 8, eight channels from 8 (l mod 4) on: 16 bytes,
+four words of two channels (:func:`words_of`).  Products on tensor cores may take the channels of a sum in any order, so
+the words are operands as they are: :func:`as_right` moves nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+TINY = gl.constexpr(torch.finfo(torch.float32).tiny)
+R = gl.constexpr(16)
+"""Tokens of a program: the columns of two products of tensor cores."""
+
+
+@gluon.constexpr_function
+def bits(warps):
+    """Those of the number of a warp."""
+    return range(warps.bit_length() - 1)
+
+
+@gluon.constexpr_function
+def products(warps):
+    """(W, options, R): results of products on tensor cores, one for each warp; tokens are columns."""
+    return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[warps, 1, 1], instr_shape=[1, 16, 8])
+
+
+@gluon.constexpr_function
+def words_of(warps):
+    """(R, 16 W): words of a chunk of channels."""
+    across = [[0, 16 << i] for i in bits(warps)]
+    lanes = [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout([[0, 1], [0, 2], [8, 0]], lanes, across, [], [16, 16 * warps])
+
+
+@gluon.constexpr_function
+def row(warps):
+    """(R,): what is known of tokens."""
+    return gl.SliceLayout(1, words_of(warps))
+
+
+@gluon.jit
+def channels(words, dtype: gl.constexpr):
+    """(R, 16 W) words -> (..., 2): both channels of each."""
+    low, high = gl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [words], dtype=(gl.int16, gl.int16), is_pure=True, pack=1
+    )
+    return gl.join(low, high).to(dtype, bitcast=True)
+
+
+@gluon.jit
+def as_right(words, dtype: gl.constexpr, WARPS: gl.constexpr):
+    """Words (R, 16 W) as right operand (W, 32, R)."""
+    x = gl.reshape(channels(words, dtype), (2, 8, WARPS, 4, 2, 2, 2))
+    x = gl.reshape(gl.permute(x, (2, 4, 5, 3, 6, 0, 1)), (WARPS, 32, R))
+    return gl.convert_layout(x, gl.DotOperandLayout(1, products(WARPS), 2), assert_trivial=True)
+
+
+@gluon.constexpr_function
+def packing(dtype):
+    return f"cvt.rn.{'bf16x2' if dtype == gl.bfloat16 else 'f16x2'}.f32 $0, $2, $1;"
+
+
+@gluon.jit
+def packed(low, high, dtype: gl.constexpr):
+    """Two float32 as a word of two of 16 bits."""
+    return gl.inline_asm_elementwise(packing(dtype), "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def halves(words):
+    """Words of float16 -> both in float32."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b16 u, v; mov.b32 {u, v}, $2; cvt.f32.f16 $0, u; cvt.f32.f16 $1, v; }", "=f,=f,r", [words],
+        dtype=(gl.float32, gl.float32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+class Place(NamedTuple):
+    """Where the tile of a program lies: its image, int64, and segment, its first token in the image, the end of the
+    segment, and the number of its first token among all, int64; T, int64."""
+
+    image: Any
+    segment: Any
+    first: Any
+    end: Any
+    token: Any
+    T: Any
+
+
+@gluon.jit
+def place_of(segments, tile):
+    """The :class:`Place` of a tile."""
+    T = gl.cast(segments.T, gl.int64)
+    if segments.table is None:
+        tiles = (segments.N + R - 1) // R
+        image = (tile // tiles).to(gl.int64)
+        first = (tile % tiles) * R
+        return Place(image, image, first, segments.N, image * segments.N + first, T)
+    else:
+        entry = segments.table + tile * 3
+        first = gl.load(entry + 1)
+        image = gl.cast(0, gl.int64)
+        return Place(image, gl.load(entry).to(gl.int64), first, gl.load(entry + 2), first.to(gl.int64), T)
+
+
+@gluon.jit
+def word_pointers(x, start, stride, WARPS: gl.constexpr):
+    """Pointers (R, 16 W) to the first words of rows of 16-bit numbers: of x, ``start`` and ``stride`` even."""
+    rows = gl.arange(0, R, layout=row(WARPS)).to(gl.int64) * (stride // 2)
+    columns = gl.arange(0, 16 * WARPS, layout=gl.SliceLayout(0, words_of(WARPS)))
+    return (x + start).to(gl.pointer_type(gl.int32)) + rows[:, None] + columns[None, :]
+
+
+@gluon.jit
+def pointers(strided, place, WARPS: gl.constexpr):
+    """To the rows of a tile."""
+    start = place.image * strided.stride_xb + place.first.to(gl.int64) * strided.stride_xn
+    return word_pointers(strided.x, start, strided.stride_xn, WARPS)
+
+
+@gluon.jit
+def rows_there(mask, place, WARPS: gl.constexpr):
+    """(R,): which rows of a tile there are, and which of them count, by ``mask`` (T,) or None."""
+    rows = gl.arange(0, R, layout=row(WARPS))
+    there = place.first + rows < place.end
+    if mask is None:
+        return there, there
+    else:
+        return there, there & (gl.load(mask + place.token + rows, mask=there, other=0) != 0)
+
+
+@gluon.jit
+def inside(rows, c: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr, MASKED: gl.constexpr):
+    """The mask of chunk c: the channels there are, and where MASKED the rows (R,) given; None where it is full."""
+    WIDTH: gl.constexpr = 16 * WARPS
+    if (c + 1) * WIDTH * 2 <= D:
+        if MASKED:
+            return rows[:, None]
+        else:
+            return None
+    else:
+        columns = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, words_of(WARPS)))[None, :]
+        there = c * WIDTH + columns < D // 2
+        if MASKED:
+            return there & rows[:, None]
+        else:
+            return there
+
+
+@gluon.jit
+def load(pointers, mask):
+    """Words, zeros where the mask says."""
+    if mask is None:
+        return gl.load(pointers)
+    else:
+        return gl.load(pointers, mask=mask, other=0)
+
+
+@gluon.constexpr_function
+def words_shared(warps):
+    """(R, 16 W) words in shared memory: 16 bytes of each lane, one lane after the other."""
+    lanes = [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0], [8, 0]]
+    return gl.SharedLinearLayout([[0, 1], [0, 2], *lanes, *([0, 16 << i] for i in bits(warps))])
+
+
+# Two channels at a time -----------------------------------------------------------------------------------------------
+
+PACKED = {
+    gl.bfloat16: "max.NaN.bf16x2 t, {z}, t; shl.b32 x, t, 16; and.b32 y, t, 0xffff0000;",
+    gl.float16: "max.NaN.f16x2 t, {z}, t; mov.b32 {{u, v}}, t; cvt.f32.f16 x, u; cvt.f32.f16 y, v;",
+}
+"""Of a word z: x and y, the ReLU of both in float32; t is 0 before.  NaN stays NaN."""
+BEGIN = "{ .reg .b32 t; .reg .b16 u, v; .reg .f32 x, y; .reg .pred zero; mov.b32 t, 0;"
+
+
+@gluon.constexpr_function
+def measuring(dtype, positive):
+    """Assembly: s = ReLU(z) / m twice, p = s^gamma twice, p in f16; from z, 1/m, gamma.
+
+    Results below the smallest normal number are zeros (ftz), and log2 0 = -inf: so 0^gamma = 0 for gamma > 0
+    (``positive``), and is made so for others.
+    """
+    powers = ""
+    for p, s in (("$2", "$0"), ("$3", "$1")):
+        powers += f"lg2.approx.ftz.f32 x, {s}; mul.ftz.f32 x, x, $7; ex2.approx.ftz.f32 {p}, x;"
+        powers += "" if positive else f"setp.eq.f32 zero, {s}, 0f00000000; selp.f32 {p}, 0f00000000, {p}, zero;"
+    ratios = "mul.ftz.f32 $0, x, $6; mul.ftz.f32 $1, y, $6;"
+    return BEGIN + PACKED[dtype].format(z="$5") + ratios + powers + "cvt.rn.f16x2.f32 $4, $3, $2; }"
+
+
+@gluon.jit
+def measured(words, inv_max, gamma, dtype: gl.constexpr, POSITIVE: gl.constexpr):
+    """Words (R, C) of z, 1/m and gamma (R, 1) -> float32 s, s', p, p' of both channels, and words of p in float16."""
+    return gl.inline_asm_elementwise(
+        measuring(dtype, POSITIVE), "=&f,=&f,=&f,=&f,=r,r,f,f", [words, inv_max, gamma],
+        dtype=(gl.float32, gl.float32, gl.float32, gl.float32, gl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+LARGER = {gl.bfloat16: "max.bf16x2 $0, $1, $2;", gl.float16: "max.f16x2 $0, $1, $2;"}
+
+
+@gluon.constexpr_function
+def larger_of(dtype):
+    return LARGER[dtype]
+
+
+@gluon.jit
+def larger_bf16(x, y):
+    """The larger of each two channels of words, passing over NaN."""
+    return gl.inline_asm_elementwise(larger_of(gl.bfloat16), "=r,r,r", [x, y], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def larger_fp16(x, y):
+    return gl.inline_asm_elementwise(larger_of(gl.float16), "=r,r,r", [x, y], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def larger(x, y, dtype: gl.constexpr):
+    if dtype == gl.bfloat16:
+        return larger_bf16(x, y)
+    else:
+        return larger_fp16(x, y)
+
+
+@gluon.jit
+def largest(words, dtype: gl.constexpr, WARPS: gl.constexpr):
+    """(R, 16 W) -> (R, 4 W): of what a lane has of each row, the largest of either channel of the words."""
+    x = gl.reshape(words, (R, 4 * WARPS, 4))
+    if dtype == gl.bfloat16:
+        return gl.reduce(x, 2, larger_bf16)
+    else:
+        return gl.reduce(x, 2, larger_fp16)
+
+
+@gluon.jit
+def fold(x, WARPS: gl.constexpr):
+    """(R, 16 W) -> (R, 4 W): the sums of what a lane has of each row."""
+    return gl.sum(gl.reshape(x, (R, 4 * WARPS, 4)), 2)
+
+
+@gluon.constexpr_function
+def unpacking(dtype):
+    return BEGIN + PACKED[dtype].format(z="$2") + "mov.f32 $0, x; mov.f32 $1, y; }"
+
+
+@gluon.jit
+def unpacked(words, dtype: gl.constexpr):
+    """The ReLU of both channels of words, float32."""
+    return gl.inline_asm_elementwise(
+        unpacking(dtype), "=&f,=&f,r", [words], dtype=(gl.float32, gl.float32), is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def choose(logits, table, CHOICES: gl.constexpr):
+    """(R, n) -> (R,) int32, the lowest index of the largest of the first CHOICES, and what a table has there.
+
+    Among NaN, some choice.  The table is read before the logits are known: nothing waits for it.
+    """
+    layout: gl.constexpr = logits.type.layout
+    options = gl.arange(0, logits.shape[1], layout=gl.SliceLayout(0, layout))
+    entries = gl.load(table + gl.minimum(options, CHOICES - 1)).to(gl.float32)[None, :]
+    options = options[None, :]
+    logits = gl.where(options < CHOICES, logits, float("-inf"))
+    best = gl.max(logits, 1)
+    index = gl.min(gl.where(logits == best[:, None], options, CHOICES - 1), 1)
+    return index, gl.sum(gl.where(options == index[:, None], entries, 0.0), 1)
+
+
+# Between the warps of a program ---------------------------------------------------------------------------------------
+
+
+@gluon.constexpr_function
+def columns_of(options):
+    """The bits of the number of an option."""
+    return [1 << i for i in range((options - 1).bit_length())]
+
+
+@gluon.constexpr_function
+def logits_shared(options, warps):
+    """(2, W, R, options) in shared memory: the lanes of a warp write, and read, different banks."""
+    tokens, columns = [[0, 1 << i, 0] for i in range(4)], [[0, 0, n] for n in columns_of(options)]
+    order = [*columns[:3], *tokens[1:3], *columns[3:], tokens[0], tokens[3]]
+    return gl.SharedLinearLayout([*order, *([1 << i, 0, 0] for i in bits(warps))])
+
+
+@gluon.constexpr_function
+def logits_gathered(options, warps):
+    """(W, R, options): the parts of a sum over the warps in one lane, the tokens over the warps."""
+    tokens, columns = [[0, 1 << i, 0] for i in range(4)], [[0, 0, n] for n in columns_of(options)]
+    places, n = [tokens[0], tokens[3], *[[0, 0, 0]] * 3], len(bits(warps))
+    parts = [*([1 << i, 0, 0] for i in bits(warps)), *columns[3:], *places[n:2]]
+    return gl.DistributedLinearLayout(parts, [*columns[:3], *tokens[1:3]], places[:n], [], [warps, 16, options])
+
+
+@gluon.jit
+def summed_logits(logits, WARPS: gl.constexpr):
+    """(R, n) of (W, n, R), summed over the warps."""
+    N: gl.constexpr = logits.shape[1]
+    shared = gl.allocate_shared_memory(gl.float32, [WARPS, R, N], logits_shared(N, WARPS))
+    shared.store(gl.permute(logits, (0, 2, 1)))
+    return gl.sum(shared.load(logits_gathered(N, WARPS)), 0)
+
+
+@gluon.constexpr_function
+def numbers_shared(warps):
+    """(R, W) in shared memory."""
+    return gl.SharedLinearLayout([*([0, 1 << i] for i in bits(warps)), *([1 << i, 0] for i in range(4))])
+
+
+@gluon.constexpr_function
+def numbers_of_rows(warps):
+    """(R, W), whose slices are numbers of rows."""
+    lanes = [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]]
+    parts = [*([0, 1 << i] for i in bits(warps)), [8, 0]]
+    return gl.DistributedLinearLayout(parts, lanes, [[0, 0] for _ in bits(warps)], [], [16, warps])
+
+
+@gluon.constexpr_function
+def numbers_of_logits(warps):
+    """(R, W), of the tokens that a lane has of :func:`logits_gathered`."""
+    lanes = [[0, 0], [0, 0], [0, 0], [2, 0], [4, 0]]
+    places, n = [[1, 0], [8, 0], *[[0, 0]] * 3], len(bits(warps))
+    parts = [*([0, 1 << i] for i in bits(warps)), *places[n:2]]
+    return gl.DistributedLinearLayout(parts, lanes, places[:n], [], [16, warps])
+
+
+@gluon.jit
+def share(x, WARPS: gl.constexpr):
+    """Shared memory with x (R, W)."""
+    shared = gl.allocate_shared_memory(gl.float32, [R, WARPS], numbers_shared(WARPS))
+    shared.store(x)
+    return shared
+
+
+@gluon.jit
+def spread(x, WARPS: gl.constexpr):
+    """Shared memory with x (R,) float32, which some lanes have."""
+    shared = gl.allocate_shared_memory(gl.float32, [R], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    shared.store(x)
+    return shared

@@ -1,0 +1,282 @@
+"""Eqs. 5-8 with tokens held in registers: what :mod:`dydila_kernels.ops.tokens` does, with the same results.
+
+A program reads its R tokens once and makes each power once:
+
+    route      logits of both branches and their largest entries        the warps add up; gamma and 1/m are chosen
+    measure    p = s^gamma in float16, kept; |s|^2, |p|^2, p R_D        the warps add up; renorm and lambda are chosen
+    write      Zh = renorm p - lambda renorm' p'
+
+Between them the W warps, each with its share of the channels, exchange a few numbers of each token.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from dydila_kernels.ops import configs
+from dydila_kernels.ops.context import LaunchContext, QKOperand
+from dydila_kernels.ops.gluon.routers import prepared
+from dydila_kernels.ops.gluon.rows import (
+    TINY,
+    R,
+    as_right,
+    bits,
+    choose,
+    fold,
+    halves,
+    inside,
+    larger,
+    largest,
+    load,
+    measured,
+    numbers_of_logits,
+    numbers_of_rows,
+    packed,
+    place_of,
+    pointers,
+    products,
+    row,
+    rows_there,
+    share,
+    spread,
+    summed_logits,
+    unpacked,
+    word_pointers,
+    words_of,
+    words_shared,
+)
+from dydila_kernels.ops.tiles import launch, padded
+
+
+@gluon.constexpr_function
+def router_layout(options, warps):
+    """(W, options 32) elements of a prepared router: 16 bytes a lane, of its own channels in each warp."""
+    tiles = [[0, 512 << i] for i in range((options // 16).bit_length() - 1)]
+    lanes = [[0, 8], [0, 16], [0, 32], [0, 64], [0, 128]]
+    across = [[1 << i, 0] for i in bits(warps)]
+    return gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [0, 256], *tiles], lanes, across, [], [warps, options * 32]
+    )
+
+
+@gluon.jit
+def route(words, router, c: gl.constexpr, logits, dtype: gl.constexpr, N: gl.constexpr, PARTS: gl.constexpr,
+          WARPS: gl.constexpr):  # fmt: skip
+    """logits (W, n, R) + of each warp the parts of a router (d / 32, PARTS, 32 n) times the words of chunk c."""
+    SIZE: gl.constexpr = padded(N) * 32
+    layout: gl.constexpr = router_layout(padded(N), WARPS)
+    warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, layout))[:, None]
+    at = warp * (PARTS * SIZE) + gl.arange(0, SIZE, layout=gl.SliceLayout(0, layout))[None, :]
+    z = as_right(words, dtype, WARPS)
+    for part in gl.static_range(PARTS):
+        x = gl.load(router + (c * WARPS * PARTS + part) * SIZE + at)
+        x = gl.reshape(x, (WARPS, padded(N) // 16, 2, 8, 4, 2, 2, 2))
+        x = gl.reshape(gl.permute(x, (0, 1, 6, 3, 2, 5, 4, 7)), (WARPS, padded(N), 32))
+        x = gl.convert_layout(x, gl.DotOperandLayout(0, products(WARPS), 2), assert_trivial=True)
+        logits = mma_v2(x, z, logits)
+    return logits
+
+
+@gluon.jit
+def inverse_of(m):
+    """1/m (R,), and 0 of less than the smallest normal number."""
+    return gl.where(m >= TINY, 1.0 / gl.where(m >= TINY, m, 1.0), 0.0)
+
+
+@gluon.jit
+def renorm_of(m, squares, powers):
+    """m |s| / |p| (R,) and |p|^2, both 0 without a positive entry; a maximum passes over NaN, a row shall not."""
+    nonzero = (m >= TINY) | (powers != powers)
+    ratio = squares / gl.where(nonzero, powers, 1.0)
+    return gl.where(nonzero, m * gl.sqrt(ratio), 0.0), gl.where(nonzero, powers, 0.0)
+
+
+@gluon.jit
+def as_row(x, WARPS: gl.constexpr):
+    """(R,) in the layout of rows."""
+    return gl.convert_layout(x, row(WARPS))
+
+
+@gluon.jit
+def lane_sums(x, WARPS: gl.constexpr):
+    """(R, 4 W) -> (R, W)."""
+    return gl.sum(gl.reshape(x, (R, WARPS, 4)), 2)
+
+
+@gluon.jit
+def lane_largest(most, dtype: gl.constexpr, WARPS: gl.constexpr):
+    """(R, 4 W) words of :func:`largest` -> (R, W), 0 where nothing is positive."""
+    low, high = unpacked(most, dtype)
+    return gl.max(gl.reshape(gl.maximum(low, high), (R, WARPS, 4)), 2)
+
+
+@gluon.jit
+def routed(z, y, router, k, dtype: gl.constexpr, WARPS: gl.constexpr):
+    """Of what each warp has of both branches, as words: their logits (W, n, R) and largest entries (R, W)."""
+    PARTS: gl.constexpr = 3 if dtype == gl.bfloat16 else 2
+    other = router + len(z) * WARPS * 32 * PARTS * padded(k.N_F)
+    logits = gl.zeros([WARPS, padded(k.N_F), R], gl.float32, products(WARPS))
+    other_logits = logits
+    most = largest(z[0], dtype, WARPS)
+    other_most = largest(y[0], dtype, WARPS)
+    for c in gl.static_range(len(z)):
+        logits = route(z[c], router, c, logits, dtype, k.N_F, PARTS, WARPS)
+    for c in gl.static_range(len(z)):
+        other_logits = route(y[c], other, c, other_logits, dtype, k.N_F, PARTS, WARPS)
+        if c > 0:
+            most = larger(most, largest(z[c], dtype, WARPS), dtype)
+            other_most = larger(other_most, largest(y[c], dtype, WARPS), dtype)
+    return logits, other_logits, lane_largest(most, dtype, WARPS), lane_largest(other_most, dtype, WARPS)
+
+
+class Powers(NamedTuple):
+    """Of a branch, so far: dots (W, n, R) with a router, and sums of squares of s and of p, (R, 4 W)."""
+
+    dots: Any
+    squares: Any
+    norms: Any
+
+
+@gluon.jit
+def add_powers(found, words, router, c: gl.constexpr, inv_max, gamma, k, dtype: gl.constexpr, WARPS: gl.constexpr,
+               POSITIVE: gl.constexpr):  # fmt: skip
+    """Words of the powers of chunk c in float16, and ``found`` with what they add."""
+    s, t, p, q, half = measured(words, inv_max[:, None], gamma[:, None], dtype, POSITIVE)
+    squares = found.squares + fold(s * s + t * t, WARPS)
+    norms = found.norms + fold(p * p + q * q, WARPS)
+    dots = route(half, router, c, found.dots, gl.float16, k.N_D, 2, WARPS)
+    if dtype == gl.float16:  # as exact as float16 tokens are
+        high, low = halves(half)
+        dots = route(packed(p - high, q - low, gl.float16), router, c, dots, gl.float16, k.N_D, 2, WARPS)
+    return half, Powers(dots, squares, norms)
+
+
+@gluon.jit
+def norms_of(most, squares, norms, layout: gl.constexpr, WARPS: gl.constexpr):
+    """:func:`renorm_of` from what the warps share of m, |s|^2 and |p|^2."""
+    m = gl.convert_layout(gl.max(most.load(numbers_of_logits(WARPS)), 1), layout)
+    squares = gl.convert_layout(gl.sum(squares.load(numbers_of_logits(WARPS)), 1), layout)
+    return renorm_of(m, squares, gl.convert_layout(gl.sum(norms.load(numbers_of_logits(WARPS)), 1), layout))
+
+
+@gluon.jit
+def tokens_tile(z, y, tables, routers, stats, scaling, out, place, there, k, WARPS: gl.constexpr,
+                MASKED: gl.constexpr, POSITIVE: gl.constexpr, dtype: gl.constexpr):  # fmt: skip
+    """What :func:`gluon_tokens_kernel` does with the words z, y of both branches; POSITIVE: all gamma are."""
+    CHUNKS: gl.constexpr = len(z)
+    logits, other, most, other_most = routed(z, y, routers.kernel, k, dtype, WARPS)
+    most, other_most = share(most, WARPS), share(other_most, WARPS)
+    index, gamma = choose(summed_logits(logits, WARPS), tables.gamma, k.N_F)
+    other_index, other_gamma = choose(summed_logits(other, WARPS), tables.gamma, k.N_F)
+    gamma, other_gamma = spread(gamma, WARPS), spread(other_gamma, WARPS)
+    inv_max = inverse_of(as_row(gl.max(most.load(numbers_of_rows(WARPS)), 1), WARPS))
+    other_inv = inverse_of(as_row(gl.max(other_most.load(numbers_of_rows(WARPS)), 1), WARPS))
+    gamma, other_gamma = gamma.load(row(WARPS)), other_gamma.load(row(WARPS))
+
+    none = fold(gl.zeros([R, 16 * WARPS], gl.float32, words_of(WARPS)), WARPS)
+    first = Powers(gl.zeros([WARPS, padded(k.N_D), R], gl.float32, products(WARPS)), none, none)
+    second = first
+    other = routers.differential + CHUNKS * WARPS * 32 * 2 * padded(k.N_D)
+    if out is not None:
+        kept = gl.allocate_shared_memory(gl.int32, [CHUNKS, R, 16 * WARPS], words_shared(WARPS))
+        other_kept = gl.allocate_shared_memory(gl.int32, [CHUNKS, R, 16 * WARPS], words_shared(WARPS))
+    for c in gl.static_range(CHUNKS):
+        half, first = add_powers(first, z[c], routers.differential, c, inv_max, gamma, k, dtype, WARPS, POSITIVE)
+        if out is not None:
+            kept.index(c).store(half)
+    for c in gl.static_range(CHUNKS):
+        half, second = add_powers(second, y[c], other, c, other_inv, other_gamma, k, dtype, WARPS, POSITIVE)
+        if out is not None:
+            other_kept.index(c).store(half)
+    squares, norms = share(lane_sums(first.squares, WARPS), WARPS), share(lane_sums(first.norms, WARPS), WARPS)
+    other_squares = share(lane_sums(second.squares, WARPS), WARPS)
+    other_norms = share(lane_sums(second.norms, WARPS), WARPS)
+    dots, other = summed_logits(first.dots, WARPS), summed_logits(second.dots, WARPS)
+    column: gl.constexpr = gl.SliceLayout(1, dots.type.layout)
+    renorm, norm = norms_of(most, squares, norms, column, WARPS)
+    other_renorm, other_norm = norms_of(other_most, other_squares, other_norms, column, WARPS)
+    choice, lam = choose(dots * renorm[:, None] + other * other_renorm[:, None], tables.lam, k.N_D)
+
+    n = place.token + gl.arange(0, R, layout=column)
+    counts = place.first + gl.arange(0, R, layout=column) < place.end
+    gl.store(stats.norms + place.T + n, renorm, mask=counts)
+    gl.store(stats.norms + 2 * place.T + n, norm, mask=counts)
+    gl.store(stats.norms + 4 * place.T + n, other_renorm, mask=counts)
+    gl.store(stats.norms + 5 * place.T + n, other_norm, mask=counts)
+    gl.store(stats.lam_index + n, choice.to(gl.int8), mask=counts)
+    gl.store(stats.index + n, index.to(gl.int8), mask=counts)
+    gl.store(stats.index + place.T + n, other_index.to(gl.int8), mask=counts)
+    n = place.token + gl.arange(0, R, layout=row(WARPS))
+    gl.store(stats.norms + n, inv_max, mask=there)
+    gl.store(stats.norms + 3 * place.T + n, other_inv, mask=there)
+    if out is not None:
+        scale = scale_of(scaling, place.segment)
+        weight, other_weight = spread(renorm * scale, WARPS), spread(-lam * other_renorm * scale, WARPS)
+        weight, other_weight = weight.load(row(WARPS))[:, None], other_weight.load(row(WARPS))[:, None]
+        at = word_pointers(out, place.token * k.D, k.D, WARPS)
+        for c in gl.static_range(CHUNKS):
+            low, high = halves(kept.index(c).load(words_of(WARPS)))
+            other_low, other_high = halves(other_kept.index(c).load(words_of(WARPS)))
+            low = low * weight + other_low * other_weight
+            found = packed(low, high * weight + other_high * other_weight, dtype)
+            gl.store(at + c * 16 * WARPS, found, mask=inside(there, c, k.D, WARPS, MASKED))
+
+
+@gluon.jit
+def not_positive(table, N: gl.constexpr):
+    """Whether any of the entries (N,) of a table is not above zero."""
+    entries = gl.minimum(gl.arange(0, padded(N), layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), N - 1)
+    return gl.min(gl.load(table + entries).to(gl.float32), 0) <= 0.0
+
+
+@gluon.jit
+def scale_of(scaling, segment):
+    """What multiplies Zh, see :class:`Scaling`."""
+    scale = scaling.fp16_prescale
+    if scaling.length_scale is not None:
+        scale *= gl.load(scaling.length_scale + segment)
+    return scale
+
+
+@gluon.jit
+def gluon_tokens_kernel(tokens, segments, tables, routers, stats, scaling, out, k: gl.constexpr,
+                        MASKED: gl.constexpr):  # fmt: skip
+    """One program for a tile of R tokens: routes and measures them, then writes Zh to out (T, d), or None.
+
+    routers are :class:`PreparedRouters`, the other arguments as in :mod:`dydila_kernels.ops.arguments`; MASKED: a tile
+    may have rows that do not count.
+    """
+    WARPS: gl.constexpr = gl.num_warps()
+    CHUNKS: gl.constexpr = (k.D + 32 * WARPS - 1) // (32 * WARPS)
+    place = place_of(segments, gl.program_id(0))
+    there, active = rows_there(tokens.mask, place, WARPS)
+    z_pointers, y_pointers = pointers(tokens.z, place, WARPS), pointers(tokens.redundant, place, WARPS)
+    z = ()
+    y = ()
+    for c in gl.static_range(CHUNKS):
+        z = z + (load(z_pointers + c * 16 * WARPS, inside(active, c, k.D, WARPS, MASKED)),)  # type: ignore[assignment]  # noqa: RUF005
+    for c in gl.static_range(CHUNKS):
+        y = y + (load(y_pointers + c * 16 * WARPS, inside(active, c, k.D, WARPS, MASKED)),)  # type: ignore[assignment]  # noqa: RUF005
+    dtype: gl.constexpr = tokens.z.x.dtype.element_ty
+    if not_positive(tables.gamma, k.N_F):
+        tokens_tile(z, y, tables, routers, stats, scaling, out, place, there, k, WARPS, MASKED, False, dtype)
+    else:
+        tokens_tile(z, y, tables, routers, stats, scaling, out, place, there, k, WARPS, MASKED, True, dtype)
+
+
+def tokens(context: LaunchContext, side: QKOperand, out: Tensor | None) -> None:
+    """Routes and measures one side, and writes Zh to ``out`` (B, N, d) contiguous, where given."""
+    config = configs.pick("gluon_tokens", context.dtype, context.dim)
+    rows = R.value
+    ragged = context.mask is not None or context.bounds is not None or context.length % rows != 0
+    launch(
+        gluon_tokens_kernel, (context.programs(rows),), config, tokens=context.tokens(side, masked=True),
+        segments=context.tiles(rows), **context.measured(side),
+        routers=prepared(context, side, config.warps), scaling=context.scaling(side), out=out,
+        k=context.constants(config), MASKED=ragged,
+    )  # fmt: skip

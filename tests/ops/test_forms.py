@@ -1,0 +1,198 @@
+"""The form in Gluon: that it is taken, that it answers as the other does, and why it is not taken elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dydila_kernels import reference
+from dydila_kernels.ops import core, forms, tiles
+from dydila_kernels.testing import TOKENS, Tensors, cast, decisions
+from tests.ops.helpers import (
+    DEVICE,
+    assert_repeats,
+    assert_same_bits,
+    attend,
+    compare_core,
+    compare_layer,
+    inputs_of,
+    layer_of,
+    operator_arguments,
+)
+from tests.ops.test_tokens import shortfall
+
+HALF = [torch.bfloat16, torch.float16]
+needs_gluon = pytest.mark.skipif(tiles.INTERPRETED, reason="Gluon has no interpreter: --emulate sm_90, or a GPU")
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Names of the kernels that a test launches."""
+    names: set[str] = set()
+    launcher = tiles.launcher
+
+    def note(kernel: Any, *arguments: Any) -> None:
+        names.add(kernel.__name__)
+        launcher(kernel, *arguments)
+
+    monkeypatch.setattr(tiles, "launcher", note)
+    return names
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "whole tiles": {"batch": 2, "length": 64, "dim": 256, "num_heads": 4},
+    "none": {"batch": 1, "length": 48, "dim": 128, "normalization": "none"},
+    "the last tile has one token": {"batch": 2, "length": 33, "dim": 256, "num_heads": 2},
+    "channels do not fill the warps": {"batch": 1, "length": 32, "dim": 40},
+    "heads of 72": {"batch": 1, "length": 40, "dim": 144, "num_heads": 2},
+    "heads of 96": {"batch": 1, "length": 40, "dim": 192, "num_heads": 2},
+    "one wide head": {"batch": 1, "length": 150, "dim": 136},
+    "packed": {"batch": 1, "length": 60, "dim": 64, "num_heads": 2, "cu_seqlens": [0, 5, 5, 38, 60]},
+    "negative powers": {"batch": 1, "length": 32, "dim": 64, "gamma": (-1.0, 2.0)},
+}
+
+
+@needs_gluon
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_error_is_that_of_plain_pytorch(case: str, dtype: torch.dtype, launched: set[str]) -> None:
+    compare_core(dtype, **CASES[case])
+    assert "gluon_tokens_kernel" in launched and "readout_kernel" not in launched
+
+
+@needs_gluon
+def test_masks(launched: set[str]) -> None:
+    mask = torch.rand(2, 37, device=DEVICE) < 0.6
+    mask[1] = False
+    compare_core(torch.bfloat16, 2, 37, 64, mask=mask)
+    assert "gluon_tokens_kernel" in launched
+
+
+@needs_gluon
+def test_masked_tokens_may_hold_anything(launched: set[str]) -> None:
+    inputs = inputs_of(1, 40, 64, torch.bfloat16)
+    mask = torch.arange(40, device=DEVICE)[None] % 3 > 0
+    clean = attend(inputs, mask=mask)
+    for name in TOKENS:
+        inputs[name] = inputs[name].masked_fill(~mask[..., None], torch.nan)
+    assert_same_bits({"out": attend(inputs, mask=mask)}, {"out": clean})
+    assert "gluon_tokens_kernel" in launched
+
+
+@needs_gluon
+def test_convolution(launched: set[str]) -> None:
+    compare_layer(layer_of(64, num_heads=2, dtype=torch.bfloat16), 36)
+    assert {"gluon_tokens_kernel", "depthwise_kernel"} <= launched
+
+
+@needs_gluon
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(("dim", "choices"), [(256, 9), (40, 21)])
+def test_decides_as_float64_but_for_rounding(dim: int, choices: int, dtype: torch.dtype, launched: set[str]) -> None:
+    """Routers in float32; the powers of Eq. 7 are rounded to float16 for bfloat16 tokens, and are in two parts else."""
+    inputs = inputs_of(2, 150, dim, num_kernel_factors=choices, num_differential_factors=choices)
+    inputs.update({name: inputs[name].to(dtype) for name in TOKENS})
+    at = decisions(inputs, backend="triton")
+    assert "gluon_tokens_kernel" in launched
+    t, measured = cast(inputs, torch.float64), {}
+    for name, router in zip(("q", "k", "q_redundant", "k_redundant"), t["kernel_routers"], strict=True):
+        index = at[f"measure_{name}"]
+        assert shortfall(t[name], router, index) < 1e-6
+        assert len(index.unique()) == choices
+        measured[name] = reference.power(t[name], t["gamma"][index])
+    for side, router in zip("qk", t["differential_routers"], strict=True):
+        pair = torch.cat([measured[side], measured[f"{side}_redundant"]], -1)
+        assert shortfall(pair, router, at[f"differential_{side}"]) < (3e-5 if dtype == torch.bfloat16 else 2e-6)
+
+
+@needs_gluon
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_rows_of_any_scale(scale: float) -> None:
+    """phi keeps the scale of a row, and with it that of the output."""
+    inputs = inputs_of(1, 32, 64, torch.bfloat16)
+    expected = attend(inputs)
+    for name in ("q", "q_redundant"):
+        inputs[name] = inputs[name] * 2.0 ** round(torch.tensor(scale).log2().item())
+    found = attend(inputs).double() / 2.0 ** round(torch.tensor(scale).log2().item())
+    torch.testing.assert_close(found, expected.double(), rtol=2e-2, atol=2e-2 * expected.abs().max().item())
+
+
+@needs_gluon
+def test_nan_stays_in_its_row() -> None:
+    inputs = inputs_of(1, 32, 64, torch.bfloat16)
+    inputs["q"][0, 3, 5] = torch.nan
+    lost = attend(inputs).isnan().all(-1)[0]
+    assert lost[3] and lost.sum() == 1
+
+
+@needs_gluon
+def test_backward_twice_is_equal_to_the_bit_in_poisoned_memory(request: pytest.FixtureRequest) -> None:
+    inputs = inputs_of(1, 40, 64, torch.bfloat16)
+    assert_repeats(inputs, request, mask=torch.rand(1, 40, device=DEVICE) < 0.7)
+
+
+@needs_gluon
+def test_both_forms_save_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the backward pass may take what it likes."""
+    inputs = inputs_of(1, 48, 128, torch.bfloat16)
+    saved = {}
+    for form in ("gluon", "triton"):
+        monkeypatch.setenv(forms.VARIABLE, form)
+        arguments = operator_arguments(inputs, num_heads=2)
+        saved[form] = core.forward(*arguments)[1]
+    assert torch.equal(saved["gluon"].indices, saved["triton"].indices)
+    torch.testing.assert_close(saved["gluon"].statistics, saved["triton"].statistics, rtol=1e-4, atol=0)
+
+
+# Which form
+
+
+def reason(monkeypatch: pytest.MonkeyPatch, inputs: Tensors, **options: Any) -> str | None:
+    """Why ``tokens`` of the queries takes the Triton form, on a GPU of NVIDIA's."""
+    monkeypatch.setattr(tiles, "INTERPRETED", False)
+    monkeypatch.setattr(tiles, "target", "cuda")
+    arguments, settings = operator_arguments(inputs, **options)
+    context = core.context_of(arguments, settings)
+    queries, _ = core.operands_of(context, arguments, settings, core.empty_saved(arguments, settings))
+    return forms.why_not_gluon_tokens(context, queries, decide=True, terms=settings.has_denominator)
+
+
+@pytest.mark.parametrize(
+    ("dim", "dtype", "options", "part"),
+    [
+        (64, torch.bfloat16, {}, None),
+        (64, torch.float32, {}, "float32"),
+        (64, torch.bfloat16, {"differential": "off"}, "no lambda"),
+        (64, torch.bfloat16, {"normalization": "denominator"}, "denominator"),
+        (64, torch.bfloat16, {"router_gradient": "straight_through"}, "trained"),
+        (1536, torch.bfloat16, {}, "registers"),
+        (25, torch.bfloat16, {}, "even"),
+    ],
+    ids=str,
+)
+def test_says_why_not(
+    dim: int, dtype: torch.dtype, options: dict[str, Any], part: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = inputs_of(1, 4, dim, dtype, differential=options.get("differential", "token"))
+    found = reason(monkeypatch, inputs, **options)
+    assert found is None if part is None else part in (found or "")
+
+
+def test_the_environment_forces_the_portable_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(forms.VARIABLE, "triton")
+    assert forms.VARIABLE in (reason(monkeypatch, inputs_of(1, 4, 64, torch.bfloat16)) or "")
+
+
+@pytest.mark.skipif(not tiles.INTERPRETED, reason="Gluon is there")
+def test_the_environment_cannot_force_what_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(forms.VARIABLE, "gluon")
+    with pytest.raises(RuntimeError, match="Gluon has no interpreter"):
+        attend(inputs_of(1, 4, 64, torch.bfloat16))
+
+
+def test_the_environment_names_a_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(forms.VARIABLE, "cuda")
+    with pytest.raises(ValueError, match=r"DYDILA_KERNELS_FORM must be one of auto, gluon, triton; got 'cuda'"):
+        forms.wanted()

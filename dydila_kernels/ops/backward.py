@@ -11,11 +11,21 @@ from dydila_kernels.ops import core, depthwise, gemm
 from dydila_kernels.ops.arguments import Denominator, Source, contiguous_channels
 from dydila_kernels.ops.context import LaunchContext, QKOperand
 from dydila_kernels.ops.core import Inputs, SavedForBackward, Settings, zero_where_masked
-from dydila_kernels.ops.gradients import TableGradients, denominator_gradient, gradients, source_of
+from dydila_kernels.ops.gradients import (
+    TableGradients,
+    denominator_gradient,
+    gradients,
+    source_of,
+    why_not_gluon_gradients,
+)
 from dydila_kernels.ops.linear_attention import correlation, state
 from dydila_kernels.ops.straight_through import straight_through_gradients
 from dydila_kernels.ops.tokens import tokens
 from dydila_kernels.types import Ranks
+
+
+WIDEST_DOTS = 64
+"""Channels of the widest head of :mod:`dydila_kernels.ops.gluon.dots`."""
 
 
 class InputGradients(NamedTuple):
@@ -109,14 +119,33 @@ def fused_backward(
     source, denominator = source_of(context, x=grad, matrix=saved.states[i]), Denominator(means, inverse)
     if settings.has_denominator:
         denominator = denominator._replace(weights=denominator_gradient(context, q, source, denominator))
-    total, dmeans = state(
-        context, q, grad, inverse=denominator.inverse, sums=settings.has_denominator, weights=denominator.weights
-    )
+    dots = None
+    if why_not_gluon_dots(context, q, source, denominator) is None:
+        from dydila_kernels.ops.gluon.dots import dots as gluon_dots
+
+        (total, dots), dmeans = gluon_dots(context, q, grad, saved.states[i]), None
+    else:
+        total, dmeans = state(
+            context, q, grad, inverse=denominator.inverse, sums=settings.has_denominator, weights=denominator.weights
+        )
     context.sum_over_ranks(total, dmeans)
-    queries = side_gradients(context, q, source, denominator, dq, differential_logits=differential_logits)
+    queries = side_gradients(context, q, source, denominator, dq, differential_logits=differential_logits, dots=dots)
     source = source_of(context, x=v, matrix=total.to(context.dtype))
     keys = side_gradients(context, k, source, Denominator(dmeans), dk, dv=dv, add=add, grad=grad, weight=weight)
     return queries, keys
+
+
+def why_not_gluon_dots(
+    context: LaunchContext, side: QKOperand, source: Source, denominator: Denominator
+) -> str | None:
+    """The reason why the gradient of the state takes the Triton form, or None where it takes that in Gluon."""
+    if context.head_dim > WIDEST_DOTS:
+        return f"a state of heads of {context.head_dim} does not fit beside its tiles"
+    assert source.x is not None
+    for x in (side.tokens, side.redundant, source.x.x):
+        if x is not None and (x.data_ptr() % 16 or x.stride(0) % 16 or x.stride(1) % 16):
+            return "rows are not aligned to 16 bytes"
+    return why_not_gluon_gradients(context, side, source, denominator)
 
 
 def gemm_backward(
@@ -155,11 +184,11 @@ def gemm_backward(
 def side_gradients(
     context: LaunchContext, side: QKOperand, source: Source, denominator: Denominator, dz: Pair, *,
     dv: Tensor | None = None, add: bool = False, grad: Tensor | None = None, weight: Tensor | None = None,
-    differential_logits: Tensor | None = None,
+    differential_logits: Tensor | None = None, dots: Tensor | None = None,
 ) -> TableGradients:  # fmt: skip
     """Of one side, by the kernel that its routers need."""
     if side.slopes is None:
-        return gradients(context, side, source, denominator, *dz, dv=dv, add=add, grad=grad, weight=weight)
+        return gradients(context, side, source, denominator, *dz, dv=dv, add=add, grad=grad, weight=weight, dots=dots)
     return straight_through_gradients(
         context, side, source, denominator, *dz, dv=dv, add=add, grad=grad, weight=weight,
         differential_logits=differential_logits,

@@ -86,6 +86,16 @@ TABLE |= {
     ("given_gradients", "single"): (Entry(ANY, Config(32, 32, 4, reason=WALK)),),
 }
 
+# gluon/gradients.py, gluon/dots.py; the width is that of a head
+ROWS = "16 rows a warp; 128 registers: four programs on a multiprocessor"
+TABLE |= {
+    ("gluon_gradients", "half"): (Entry(ANY, Config(64, 32, 4, registers=128, reason=ROWS)),),
+    ("gluon_gradients_once", "half"): (Entry(ANY, Config(64, 32, 4, registers=128, reason=ROWS)),),
+    ("gluon_dots", "half"): (
+        Entry(ANY, Config(64, 32, 4, registers=168, reason="two tiles in shared memory: three programs, of as many registers")),
+    ),
+}
+
 # projection.py; the width is n_P for "route", the channels of the result for "projection"
 TABLE |= {
     ("route", "half"): (

@@ -72,6 +72,24 @@ def from_result(x, WARPS: gl.constexpr):
 
 
 @gluon.jit
+def fold(x):
+    """(R, CHUNK) lines -> (R, 4): the sums of what a lane has of each row."""
+    return gl.sum(gl.reshape(x, (x.shape[0], 4, CHUNK // 4)), 2)
+
+
+@gluon.jit
+def nothing(WARPS: gl.constexpr):
+    """Of :func:`fold`."""
+    return fold(gl.zeros([16 * WARPS, CHUNK], gl.float32, lines(WARPS)))
+
+
+@gluon.jit
+def total(x, WARPS: gl.constexpr):
+    """(R, 4) of :func:`fold` -> (R,)."""
+    return gl.convert_layout(gl.sum(x, 1), row(WARPS))
+
+
+@gluon.jit
 def place(n):
     """The channel of column n of a chunk, such that what a lane has of a result are neighbours."""
     return n % 8 // 2 * 8 + n // 8 * 2 + n % 2
@@ -121,24 +139,41 @@ def pointers(x, stride_xb, stride_xn, image, first, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def copy_matrix(slots, slot, matrix, E: gl.constexpr, WARPS: gl.constexpr):
-    """matrix (e, e) on its way to block ``slot`` (e/CHUNK)^2 and following of slots (.., CHUNK, CHUNK): row by row of
-    blocks, the rows of each in the order of :func:`place`."""
+def blocks_for(dtype: gl.constexpr, E: gl.constexpr):
+    """Shared memory for two matrices (e, e): for each CHUNK of the summed channels (2 e/CHUNK, CHUNK, CHUNK).
+
+    Each is a piece of its own: between accesses to one piece, of whatever slot, the compiler puts barriers.
+    """
+    J: gl.constexpr = E // CHUNK
+    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    blocks = ()
+    for _ in gl.static_range(J):
+        blocks = blocks + (gl.allocate_shared_memory(dtype, [2 * J, CHUNK, CHUNK], layout),)
+    return blocks
+
+
+@gluon.jit
+def copy_matrix(blocks, slot, matrix, E: gl.constexpr, WARPS: gl.constexpr, BY_ROWS: gl.constexpr = False):
+    """matrix (e, e) on its way to a slot of :func:`blocks_for`, the rows of each block in the order of :func:`place`."""
     J: gl.constexpr = E // CHUNK
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [WARPS, 1], [1, 0])
     r = place(gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout)))
     at = r[:, None] * E + gl.arange(0, CHUNK, layout=gl.SliceLayout(0, layout))[None, :]
-    for i in gl.static_range(J):
-        for j in gl.static_range(J):
-            async_load(slots.index((slot * J + i) * J + j), matrix + i * CHUNK * E + j * CHUNK + at)
+    for j in gl.static_range(J):
+        for i in gl.static_range(J):
+            block = matrix + i * CHUNK * E + j * CHUNK + at
+            if BY_ROWS:
+                async_load(blocks[i].index(slot * J + j), block)
+            else:
+                async_load(blocks[j].index(slot * J + i), block)
 
 
 @gluon.jit
-def product(lefts, slots, block, WARPS: gl.constexpr):
-    """(R, CHUNK) float32: the left operands, one for each chunk, times the transposed row of blocks from ``block`` on."""
+def product(lefts, blocks, number, WARPS: gl.constexpr):
+    """(R, CHUNK) float32: the left operands, one for each chunk, times the transposed blocks of that number."""
     acc = gl.zeros([16 * WARPS, CHUNK], gl.float32, result(WARPS))
     for j in gl.static_range(len(lefts)):
-        right = slots.index(block + j).permute((1, 0)).load(columns(WARPS))
+        right = blocks[j].index(number).permute((1, 0)).load(columns(WARPS))
         acc = mma_v2(lefts[j], as_right(right, WARPS), acc)
     return from_result(acc, WARPS)
 
@@ -166,15 +201,14 @@ def raising(dtype):
 
 @gluon.constexpr_function
 def parting(dtype):
-    """Assembly: s = r / m, log2 r and q = s^(gamma - 1), each twice, from z, 1/m, gamma - 1 and (gamma - 1) log2 1/m, each
-    twice; q is zero where s is."""
+    """Assembly: s = r / m, log2 s and q = s^(gamma - 1), each twice, from z, 1/m twice and gamma - 1 twice; q is zero
+    where s is."""
     code = ""
     for i, r in enumerate("xy"):
-        s, log, q, inverse, power, shift = (f"${i + n}" for n in (0, 2, 4, 7, 9, 11))
-        code += f"mul.ftz.f32 {s}, {r}, {inverse}; setp.neu.f32 some, {s}, 0f00000000;"
+        s, log, q, inverse, power = (f"${i + n}" for n in (0, 2, 4, 7, 9))
+        code += f"mul.ftz.f32 {r}, {r}, {inverse}; setp.neu.f32 some, {r}, 0f00000000; mov.f32 {s}, {r};"
         code += f"max.NaN.f32 {r}, {r}, 0f00800000; lg2.approx.ftz.f32 {r}, {r}; mov.f32 {log}, {r};"
-        code += f"fma.rn.ftz.f32 {r}, {r}, {power}, {shift}; ex2.approx.ftz.f32 {r}, {r};"
-        code += f"selp.f32 {q}, {r}, 0f00000000, some;"
+        code += f"mul.ftz.f32 {r}, {r}, {power}; ex2.approx.ftz.f32 {r}, {r}; selp.f32 {q}, {r}, 0f00000000, some;"
     return REGISTERS + PACKED[dtype].format(z="$6") + code + "}"
 
 
@@ -188,10 +222,9 @@ def raised(z, gamma, shift):
 
 
 @gluon.jit
-def parts(z, inverse, power, shift):
-    """s, log2 r and q (R, C) float32, of z (R, C), and 1/m, gamma - 1 and (gamma - 1) log2 1/m (R,)."""
+def parts(z, inverse, power):
+    """s, log2 s and q (R, C) float32, of z (R, C), and 1/m and gamma - 1 (R,)."""
     return gl.inline_asm_elementwise(
-        parting(z.dtype), "=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r,r",
-        [z, inverse[:, None], power[:, None], shift[:, None]], dtype=(gl.float32, gl.float32, gl.float32), is_pure=True,
-        pack=2,
+        parting(z.dtype), "=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r", [z, inverse[:, None], power[:, None]],
+        dtype=(gl.float32, gl.float32, gl.float32), is_pure=True, pack=2,
     )  # fmt: skip

@@ -22,12 +22,16 @@ from dydila_kernels.ops.gluon.chunks import (
     CHUNK,
     as_left,
     async_load,
+    blocks_for,
     copy_matrix,
+    fold,
     lines,
+    nothing,
     pointers,
     product,
     raised,
     row,
+    total,
 )
 from dydila_kernels.ops.tiles import launch
 
@@ -40,11 +44,11 @@ def state_layout(warps):
 
 @gluon.jit
 def copy_tile(slots, slot, z, y, x, mask, J: gl.constexpr):
-    """Z, Z' and dO of a tile on their way; z, y, x: pointers (R, CHUNK).  slots (3, 2 J) (R, CHUNK)."""
+    """Z, Z' and dO of a tile on their way to a slot; z, y, x: pointers (R, CHUNK)."""
     for c in gl.static_range(0, J):
-        async_load(slots[0].index(slot * J + c), z + c * CHUNK, mask=mask)
-        async_load(slots[1].index(slot * J + c), y + c * CHUNK, mask=mask)
-        async_load(slots[2].index(slot * J + c), x + c * CHUNK, mask=mask)
+        async_load(slots[c][0].index(slot), z + c * CHUNK, mask=mask)
+        async_load(slots[c][1].index(slot), y + c * CHUNK, mask=mask)
+        async_load(slots[c][2].index(slot), x + c * CHUNK, mask=mask)
     async_copy.commit_group()
 
 
@@ -126,13 +130,15 @@ def gluon_dots_kernel(tokens, x, matrix, segments, tables, stats, scaling, dots,
     dtype: gl.constexpr = tokens.z.x.dtype.element_ty
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     turned: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [1, 0])
-    slots = (
-        gl.allocate_shared_memory(dtype, [2 * J, R, CHUNK], plain),
-        gl.allocate_shared_memory(dtype, [2 * J, R, CHUNK], plain),
-        gl.allocate_shared_memory(dtype, [2 * J, R, CHUNK], turned),
-    )
-    hats = gl.allocate_shared_memory(dtype, [J, R, CHUNK], turned)
-    blocks = gl.allocate_shared_memory(dtype, [J * J, CHUNK, CHUNK], plain)
+    # Pieces of their own, see :func:`blocks_for`.
+    slots = ()
+    hats = ()
+    for c in gl.static_range(0, J):
+        z_slots = gl.allocate_shared_memory(dtype, [2, R, CHUNK], plain)
+        y_slots = gl.allocate_shared_memory(dtype, [2, R, CHUNK], plain)
+        slots = slots + ((z_slots, y_slots, gl.allocate_shared_memory(dtype, [2, R, CHUNK], turned)),)
+        hats = hats + (gl.allocate_shared_memory(dtype, [R, CHUNK], turned),)
+    blocks = blocks_for(dtype, E)
     factors = gl.allocate_shared_memory(gl.float32, [6, 2 * R], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     z = pointers(tokens.z.x + h * E, tokens.z.stride_xb, tokens.z.stride_xn, image, first, WARPS)
     y = pointers(tokens.redundant.x + h * E, tokens.redundant.stride_xb, tokens.redundant.stride_xn, image, first, WARPS)
@@ -164,29 +170,29 @@ def gluon_dots_kernel(tokens, x, matrix, segments, tables, stats, scaling, dots,
         weight2 = rows_of(factors, 3 * slot + 2, 1, R, WARPS)[:, None]
         lefts = ()
         for c in gl.static_range(0, J):
-            lefts = lefts + (as_left(slots[2].index(slot * J + c).load(lines(WARPS)), WARPS),)
-        d1 = gl.zeros([R], gl.float32, row(WARPS))
-        d2 = gl.zeros([R], gl.float32, row(WARPS))
+            lefts = lefts + (as_left(slots[c][2].index(slot).load(lines(WARPS)), WARPS),)
+        d1 = nothing(WARPS)
+        d2 = nothing(WARPS)
         for c in gl.static_range(0, J):
-            dy = product(lefts, blocks, c * J, WARPS)
-            p1 = raised(slots[0].index(slot * J + c).load(lines(WARPS)), gamma1, shift1)
-            p2 = raised(slots[1].index(slot * J + c).load(lines(WARPS)), gamma2, shift2)
-            d1 += gl.sum(p1 * dy, 1)
-            d2 += gl.sum(p2 * dy, 1)
-            hats.index(c).store((p1 * weight1 + p2 * weight2).to(dtype))
+            dy = product(lefts, blocks, c, WARPS)
+            p1 = raised(slots[c][0].index(slot).load(lines(WARPS)), gamma1, shift1)
+            p2 = raised(slots[c][1].index(slot).load(lines(WARPS)), gamma2, shift2)
+            d1 += fold(p1 * dy)
+            d2 += fold(p2 * dy)
+            hats[c].store((p1 * weight1 + p2 * weight2).to(dtype))
         there = start + inside < end
         at = dots + h * T + (token + (start + inside))
-        gl.store(at, d1, mask=there)
-        gl.store(at + H * T, d2, mask=there)
+        gl.store(at, total(d1, WARPS), mask=there)
+        gl.store(at + H * T, total(d2, WARPS), mask=there)
         store_factors(factors, 1 - slot, facts, tables, scale, R, WARPS)
         facts = later
         for n in gl.static_range(0, R, CHUNK):
             summed = ()
             values = ()
             for c in gl.static_range(0, J):
-                hat = hats.index(c).slice(n, CHUNK, dim=0).permute((1, 0))
+                hat = hats[c].slice(n, CHUNK, dim=0).permute((1, 0))
                 summed = summed + (hat.load(gl.DotOperandLayout(0, layout, 2)),)
-                value = slots[2].index(slot * J + c).slice(n, CHUNK, dim=0)
+                value = slots[c][2].index(slot).slice(n, CHUNK, dim=0)
                 values = values + (value.load(gl.DotOperandLayout(1, layout, 2)),)
             found = ()
             for i in gl.static_range(0, J):

@@ -1,12 +1,10 @@
 """The backward pass of one side, as :mod:`dydila_kernels.ops.gradients` has it, with whole rows in a warp.
 
-With X = dy for phi(Z) and, times -lambda, for phi(Z'), weight w (the row scale, and -lambda times it), r = ReLU(Z),
-s = r / m, q = s^(gamma - 1), p = q s, and per row the sum d = p . X,
+With X = dy for phi(Z) and, times -lambda, for phi(Z'), weight w (the row scale, and -lambda times it), s = ReLU(Z) / m,
+q = s^(gamma - 1), p = q s, and per row the sum d = p . X,
 
     dZ = renorm/m gamma w q (X - p v) + w v m/renorm s       v = d / |p|^2
-    dgamma = renorm w ln 2 sum p log2(r) (X - p v)           dlambda = -renorm' rowscale d'
-
-log2 r may stand for log2 s, as the sum over p (X - p v) is zero.
+    dgamma = renorm w ln 2 sum p log2(s) (X - p v)           dlambda = -renorm' rowscale d'
 
 dy = X_h M_h^T is made anew per head, 32 channels at a time, and leaves the tensor cores in the layout in which Z and Z'
 are loaded and dZ and dZ' stored.  The matrix of the next head is on its way while one is worked on.  Queries know d from
@@ -20,7 +18,7 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from dydila_kernels.ops import configs
 from dydila_kernels.ops.arguments import Source
@@ -28,8 +26,14 @@ from dydila_kernels.ops.context import LaunchContext, QKOperand
 from dydila_kernels.ops.gluon.chunks import (
     CHUNK,
     as_left,
+    as_right,
+    blocks_for,
+    columns,
     copy_matrix,
+    fold,
+    from_result,
     lines,
+    nothing,
     parts,
     place_of,
     pointers,
@@ -37,6 +41,7 @@ from dydila_kernels.ops.gluon.chunks import (
     raised,
     result,
     row,
+    total,
 )
 from dydila_kernels.ops.gradients import TableGradients, table_partials
 from dydila_kernels.ops.tiles import launch, padded
@@ -71,6 +76,16 @@ def load_lefts(x, active, E: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
+def add_products(sums, left, blocks, slot, c, WARPS: gl.constexpr):
+    """sums (R, CHUNK), one for each chunk e of the columns, and left (R, CHUNK) times transposed block (e, c)."""
+    found = ()
+    for e in gl.static_range(len(sums)):
+        right = blocks[e].index(slot * len(sums) + c).permute((1, 0)).load(columns(WARPS))
+        found = found + (mma_v2(left, as_right(right, WARPS), sums[e]),)
+    return found
+
+
+@gluon.jit
 def known_dots(dots, tokens, there, T, H: gl.constexpr, WARPS: gl.constexpr):
     """(R,): the sums over the heads of dots (H, T)."""
     layout: gl.constexpr = result(WARPS)
@@ -83,19 +98,10 @@ def known_dots(dots, tokens, there, T, H: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def next_matrix(slots, step, matrix, transposed, E: gl.constexpr, H: gl.constexpr, WARPS: gl.constexpr):
-    """Waits for that of a step; then the next is on its way.  Returns its first block, of 2 (e/CHUNK)^2 with
-    ``transposed``."""
-    both: gl.constexpr = 1 if transposed is None else 2
-    async_copy.wait_group(0)
-    gl.barrier()
-    head = (step + 1) % H * (E * E)
-    slot = (step + 1) % 2 * both
-    copy_matrix(slots, slot, matrix + head, E, WARPS)
-    if transposed is not None:
-        copy_matrix(slots, slot + 1, transposed + head, E, WARPS)
-    async_copy.commit_group()
-    return step % 2 * both * (E // CHUNK) * (E // CHUNK)
+def next_matrix(blocks, step, matrix, E: gl.constexpr, H: gl.constexpr, WARPS: gl.constexpr,
+                BY_ROWS: gl.constexpr = False):  # fmt: skip
+    """That of the head after the one of a step, on its way."""
+    copy_matrix(blocks, (step + 1) % 2, matrix + (step + 1) % H * (E * E), E, WARPS, BY_ROWS)
 
 
 @gluon.jit
@@ -129,8 +135,6 @@ def gluon_gradients_kernel(tokens, segments, tables, stats, scaling, source, tra
     gamma1 = gl.load(tables.gamma + index1).to(gl.float32)
     gamma2 = gl.load(tables.gamma + index2).to(gl.float32)
     neg_lam = -gl.load(tables.lam + index_d).to(gl.float32)
-    log1 = gl.log2(inverse1)
-    log2 = gl.log2(inverse2)
     scale = scaling.fp16_prescale
     if scaling.length_scale is not None:
         scale = scale * gl.load(scaling.length_scale + place.segment)
@@ -144,13 +148,13 @@ def gluon_gradients_kernel(tokens, segments, tables, stats, scaling, source, tra
     out = inside[:, None] * k.D + channels[None, :]
     dtype: gl.constexpr = tokens.z.x.dtype.element_ty
 
-    both: gl.constexpr = 1 if dv is None else 2
-    slots = gl.allocate_shared_memory(dtype, [2 * both * J * J, CHUNK, CHUNK], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    blocks = blocks_for(dtype, E)
     matrix = source.matrix + place.segment * (k.D * E)
-    copy_matrix(slots, 0, matrix, E, WARPS)
+    copy_matrix(blocks, 0, matrix, E, WARPS)
     if dv is not None:
+        turned = blocks_for(dtype, E)
         transposed += place.segment * (k.D * E)
-        copy_matrix(slots, 1, transposed, E, WARPS)
+        copy_matrix(turned, 0, transposed, E, WARPS, True)
     async_copy.commit_group()
 
     # d, and dV
@@ -158,31 +162,41 @@ def gluon_gradients_kernel(tokens, segments, tables, stats, scaling, source, tra
         d1 = known_dots(dots, n, there, T, H, WARPS)
         d2 = known_dots(dots + H * T, n, there, T, H, WARPS)
     else:
-        d1 = gl.zeros([R], gl.float32, row(WARPS))
-        d2 = gl.zeros([R], gl.float32, row(WARPS))
-        shift1 = gamma1 * log1
-        shift2 = gamma2 * log2
+        d1 = nothing(WARPS)
+        d2 = nothing(WARPS)
+        shift1 = gamma1 * gl.log2(inverse1)
+        shift2 = gamma2 * gl.log2(inverse2)
         weight1 = (renorm1 * scale)[:, None]
         weight2 = (renorm2 * neg_lam * scale)[:, None]
         for h in range(0, H):
-            block = next_matrix(slots, h, matrix, transposed, E, H, WARPS)
+            async_copy.wait_group(0)
+            gl.barrier()
+            next_matrix(blocks, h, matrix, E, H, WARPS)
+            if dv is not None:
+                next_matrix(turned, h, transposed, E, H, WARPS, True)
+            async_copy.commit_group()
             lefts = load_lefts(x + h * E, active, E, WARPS)
-            hats = ()
-            for c in gl.static_range(0, J):
+            found = ()
+            if dv is not None:
+                for _ in gl.static_range(0, J):
+                    found = found + (gl.zeros([R, CHUNK], gl.float32, result(WARPS)),)
+            for c in range(0, J):
                 z_c = gl.load(z + (h * E + c * CHUNK), mask=active, other=0.0)
                 y_c = gl.load(y + (h * E + c * CHUNK), mask=active, other=0.0)
-                dy = product(lefts, slots, block + c * J, WARPS)
+                dy = product(lefts, blocks, h % 2 * J + c, WARPS)
                 p1 = raised(z_c, gamma1, shift1)
                 p2 = raised(y_c, gamma2, shift2)
-                d1 += gl.sum(p1 * dy, 1)
-                d2 += gl.sum(p2 * dy, 1)
+                d1 += fold(p1 * dy)
+                d2 += fold(p2 * dy)
                 if dv is not None:
-                    hats = hats + (as_left((p1 * weight1 + p2 * weight2).to(dtype), WARPS),)
+                    hat = as_left((p1 * weight1 + p2 * weight2).to(dtype), WARPS)
+                    found = add_products(found, hat, turned, h % 2, c, WARPS)
             if dv is not None:
                 for c in gl.static_range(0, J):
-                    found = product(hats, slots, block + J * J + c * J, WARPS) * source.scale
                     at = dv + place.token * k.D + (h * E + c * CHUNK)
-                    gl.store(at + out, found.to(dtype), mask=there[:, None])
+                    gl.store(at + out, (from_result(found[c], WARPS) * source.scale).to(dtype), mask=there[:, None])
+        d1 = total(d1, WARPS)
+        d2 = total(d2, WARPS)
     d1 *= source.scale
     d2 *= source.scale
     dlam = chosen_sum(-renorm2 * scale * d2, index_d, k.N_D, WARPS)
@@ -202,34 +216,35 @@ def gluon_gradients_kernel(tokens, segments, tables, stats, scaling, source, tra
     v2 = (v2 / source.scale)[:, None]
     steep1 = (ratio1 * gamma1 * (scale * source.scale))[:, None]
     steep2 = (ratio2 * gamma2 * neg_lam * (scale * source.scale))[:, None]
-    shift1 = (gamma1 - 1.0) * log1
-    shift2 = (gamma2 - 1.0) * log2
-    e1 = gl.zeros([R], gl.float32, row(WARPS))
-    e2 = gl.zeros([R], gl.float32, row(WARPS))
+    e1 = nothing(WARPS)
+    e2 = nothing(WARPS)
     dz = grads.dz + place.token * k.D
     dy_out = grads.dz_redundant + place.token * k.D
     walked: gl.constexpr = H if dots is None else 0
     for h in range(0, H):
-        block = next_matrix(slots, walked + h, matrix, transposed, E, H, WARPS)
+        async_copy.wait_group(0)
+        gl.barrier()
+        next_matrix(blocks, walked + h, matrix, E, H, WARPS)
+        async_copy.commit_group()
         lefts = load_lefts(x + h * E, active, E, WARPS)
-        for c in gl.static_range(0, J):
+        for c in range(0, J):
             at = h * E + c * CHUNK
             z_c = gl.load(z + at, mask=active, other=0.0)
             y_c = gl.load(y + at, mask=active, other=0.0)
-            dy = product(lefts, slots, block + c * J, WARPS)
-            s, log, q = parts(z_c, inverse1, gamma1 - 1.0, shift1)
+            dy = product(lefts, blocks, (walked + h) % 2 * J + c, WARPS)
+            s, log, q = parts(z_c, inverse1, gamma1 - 1.0)
             p = q * s
             rest = dy - p * v1
             gl.store(dz + at + out, (steep1 * (q * rest) + linear1 * s).to(dtype), mask=there[:, None])
-            e1 += gl.sum(p * log * rest, 1)
-            s, log, q = parts(y_c, inverse2, gamma2 - 1.0, shift2)
+            e1 += fold(p * log * rest)
+            s, log, q = parts(y_c, inverse2, gamma2 - 1.0)
             p = q * s
             rest = dy - p * v2
             gl.store(dy_out + at + out, (steep2 * (q * rest) + linear2 * s).to(dtype), mask=there[:, None])
-            e2 += gl.sum(p * log * rest, 1)
+            e2 += fold(p * log * rest)
     async_copy.wait_group(0)
-    e1 *= renorm1 * (scale * source.scale * LN2)
-    e2 *= renorm2 * neg_lam * (scale * source.scale * LN2)
+    e1 = total(e1, WARPS) * renorm1 * (scale * source.scale * LN2)
+    e2 = total(e2, WARPS) * renorm2 * neg_lam * (scale * source.scale * LN2)
     dgamma = chosen_sum(e1, index1, k.N_F, WARPS) + chosen_sum(e2, index2, k.N_F, WARPS)
     store_table(grads.dgamma, dgamma, k.N_F, WARPS)
 

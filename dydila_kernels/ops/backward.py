@@ -130,9 +130,16 @@ def fused_backward(
         )
     context.sum_over_ranks(total, dmeans)
     queries = side_gradients(context, q, source, denominator, dq, differential_logits=differential_logits, dots=dots)
-    source = source_of(context, x=v, matrix=total.to(context.dtype))
-    keys = side_gradients(context, k, source, Denominator(dmeans), dk, dv=dv, add=add, grad=grad, weight=weight)
+    source, nothing = source_of(context, x=v, matrix=total.to(context.dtype)), Denominator(dmeans)
+    if (dots is None) == (why_not_gluon_gradients(context, k, source, nothing, add) is None):
+        source = source._replace(matrix=placed(source.matrix))
+    keys = side_gradients(context, k, source, nothing, dk, dv=dv, add=add, grad=grad, weight=weight)
     return queries, keys
+
+
+def placed(matrix: Tensor) -> Tensor:
+    """(.., e) with the columns of each 32 in the order that the Gluon form takes, or from that back to their own."""
+    return matrix.unflatten(-1, (-1, 4, 4, 2)).transpose(-3, -2).flatten(-4).contiguous()
 
 
 def why_not_gluon_dots(
@@ -141,10 +148,6 @@ def why_not_gluon_dots(
     """The reason why the gradient of the state takes the Triton form, or None where it takes that in Gluon."""
     if context.head_dim > WIDEST_DOTS:
         return f"a state of heads of {context.head_dim} does not fit beside its tiles"
-    assert source.x is not None
-    for x in (side.tokens, side.redundant, source.x.x):
-        if x is not None and (x.data_ptr() % 16 or x.stride(0) % 16 or x.stride(1) % 16):
-            return "rows are not aligned to 16 bytes"
     return why_not_gluon_gradients(context, side, source, denominator)
 
 

@@ -321,6 +321,9 @@ def why_not_gluon_gradients(
         return "the gradient of V is added to what is there"
     if side.lam_index is None or side.slopes is not None:
         return "no lambda is chosen, or routers are trained"
+    for x in (side.tokens, side.redundant, source.x.x):
+        if x is not None and (x.data_ptr() % 16 or x.stride(0) % 16 or x.stride(1) % 16):
+            return "rows are not aligned to 16 bytes"
     return forms.why_not_gluon(context, side)
 
 

@@ -49,10 +49,14 @@ def columns(warps):
 
 
 @gluon.jit
-def as_left(x, WARPS: gl.constexpr):
-    """(R, CHUNK) as left operand."""
-    x = gl.permute(gl.reshape(x, (16 * WARPS, 4, 2, 4)), (0, 2, 1, 3))
-    layout: gl.constexpr = gl.DotOperandLayout(0, result(WARPS), 4)
+def as_left(x, PLACED: gl.constexpr, WARPS: gl.constexpr):
+    """(R, CHUNK) as left operand; PLACED: the rows of the right one lie in the order of :func:`place`."""
+    if PLACED:
+        x = gl.permute(gl.reshape(x, (16 * WARPS, 4, 4, 2)), (0, 2, 1, 3))
+        layout: gl.constexpr = gl.DotOperandLayout(0, result(WARPS), 2)
+    else:
+        x = gl.permute(gl.reshape(x, (16 * WARPS, 4, 2, 4)), (0, 2, 1, 3))
+        layout: gl.constexpr = gl.DotOperandLayout(0, result(WARPS), 4)
     return gl.convert_layout(gl.reshape(x, (16 * WARPS, CHUNK)), layout, assert_trivial=True)
 
 
@@ -140,20 +144,19 @@ def pointers(x, stride_xb, stride_xn, image, first, WARPS: gl.constexpr):
 
 @gluon.jit
 def blocks_for(dtype: gl.constexpr, E: gl.constexpr):
-    """Shared memory for two matrices (e, e): for each CHUNK of the summed channels (2 e/CHUNK, CHUNK, CHUNK).
+    """Shared memory for two matrices (e, e): for each chunk of columns all blocks (2 e/CHUNK, CHUNK, CHUNK) below it.
 
     Each is a piece of its own: between accesses to one piece, of whatever slot, the compiler puts barriers.
     """
-    J: gl.constexpr = E // CHUNK
-    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    layout: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [1, 0])
     blocks = ()
-    for _ in gl.static_range(J):
-        blocks = blocks + (gl.allocate_shared_memory(dtype, [2 * J, CHUNK, CHUNK], layout),)
+    for _ in gl.static_range(E // CHUNK):
+        blocks = blocks + (gl.allocate_shared_memory(dtype, [2 * (E // CHUNK), CHUNK, CHUNK], layout),)
     return blocks
 
 
 @gluon.jit
-def copy_matrix(blocks, slot, matrix, E: gl.constexpr, WARPS: gl.constexpr, BY_ROWS: gl.constexpr = False):
+def copy_matrix(blocks, slot, matrix, E: gl.constexpr, WARPS: gl.constexpr):
     """matrix (e, e) on its way to a slot of :func:`blocks_for`, the rows of each block in the order of :func:`place`."""
     J: gl.constexpr = E // CHUNK
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [WARPS, 1], [1, 0])
@@ -161,21 +164,34 @@ def copy_matrix(blocks, slot, matrix, E: gl.constexpr, WARPS: gl.constexpr, BY_R
     at = r[:, None] * E + gl.arange(0, CHUNK, layout=gl.SliceLayout(0, layout))[None, :]
     for j in gl.static_range(J):
         for i in gl.static_range(J):
-            block = matrix + i * CHUNK * E + j * CHUNK + at
-            if BY_ROWS:
-                async_load(blocks[i].index(slot * J + j), block)
-            else:
-                async_load(blocks[j].index(slot * J + i), block)
+            async_load(blocks[j].index(slot * J + i), matrix + i * CHUNK * E + j * CHUNK + at)
 
 
 @gluon.jit
-def product(lefts, blocks, number, WARPS: gl.constexpr):
-    """(R, CHUNK) float32: the left operands, one for each chunk, times the transposed blocks of that number."""
+def product(lefts, blocks, row, PLACED: gl.constexpr, WARPS: gl.constexpr):
+    """(R, CHUNK) float32: the left operands, one for each chunk, times a row of blocks, transposed.
+
+    PLACED: the columns of the matrix lie in the order of :func:`place`, in each chunk.
+    """
     acc = gl.zeros([16 * WARPS, CHUNK], gl.float32, result(WARPS))
     for j in gl.static_range(len(lefts)):
-        right = blocks[j].index(number).permute((1, 0)).load(columns(WARPS))
-        acc = mma_v2(lefts[j], as_right(right, WARPS), acc)
+        block = blocks[j].index(row).permute((1, 0))
+        if PLACED:
+            right = block.load(gl.DotOperandLayout(1, result(WARPS), 2))
+        else:
+            right = as_right(block.load(columns(WARPS)), WARPS)
+        acc = mma_v2(lefts[j], right, acc)
     return from_result(acc, WARPS)
+
+
+@gluon.jit
+def add_products(sums, left, blocks, row, WARPS: gl.constexpr):
+    """sums (R, CHUNK) for each chunk of columns, and left (R, CHUNK) times a row of blocks, columns and rows placed."""
+    found = ()
+    for j in gl.static_range(len(sums)):
+        right = blocks[j].index(row).load(gl.DotOperandLayout(1, result(WARPS), 2))
+        found = found + (mma_v2(left, right, sums[j]),)
+    return found
 
 
 # Two channels at a time -----------------------------------------------------------------------------------------------

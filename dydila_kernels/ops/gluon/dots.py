@@ -27,6 +27,7 @@ from dydila_kernels.ops.gluon.chunks import (
     fold,
     lines,
     nothing,
+    place,
     pointers,
     product,
     raised,
@@ -97,7 +98,7 @@ def mask_of(tokens, first, end, token, R: gl.constexpr, WARPS: gl.constexpr):
 @gluon.jit
 def gluon_dots_kernel(tokens, x, matrix, segments, tables, stats, scaling, dots, partials, state_scale, SPLITS,
                 k: gl.constexpr):  # fmt: skip
-    """partials (segments, SPLITS, H, e, e) float32: of D; dots (2, H, T) float32.
+    """partials (segments, SPLITS, H, e, e) float32: of D, its columns in the order of :func:`place`; dots (2, H, T) float32.
 
     x is that of dO; matrix (segments, H, e, e), S; segments.table are bounds.
     """
@@ -161,7 +162,6 @@ def gluon_dots_kernel(tokens, x, matrix, segments, tables, stats, scaling, dots,
         y += R * tokens.redundant.stride_xn
         w += R * x.stride_xn
         copy_tile(slots, 1 - slot, z, y, w, mask_of(tokens, start + R, end, token, R, WARPS), J)
-        later = load_facts(stats, start + 2 * R, end, token, T, R, WARPS)
         gamma1 = rows_of(factors, 3 * slot, 0, R, WARPS)
         gamma2 = rows_of(factors, 3 * slot, 1, R, WARPS)
         shift1 = rows_of(factors, 3 * slot + 1, 0, R, WARPS)
@@ -170,11 +170,11 @@ def gluon_dots_kernel(tokens, x, matrix, segments, tables, stats, scaling, dots,
         weight2 = rows_of(factors, 3 * slot + 2, 1, R, WARPS)[:, None]
         lefts = ()
         for c in gl.static_range(0, J):
-            lefts = lefts + (as_left(slots[c][2].index(slot).load(lines(WARPS)), WARPS),)
+            lefts = lefts + (as_left(slots[c][2].index(slot).load(lines(WARPS)), False, WARPS),)
         d1 = nothing(WARPS)
         d2 = nothing(WARPS)
         for c in gl.static_range(0, J):
-            dy = product(lefts, blocks, c, WARPS)
+            dy = product(lefts, blocks, c, False, WARPS)
             p1 = raised(slots[c][0].index(slot).load(lines(WARPS)), gamma1, shift1)
             p2 = raised(slots[c][1].index(slot).load(lines(WARPS)), gamma2, shift2)
             d1 += fold(p1 * dy)
@@ -185,7 +185,6 @@ def gluon_dots_kernel(tokens, x, matrix, segments, tables, stats, scaling, dots,
         gl.store(at, total(d1, WARPS), mask=there)
         gl.store(at + H * T, total(d2, WARPS), mask=there)
         store_factors(factors, 1 - slot, facts, tables, scale, R, WARPS)
-        facts = later
         for n in gl.static_range(0, R, CHUNK):
             summed = ()
             values = ()
@@ -199,11 +198,13 @@ def gluon_dots_kernel(tokens, x, matrix, segments, tables, stats, scaling, dots,
                 for j in gl.static_range(0, J):
                     found = found + (mma_v2(summed[i], values[j], acc[i * J + j]),)
             acc = found
+        # Last of all, where the next loop waits anyway.
+        facts = load_facts(stats, start + 2 * R, end, token, T, R, WARPS)
         slot = 1 - slot
     async_copy.wait_group(0)
     out = partials + ((segment * SPLITS + split) * H + h) * (E * E)
     rows = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout))[:, None] * E
-    columns = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, layout))[None, :]
+    columns = place(gl.arange(0, CHUNK, layout=gl.SliceLayout(0, layout)))[None, :]
     for i in gl.static_range(0, J):
         for j in gl.static_range(0, J):
             gl.store(out + (i * CHUNK * E + j * CHUNK) + rows + columns, acc[i * J + j] * state_scale)

@@ -14,21 +14,22 @@ serve for dV = Zh M, too.
 
 from __future__ import annotations
 
-import torch
+from typing import Any, NamedTuple
+
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from dydila_kernels.ops import configs
 from dydila_kernels.ops.arguments import Source
 from dydila_kernels.ops.context import LaunchContext, QKOperand
 from dydila_kernels.ops.gluon.chunks import (
     CHUNK,
+    add_products,
     as_left,
-    as_right,
+    async_load,
     blocks_for,
-    columns,
     copy_matrix,
     fold,
     from_result,
@@ -67,25 +68,6 @@ def store_table(out, sums, OPTIONS: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def load_lefts(x, active, E: gl.constexpr, WARPS: gl.constexpr):
-    """The left operands (R, CHUNK) of the rows of a head, from the pointers x (R, CHUNK) on."""
-    lefts = ()
-    for c in gl.static_range(0, E, CHUNK):
-        lefts = lefts + (as_left(gl.load(x + c, mask=active, other=0.0), WARPS),)
-    return lefts
-
-
-@gluon.jit
-def add_products(sums, left, blocks, slot, c, WARPS: gl.constexpr):
-    """sums (R, CHUNK), one for each chunk e of the columns, and left (R, CHUNK) times transposed block (e, c)."""
-    found = ()
-    for e in gl.static_range(len(sums)):
-        right = blocks[e].index(slot * len(sums) + c).permute((1, 0)).load(columns(WARPS))
-        found = found + (mma_v2(left, as_right(right, WARPS), sums[e]),)
-    return found
-
-
-@gluon.jit
 def known_dots(dots, tokens, there, T, H: gl.constexpr, WARPS: gl.constexpr):
     """(R,): the sums over the heads of dots (H, T)."""
     layout: gl.constexpr = result(WARPS)
@@ -97,20 +79,81 @@ def known_dots(dots, tokens, there, T, H: gl.constexpr, WARPS: gl.constexpr):
     return gl.convert_layout(gl.sum(found, 1), row(WARPS))
 
 
-@gluon.jit
-def next_matrix(blocks, step, matrix, E: gl.constexpr, H: gl.constexpr, WARPS: gl.constexpr,
-                BY_ROWS: gl.constexpr = False):  # fmt: skip
-    """That of the head after the one of a step, on its way."""
-    copy_matrix(blocks, (step + 1) % 2, matrix + (step + 1) % H * (E * E), E, WARPS, BY_ROWS)
+class Stream(NamedTuple):
+    """What a walk takes, on its way: pointers (R, CHUNK) to the first channels of Z, Z' and x, and to the matrices of a
+    segment, and shared memory for two chunks or heads of each."""
+
+    z: Any
+    y: Any
+    x: Any
+    matrix: Any
+    z_slots: Any
+    y_slots: Any
+    x_slots: Any
+    blocks: Any
 
 
 @gluon.jit
-def gluon_gradients_kernel(tokens, segments, tables, stats, scaling, source, transposed, dots, grads, dv,
-                          k: gl.constexpr):  # fmt: skip
+def stream_of(tokens, source, place, E: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr):
+    dtype: gl.constexpr = tokens.z.x.dtype.element_ty
+    shape: gl.constexpr = [2, 16 * WARPS, CHUNK]
+    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    x_slots = ()
+    for _ in gl.static_range(E // CHUNK):
+        x_slots = x_slots + (gl.allocate_shared_memory(dtype, shape, layout),)
+    return Stream(
+        pointers(tokens.z.x, tokens.z.stride_xb, tokens.z.stride_xn, place.image, place.first, WARPS),
+        pointers(tokens.redundant.x, tokens.redundant.stride_xb, tokens.redundant.stride_xn, place.image, place.first,
+                 WARPS),
+        pointers(source.x.x, source.x.stride_xb, source.x.stride_xn, place.image, place.first, WARPS),
+        source.matrix + place.segment * (D * E), gl.allocate_shared_memory(dtype, shape, layout),
+        gl.allocate_shared_memory(dtype, shape, layout), x_slots, blocks_for(dtype, E),
+    )  # fmt: skip
+
+
+@gluon.jit
+def fetch_chunk(stream, step, active, J: gl.constexpr, H: gl.constexpr):
+    """Z and Z' of a step: chunk step mod J of head step / J, heads counted on and on."""
+    c = step % (H * J) * CHUNK
+    async_load(stream.z_slots.index(step % 2), stream.z + c, mask=active)
+    async_load(stream.y_slots.index(step % 2), stream.y + c, mask=active)
+
+
+@gluon.jit
+def fetch_head(stream, head, active, E: gl.constexpr, H: gl.constexpr, WARPS: gl.constexpr):
+    h = head % H
+    for c in gl.static_range(E // CHUNK):
+        async_load(stream.x_slots[c].index(head % 2), stream.x + (h * E + c * CHUNK), mask=active)
+    copy_matrix(stream.blocks, head % 2, stream.matrix + h * (E * E), E, WARPS)
+
+
+@gluon.jit
+def begin(stream, head, active, PLACED: gl.constexpr, E: gl.constexpr, H: gl.constexpr, WARPS: gl.constexpr):
+    """The left operands x of a head; those of the next are on their way."""
+    fetch_head(stream, head + 1, active, E, H, WARPS)
+    lefts = ()
+    for j in gl.static_range(E // CHUNK):
+        lefts = lefts + (as_left(arrived(stream.x_slots[j], head % 2, WARPS), PLACED, WARPS),)
+    return lefts
+
+
+@gluon.jit
+def wait():
+    async_copy.wait_group(0)
+    gl.barrier()
+
+
+@gluon.jit
+def arrived(slots, slot, WARPS: gl.constexpr):
+    """(R, CHUNK)."""
+    return slots.index(slot).load(lines(WARPS))
+
+
+@gluon.jit
+def gluon_gradients_kernel(tokens, segments, tables, stats, scaling, source, dots, grads, dv, k: gl.constexpr):  # fmt: skip
     """One program for a tile of tokens of one side, all channels.
 
-    transposed (segments, H, e, e): source.matrix with its last two dimensions swapped, and dv (T, d), or None for both;
-    dots (2, H, T) float32, the sums of p . dy of each head, or None.  The other arguments as in
+    dv (T, d), where given: then the columns of source.matrix lie in the order of :func:`place`, in each chunk; dots (2, H, T) float32, the sums of p . dy of each head, or None.  The other arguments as in
     :mod:`dydila_kernels.ops.arguments`.
     """
     R: gl.constexpr = k.BLOCK_N
@@ -138,24 +181,17 @@ def gluon_gradients_kernel(tokens, segments, tables, stats, scaling, source, tra
     scale = scaling.fp16_prescale
     if scaling.length_scale is not None:
         scale = scale * gl.load(scaling.length_scale + place.segment)
+    PLACED: gl.constexpr = dv is not None
     active = ((renorm1 != 0.0) | (renorm2 != 0.0))[:, None]
 
-    z = pointers(tokens.z.x, tokens.z.stride_xb, tokens.z.stride_xn, place.image, place.first, WARPS)
-    y = pointers(tokens.redundant.x, tokens.redundant.stride_xb, tokens.redundant.stride_xn, place.image, place.first,
-                 WARPS)  # fmt: skip
-    x = pointers(source.x.x, source.x.stride_xb, source.x.stride_xn, place.image, place.first, WARPS)
     channels = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, lines(WARPS)))
     out = inside[:, None] * k.D + channels[None, :]
     dtype: gl.constexpr = tokens.z.x.dtype.element_ty
-
-    blocks = blocks_for(dtype, E)
-    matrix = source.matrix + place.segment * (k.D * E)
-    copy_matrix(blocks, 0, matrix, E, WARPS)
-    if dv is not None:
-        turned = blocks_for(dtype, E)
-        transposed += place.segment * (k.D * E)
-        copy_matrix(turned, 0, transposed, E, WARPS, True)
+    stream = stream_of(tokens, source, place, E, k.D, WARPS)
+    fetch_chunk(stream, 0, active, J, H)
+    fetch_head(stream, 0, active, E, H, WARPS)
     async_copy.commit_group()
+    wait()
 
     # d, and dV
     if dots is not None:
@@ -169,28 +205,24 @@ def gluon_gradients_kernel(tokens, segments, tables, stats, scaling, source, tra
         weight1 = (renorm1 * scale)[:, None]
         weight2 = (renorm2 * neg_lam * scale)[:, None]
         for h in range(0, H):
-            async_copy.wait_group(0)
-            gl.barrier()
-            next_matrix(blocks, h, matrix, E, H, WARPS)
-            if dv is not None:
-                next_matrix(turned, h, transposed, E, H, WARPS, True)
-            async_copy.commit_group()
-            lefts = load_lefts(x + h * E, active, E, WARPS)
             found = ()
             if dv is not None:
-                for _ in gl.static_range(0, J):
+                for c in gl.static_range(0, J):
                     found = found + (gl.zeros([R, CHUNK], gl.float32, result(WARPS)),)
+            lefts = begin(stream, h, active, PLACED, E, H, WARPS)
             for c in range(0, J):
-                z_c = gl.load(z + (h * E + c * CHUNK), mask=active, other=0.0)
-                y_c = gl.load(y + (h * E + c * CHUNK), mask=active, other=0.0)
-                dy = product(lefts, blocks, h % 2 * J + c, WARPS)
-                p1 = raised(z_c, gamma1, shift1)
-                p2 = raised(y_c, gamma2, shift2)
+                step = h * J + c
+                fetch_chunk(stream, step + 1, active, J, H)
+                async_copy.commit_group()
+                dy = product(lefts, stream.blocks, h % 2 * J + c, PLACED, WARPS)
+                p1 = raised(arrived(stream.z_slots, step % 2, WARPS), gamma1, shift1)
+                p2 = raised(arrived(stream.y_slots, step % 2, WARPS), gamma2, shift2)
                 d1 += fold(p1 * dy)
                 d2 += fold(p2 * dy)
                 if dv is not None:
-                    hat = as_left((p1 * weight1 + p2 * weight2).to(dtype), WARPS)
-                    found = add_products(found, hat, turned, h % 2, c, WARPS)
+                    hat = as_left((p1 * weight1 + p2 * weight2).to(dtype), True, WARPS)
+                    found = add_products(found, hat, stream.blocks, h % 2 * J + c, WARPS)
+                wait()
             if dv is not None:
                 for c in gl.static_range(0, J):
                     at = dv + place.token * k.D + (h * E + c * CHUNK)
@@ -222,27 +254,25 @@ def gluon_gradients_kernel(tokens, segments, tables, stats, scaling, source, tra
     dy_out = grads.dz_redundant + place.token * k.D
     walked: gl.constexpr = H if dots is None else 0
     for h in range(0, H):
-        async_copy.wait_group(0)
-        gl.barrier()
-        next_matrix(blocks, walked + h, matrix, E, H, WARPS)
-        async_copy.commit_group()
-        lefts = load_lefts(x + h * E, active, E, WARPS)
+        head = walked + h
+        lefts = begin(stream, head, active, PLACED, E, H, WARPS)
         for c in range(0, J):
+            step = head * J + c
+            fetch_chunk(stream, step + 1, active, J, H)
+            async_copy.commit_group()
             at = h * E + c * CHUNK
-            z_c = gl.load(z + at, mask=active, other=0.0)
-            y_c = gl.load(y + at, mask=active, other=0.0)
-            dy = product(lefts, blocks, (walked + h) % 2 * J + c, WARPS)
-            s, log, q = parts(z_c, inverse1, gamma1 - 1.0)
+            dy = product(lefts, stream.blocks, head % 2 * J + c, PLACED, WARPS)
+            s, log, q = parts(arrived(stream.z_slots, step % 2, WARPS), inverse1, gamma1 - 1.0)
             p = q * s
             rest = dy - p * v1
             gl.store(dz + at + out, (steep1 * (q * rest) + linear1 * s).to(dtype), mask=there[:, None])
             e1 += fold(p * log * rest)
-            s, log, q = parts(y_c, inverse2, gamma2 - 1.0)
+            s, log, q = parts(arrived(stream.y_slots, step % 2, WARPS), inverse2, gamma2 - 1.0)
             p = q * s
             rest = dy - p * v2
             gl.store(dy_out + at + out, (steep2 * (q * rest) + linear2 * s).to(dtype), mask=there[:, None])
             e2 += fold(p * log * rest)
-    async_copy.wait_group(0)
+            wait()
     e1 = total(e1, WARPS) * renorm1 * (scale * source.scale * LN2)
     e2 = total(e2, WARPS) * renorm2 * neg_lam * (scale * source.scale * LN2)
     dgamma = chosen_sum(e1, index1, k.N_F, WARPS) + chosen_sum(e2, index2, k.N_F, WARPS)
@@ -261,7 +291,7 @@ def gradients(
     launch(
         gluon_gradients_kernel, (programs,), config, tokens=context.tokens(side),
         segments=context.tiles(config.block_n), **context.measured(side), scaling=context.scaling(side), source=source,
-        transposed=None if dv is None else source.matrix.mT.contiguous(), dots=dots, grads=grads, dv=dv,
+        dots=dots, grads=grads, dv=dv,
         k=context.constants(config),
     )  # fmt: skip
     assert grads.dlam is not None

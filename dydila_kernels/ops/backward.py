@@ -23,7 +23,6 @@ from dydila_kernels.ops.straight_through import straight_through_gradients
 from dydila_kernels.ops.tokens import tokens
 from dydila_kernels.types import Ranks
 
-
 WIDEST_DOTS = 64
 """Channels of the widest head of :mod:`dydila_kernels.ops.gluon.dots`."""
 
@@ -131,7 +130,7 @@ def fused_backward(
     context.sum_over_ranks(total, dmeans)
     queries = side_gradients(context, q, source, denominator, dq, differential_logits=differential_logits, dots=dots)
     source, nothing = source_of(context, x=v, matrix=total.to(context.dtype)), Denominator(dmeans)
-    if (dots is None) == (why_not_gluon_gradients(context, k, source, nothing, add) is None):
+    if (dots is None) == (why_not_gluon_gradients(context, k, source, add) is None):
         source = source._replace(matrix=placed(source.matrix))
     keys = side_gradients(context, k, source, nothing, dk, dv=dv, add=add, grad=grad, weight=weight)
     return queries, keys
@@ -142,13 +141,13 @@ def placed(matrix: Tensor) -> Tensor:
     return matrix.unflatten(-1, (-1, 4, 4, 2)).transpose(-3, -2).flatten(-4).contiguous()
 
 
-def why_not_gluon_dots(
-    context: LaunchContext, side: QKOperand, source: Source, denominator: Denominator
-) -> str | None:
+def why_not_gluon_dots(context: LaunchContext, side: QKOperand, source: Source, denominator: Denominator) -> str | None:
     """The reason why the gradient of the state takes the Triton form, or None where it takes that in Gluon."""
     if context.head_dim > WIDEST_DOTS:
         return f"a state of heads of {context.head_dim} does not fit beside its tiles"
-    return why_not_gluon_gradients(context, side, source, denominator)
+    if denominator.vector is not None:
+        return "denominator terms have gradients"
+    return why_not_gluon_gradients(context, side, source)
 
 
 def gemm_backward(

@@ -309,14 +309,10 @@ def denominator_gradient(context: LaunchContext, side: QKOperand, source: Source
     return out
 
 
-def why_not_gluon_gradients(
-    context: LaunchContext, side: QKOperand, source: Source, denominator: Denominator, add: bool = False
-) -> str | None:
+def why_not_gluon_gradients(context: LaunchContext, side: QKOperand, source: Source, add: bool = False) -> str | None:
     """The reason why :func:`gradients` takes the Triton form, or None where it takes that in Gluon."""
     if source.x is None:
         return "the gradient of Zh is read"
-    if denominator.vector is not None:
-        return "denominator terms have gradients"
     if add:
         return "the gradient of V is added to what is there"
     if side.lam_index is None or side.slopes is not None:
@@ -346,11 +342,11 @@ def gradients(
     ``dv`` (B, N, d), where given, is written or added to: the readout of ``side``, and the mirrored convolution of
     ``grad`` (B, N, d) by ``weight`` (9, d), where given.  ``dots``, see :mod:`dydila_kernels.ops.gluon.dots`, or None.
     """
-    if why_not_gluon_gradients(context, side, source, denominator, add) is None:
+    if why_not_gluon_gradients(context, side, source, add) is None:
         from dydila_kernels.ops.gluon.gradients import gradients as gluon_gradients
 
         assert dz_redundant is not None
-        found = gluon_gradients(context, side, source, dz, dz_redundant, dv=dv, dots=dots)
+        found = gluon_gradients(context, side, source, denominator, dz, dz_redundant, dv=dv, dots=dots)
         if dv is not None and grad is not None and weight is not None:
             depthwise.depthwise_input_gradient(dv, grad, weight.t(), context.geometry, context.mask)
         return found

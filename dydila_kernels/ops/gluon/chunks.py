@@ -143,15 +143,15 @@ def pointers(x, stride_xb, stride_xn, image, first, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def blocks_for(dtype: gl.constexpr, E: gl.constexpr):
-    """Shared memory for two matrices (e, e): for each chunk of columns all blocks (2 e/CHUNK, CHUNK, CHUNK) below it.
+def blocks_for(dtype: gl.constexpr, E: gl.constexpr, SLOTS: gl.constexpr):
+    """Shared memory for matrices (e, e): for each chunk of columns all blocks (SLOTS e/CHUNK, CHUNK, CHUNK) of it.
 
     Each is a piece of its own: between accesses to one piece, of whatever slot, the compiler puts barriers.
     """
     layout: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [1, 0])
     blocks = ()
     for _ in gl.static_range(E // CHUNK):
-        blocks = blocks + (gl.allocate_shared_memory(dtype, [2 * (E // CHUNK), CHUNK, CHUNK], layout),)
+        blocks = blocks + (gl.allocate_shared_memory(dtype, [SLOTS * (E // CHUNK), CHUNK, CHUNK], layout),)
     return blocks
 
 

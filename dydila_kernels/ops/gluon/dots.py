@@ -47,9 +47,9 @@ def state_layout(warps):
 def copy_tile(slots, slot, z, y, x, mask, J: gl.constexpr):
     """Z, Z' and dO of a tile on their way to a slot; z, y, x: pointers (R, CHUNK)."""
     for c in gl.static_range(0, J):
-        async_load(slots[c][0].index(slot), z + c * CHUNK, mask=mask)
-        async_load(slots[c][1].index(slot), y + c * CHUNK, mask=mask)
-        async_load(slots[c][2].index(slot), x + c * CHUNK, mask=mask)
+        async_load(slots[0].index(slot * J + c), z + c * CHUNK, mask=mask)
+        async_load(slots[1].index(slot * J + c), y + c * CHUNK, mask=mask)
+        async_load(slots[2].index(slot * J + c), x + c * CHUNK, mask=mask)
     async_copy.commit_group()
 
 
@@ -131,18 +131,18 @@ def gluon_dots_kernel(tokens, x, matrix, segments, tables, stats, scaling, dots,
     dtype: gl.constexpr = tokens.z.x.dtype.element_ty
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     turned: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [1, 0])
-    # Pieces of their own, see :func:`blocks_for`.
-    slots = ()
-    hats = ()
-    for c in gl.static_range(0, J):
-        z_slots = gl.allocate_shared_memory(dtype, [2, R, CHUNK], plain)
-        y_slots = gl.allocate_shared_memory(dtype, [2, R, CHUNK], plain)
-        slots = slots + ((z_slots, y_slots, gl.allocate_shared_memory(dtype, [2, R, CHUNK], turned)),)
-        hats = hats + (gl.allocate_shared_memory(dtype, [R, CHUNK], turned),)
-    blocks = blocks_for(dtype, E)
+    slots = (
+        gl.allocate_shared_memory(dtype, [2 * J, R, CHUNK], plain),
+        gl.allocate_shared_memory(dtype, [2 * J, R, CHUNK], plain),
+        gl.allocate_shared_memory(dtype, [2 * J, R, CHUNK], turned),
+    )
+    hats = gl.allocate_shared_memory(dtype, [J, R, CHUNK], turned)
+    blocks = blocks_for(dtype, E, 1)
     factors = gl.allocate_shared_memory(gl.float32, [6, 2 * R], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     z = pointers(tokens.z.x + h * E, tokens.z.stride_xb, tokens.z.stride_xn, image, first, WARPS)
-    y = pointers(tokens.redundant.x + h * E, tokens.redundant.stride_xb, tokens.redundant.stride_xn, image, first, WARPS)
+    y = pointers(
+        tokens.redundant.x + h * E, tokens.redundant.stride_xb, tokens.redundant.stride_xn, image, first, WARPS
+    )
     w = pointers(x.x + h * E, x.stride_xb, x.stride_xn, image, first, WARPS)
     copy_matrix(blocks, 0, matrix + (segment * H + h) * (E * E), E, WARPS)
     copy_tile(slots, 0, z, y, w, mask_of(tokens, first, end, token, R, WARPS), J)
@@ -170,16 +170,16 @@ def gluon_dots_kernel(tokens, x, matrix, segments, tables, stats, scaling, dots,
         weight2 = rows_of(factors, 3 * slot + 2, 1, R, WARPS)[:, None]
         lefts = ()
         for c in gl.static_range(0, J):
-            lefts = lefts + (as_left(slots[c][2].index(slot).load(lines(WARPS)), False, WARPS),)
+            lefts = lefts + (as_left(slots[2].index(slot * J + c).load(lines(WARPS)), False, WARPS),)
         d1 = nothing(WARPS)
         d2 = nothing(WARPS)
-        for c in gl.static_range(0, J):
+        for c in range(0, J):
             dy = product(lefts, blocks, c, False, WARPS)
-            p1 = raised(slots[c][0].index(slot).load(lines(WARPS)), gamma1, shift1)
-            p2 = raised(slots[c][1].index(slot).load(lines(WARPS)), gamma2, shift2)
+            p1 = raised(slots[0].index(slot * J + c).load(lines(WARPS)), gamma1, shift1)
+            p2 = raised(slots[1].index(slot * J + c).load(lines(WARPS)), gamma2, shift2)
             d1 += fold(p1 * dy)
             d2 += fold(p2 * dy)
-            hats[c].store((p1 * weight1 + p2 * weight2).to(dtype))
+            hats.index(c).store((p1 * weight1 + p2 * weight2).to(dtype))
         there = start + inside < end
         at = dots + h * T + (token + (start + inside))
         gl.store(at, total(d1, WARPS), mask=there)
@@ -189,9 +189,9 @@ def gluon_dots_kernel(tokens, x, matrix, segments, tables, stats, scaling, dots,
             summed = ()
             values = ()
             for c in gl.static_range(0, J):
-                hat = hats[c].slice(n, CHUNK, dim=0).permute((1, 0))
+                hat = hats.index(c).slice(n, CHUNK, dim=0).permute((1, 0))
                 summed = summed + (hat.load(gl.DotOperandLayout(0, layout, 2)),)
-                value = slots[c][2].index(slot).slice(n, CHUNK, dim=0)
+                value = slots[2].index(slot * J + c).slice(n, CHUNK, dim=0)
                 values = values + (value.load(gl.DotOperandLayout(1, layout, 2)),)
             found = ()
             for i in gl.static_range(0, J):
@@ -219,9 +219,7 @@ def dots(context: LaunchContext, side: QKOperand, grad: Tensor, matrix: Tensor) 
     config = configs.pick("gluon_dots", context.dtype, e)
     splits = splits_of(context, config.block_n)
     found = torch.empty(2, context.heads, context.num_tokens, device=context.device, dtype=torch.float32)
-    partials = torch.empty(
-        context.segments, splits, context.heads, e, e, device=context.device, dtype=torch.float32
-    )
+    partials = torch.empty(context.segments, splits, context.heads, e, e, device=context.device, dtype=torch.float32)
     launch(
         gluon_dots_kernel, (context.segments * splits * context.heads,), config, tokens=context.tokens(side, masked=True),
         x=strided(grad), matrix=matrix, segments=context.whole_segments(), **context.measured(side),

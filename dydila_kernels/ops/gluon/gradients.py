@@ -1,6 +1,6 @@
 """The backward pass of one side, as :mod:`dydila_kernels.ops.gradients` has it, with whole rows in a warp.
 
-With X = dy for phi(Z) and, times -lambda, for phi(Z'), weight w (the row scale, and -lambda times it), s = ReLU(Z) / m,
+With X = dy for phi(Z) and, times -lambda, for phi(Z') (under "denominator" dy + u, and dy - sign(lambda) u), weight w (the row scale, and -lambda times it), s = ReLU(Z) / m,
 q = s^(gamma - 1), p = q s, and per row the sum d = p . X,
 
     dZ = renorm/m gamma w q (X - p v) + w v m/renorm s       v = d / |p|^2
@@ -22,7 +22,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from dydila_kernels.ops import configs
-from dydila_kernels.ops.arguments import Source
+from dydila_kernels.ops.arguments import Denominator, Source
 from dydila_kernels.ops.context import LaunchContext, QKOperand
 from dydila_kernels.ops.gluon.chunks import (
     CHUNK,
@@ -45,7 +45,7 @@ from dydila_kernels.ops.gluon.chunks import (
     total,
 )
 from dydila_kernels.ops.gradients import TableGradients, table_partials
-from dydila_kernels.ops.tiles import launch, padded
+from dydila_kernels.ops.tiles import TINY, launch, padded
 
 LN2 = gl.constexpr(0.6931471805599453)
 
@@ -79,9 +79,18 @@ def known_dots(dots, tokens, there, T, H: gl.constexpr, WARPS: gl.constexpr):
     return gl.convert_layout(gl.sum(found, 1), row(WARPS))
 
 
+HELD = gl.constexpr(2)
+
+
+@gluon.constexpr_function
+def slots_for(head_dim):
+    """Heads in shared memory at a time: of more than 96 channels one, or it were more than some GPUs have."""
+    return 1 if head_dim > 96 else 2
+
+
 class Stream(NamedTuple):
     """What a walk takes, on its way: pointers (R, CHUNK) to the first channels of Z, Z' and x, and to the matrices of a
-    segment, and shared memory for two chunks or heads of each."""
+    segment, and shared memory for two chunks or :func:`slots_for` heads of each."""
 
     z: Any
     y: Any
@@ -98,16 +107,18 @@ def stream_of(tokens, source, place, E: gl.constexpr, D: gl.constexpr, WARPS: gl
     dtype: gl.constexpr = tokens.z.x.dtype.element_ty
     shape: gl.constexpr = [2, 16 * WARPS, CHUNK]
     layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    heads: gl.constexpr = [slots_for(E), 16 * WARPS, CHUNK]
     x_slots = ()
     for _ in gl.static_range(E // CHUNK):
-        x_slots = x_slots + (gl.allocate_shared_memory(dtype, shape, layout),)
+        x_slots = x_slots + (gl.allocate_shared_memory(dtype, heads, layout),)
     return Stream(
         pointers(tokens.z.x, tokens.z.stride_xb, tokens.z.stride_xn, place.image, place.first, WARPS),
         pointers(tokens.redundant.x, tokens.redundant.stride_xb, tokens.redundant.stride_xn, place.image, place.first,
                  WARPS),
         pointers(source.x.x, source.x.stride_xb, source.x.stride_xn, place.image, place.first, WARPS),
         source.matrix + place.segment * (D * E), gl.allocate_shared_memory(dtype, shape, layout),
-        gl.allocate_shared_memory(dtype, shape, layout), x_slots, blocks_for(dtype, E),
+        gl.allocate_shared_memory(dtype, shape, layout), x_slots,
+        blocks_for(dtype, E, slots_for(E)),
     )  # fmt: skip
 
 
@@ -123,17 +134,32 @@ def fetch_chunk(stream, step, active, J: gl.constexpr, H: gl.constexpr):
 def fetch_head(stream, head, active, E: gl.constexpr, H: gl.constexpr, WARPS: gl.constexpr):
     h = head % H
     for c in gl.static_range(E // CHUNK):
-        async_load(stream.x_slots[c].index(head % 2), stream.x + (h * E + c * CHUNK), mask=active)
-    copy_matrix(stream.blocks, head % 2, stream.matrix + h * (E * E), E, WARPS)
+        async_load(stream.x_slots[c].index(head % slots_for(E)), stream.x + (h * E + c * CHUNK), mask=active)
+    copy_matrix(stream.blocks, head % slots_for(E), stream.matrix + h * (E * E), E, WARPS)
 
 
 @gluon.jit
-def begin(stream, head, active, PLACED: gl.constexpr, E: gl.constexpr, H: gl.constexpr, WARPS: gl.constexpr):
-    """The left operands x of a head; those of the next are on their way."""
-    fetch_head(stream, head + 1, active, E, H, WARPS)
+def begin(stream, head, active, E: gl.constexpr, H: gl.constexpr, WARPS: gl.constexpr):
+    """The next head is on its way, if there is room for two."""
+    if slots_for(E) == 2:
+        fetch_head(stream, head + 1, active, E, H, WARPS)
+
+
+@gluon.jit
+def end(stream, head, active, E: gl.constexpr, H: gl.constexpr, WARPS: gl.constexpr):
+    """The next head is there."""
+    if slots_for(E) == 1:
+        fetch_head(stream, head + 1, active, E, H, WARPS)
+        async_copy.commit_group()
+        wait()
+
+
+@gluon.jit
+def lefts_of(stream, head, PLACED: gl.constexpr, E: gl.constexpr, WARPS: gl.constexpr):
+    """The left operands x of a head."""
     lefts = ()
     for j in gl.static_range(E // CHUNK):
-        lefts = lefts + (as_left(arrived(stream.x_slots[j], head % 2, WARPS), PLACED, WARPS),)
+        lefts = lefts + (as_left(arrived(stream.x_slots[j], head % slots_for(E), WARPS), PLACED, WARPS),)
     return lefts
 
 
@@ -150,10 +176,41 @@ def arrived(slots, slot, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def gluon_gradients_kernel(tokens, segments, tables, stats, scaling, source, dots, grads, dv, k: gl.constexpr):  # fmt: skip
+def incoming(dy, source, denominator, h, c, place, there, sign, k, WARPS: gl.constexpr):
+    """X (R, CHUNK) of Z and of Z', but for ``unit``, of chunk c of head h; sign (R,): that of -lambda."""
+    if denominator.vector is None:
+        return dy, dy
+    else:
+        channels = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, lines(WARPS)))
+        n = (place.token + gl.arange(0, k.BLOCK_N, layout=row(WARPS))) * k.H + h
+        u = gl.load(denominator.vector + place.segment * k.D + (h * (k.D // k.H) + c * CHUNK) + channels)[None, :]
+        dy *= source.scale
+        if denominator.inverse is not None:
+            dy *= gl.load(denominator.inverse + n, mask=there, other=0.0)[:, None]
+        if denominator.weights is not None:
+            u = u * gl.load(denominator.weights + n, mask=there, other=0.0)[:, None]
+        return dy + u, dy + sign[:, None] * u
+
+
+@gluon.jit
+def row_scale_of(renorm1, renorm2, neg_lam, scaling, place, k):
+    """What multiplies Zh: of a tile, or (R,) where it is relative to the larger renormalisation."""
+    if k.HAS_DENOMINATOR:
+        larger = gl.maximum(renorm1, gl.abs(renorm2 * neg_lam))
+        return gl.where(larger >= TINY, 1.0 / gl.where(larger >= TINY, larger, 1.0), 0.0)
+    elif scaling.length_scale is None:
+        return scaling.fp16_prescale
+    else:
+        return scaling.fp16_prescale * gl.load(scaling.length_scale + place.segment)
+
+
+@gluon.jit
+def gluon_gradients_kernel(tokens, segments, tables, stats, scaling, source, denominator, dots, grads, dv,
+                           k: gl.constexpr):  # fmt: skip
     """One program for a tile of tokens of one side, all channels.
 
-    dv (T, d), where given: then the columns of source.matrix lie in the order of :func:`place`, in each chunk; dots (2, H, T) float32, the sums of p . dy of each head, or None.  The other arguments as in
+    dv (T, d), where given: then the columns of source.matrix lie in the order of :func:`place`, in each chunk; dots
+    (2, H, T) float32, the sums of p . dy of each head, or None.  The other arguments as in
     :mod:`dydila_kernels.ops.arguments`.
     """
     R: gl.constexpr = k.BLOCK_N
@@ -178,9 +235,10 @@ def gluon_gradients_kernel(tokens, segments, tables, stats, scaling, source, dot
     gamma1 = gl.load(tables.gamma + index1).to(gl.float32)
     gamma2 = gl.load(tables.gamma + index2).to(gl.float32)
     neg_lam = -gl.load(tables.lam + index_d).to(gl.float32)
-    scale = scaling.fp16_prescale
-    if scaling.length_scale is not None:
-        scale = scale * gl.load(scaling.length_scale + place.segment)
+    scale = row_scale_of(renorm1, renorm2, neg_lam, scaling, place, k)
+    sign = gl.where(neg_lam > 0.0, 1.0, gl.where(neg_lam < 0.0, -1.0, 0.0))
+    # The scale of dy is left to the weights, where there is nothing beside it.
+    unit = source.scale if denominator.vector is None else 1.0
     PLACED: gl.constexpr = dv is not None
     active = ((renorm1 != 0.0) | (renorm2 != 0.0))[:, None]
 
@@ -209,28 +267,33 @@ def gluon_gradients_kernel(tokens, segments, tables, stats, scaling, source, dot
             if dv is not None:
                 for c in gl.static_range(0, J):
                     found = found + (gl.zeros([R, CHUNK], gl.float32, result(WARPS)),)
-            lefts = begin(stream, h, active, PLACED, E, H, WARPS)
+            begin(stream, h, active, E, H, WARPS)
+            lefts = lefts_of(stream, h, PLACED, E, WARPS)
             for c in range(0, J):
                 step = h * J + c
                 fetch_chunk(stream, step + 1, active, J, H)
                 async_copy.commit_group()
-                dy = product(lefts, stream.blocks, h % 2 * J + c, PLACED, WARPS)
+                if J <= HELD:
+                    lefts = lefts_of(stream, h, PLACED, E, WARPS)
+                dy = product(lefts, stream.blocks, h % slots_for(E) * J + c, PLACED, WARPS)
                 p1 = raised(arrived(stream.z_slots, step % 2, WARPS), gamma1, shift1)
                 p2 = raised(arrived(stream.y_slots, step % 2, WARPS), gamma2, shift2)
-                d1 += fold(p1 * dy)
-                d2 += fold(p2 * dy)
+                x1, x2 = incoming(dy, source, denominator, h, c, place, there, sign, k, WARPS)
+                d1 += fold(p1 * x1)
+                d2 += fold(p2 * x2)
                 if dv is not None:
                     hat = as_left((p1 * weight1 + p2 * weight2).to(dtype), True, WARPS)
-                    found = add_products(found, hat, stream.blocks, h % 2 * J + c, WARPS)
+                    found = add_products(found, hat, stream.blocks, h % slots_for(E) * J + c, WARPS)
                 wait()
+            end(stream, h, active, E, H, WARPS)
             if dv is not None:
                 for c in gl.static_range(0, J):
                     at = dv + place.token * k.D + (h * E + c * CHUNK)
                     gl.store(at + out, (from_result(found[c], WARPS) * source.scale).to(dtype), mask=there[:, None])
         d1 = total(d1, WARPS)
         d2 = total(d2, WARPS)
-    d1 *= source.scale
-    d2 *= source.scale
+    d1 *= unit
+    d2 *= unit
     dlam = chosen_sum(-renorm2 * scale * d2, index_d, k.N_D, WARPS)
     store_table(grads.dlam, dlam, k.N_D, WARPS)
 
@@ -243,11 +306,10 @@ def gluon_gradients_kernel(tokens, segments, tables, stats, scaling, source, dot
     v2 = gl.where(power2 > 0.0, d2 / gl.where(power2 > 0.0, power2, 1.0), 0.0)
     linear1 = (scale * gl.where(ratio1 > 0.0, v1 / gl.where(ratio1 > 0.0, ratio1, 1.0), 0.0))[:, None]
     linear2 = (scale * neg_lam * gl.where(ratio2 > 0.0, v2 / gl.where(ratio2 > 0.0, ratio2, 1.0), 0.0))[:, None]
-    # The scale of dy is left to the weights.
-    v1 = (v1 / source.scale)[:, None]
-    v2 = (v2 / source.scale)[:, None]
-    steep1 = (ratio1 * gamma1 * (scale * source.scale))[:, None]
-    steep2 = (ratio2 * gamma2 * neg_lam * (scale * source.scale))[:, None]
+    v1 = (v1 / unit)[:, None]
+    v2 = (v2 / unit)[:, None]
+    steep1 = (ratio1 * gamma1 * (scale * unit))[:, None]
+    steep2 = (ratio2 * gamma2 * neg_lam * (scale * unit))[:, None]
     e1 = nothing(WARPS)
     e2 = nothing(WARPS)
     dz = grads.dz + place.token * k.D
@@ -255,32 +317,37 @@ def gluon_gradients_kernel(tokens, segments, tables, stats, scaling, source, dot
     walked: gl.constexpr = H if dots is None else 0
     for h in range(0, H):
         head = walked + h
-        lefts = begin(stream, head, active, PLACED, E, H, WARPS)
+        begin(stream, head, active, E, H, WARPS)
+        lefts = lefts_of(stream, head, PLACED, E, WARPS)
         for c in range(0, J):
             step = head * J + c
             fetch_chunk(stream, step + 1, active, J, H)
             async_copy.commit_group()
             at = h * E + c * CHUNK
-            dy = product(lefts, stream.blocks, head % 2 * J + c, PLACED, WARPS)
+            if J <= HELD:
+                lefts = lefts_of(stream, head, PLACED, E, WARPS)
+            dy = product(lefts, stream.blocks, head % slots_for(E) * J + c, PLACED, WARPS)
+            x1, x2 = incoming(dy, source, denominator, h, c, place, there, sign, k, WARPS)
             s, log, q = parts(arrived(stream.z_slots, step % 2, WARPS), inverse1, gamma1 - 1.0)
             p = q * s
-            rest = dy - p * v1
+            rest = x1 - p * v1
             gl.store(dz + at + out, (steep1 * (q * rest) + linear1 * s).to(dtype), mask=there[:, None])
             e1 += fold(p * log * rest)
             s, log, q = parts(arrived(stream.y_slots, step % 2, WARPS), inverse2, gamma2 - 1.0)
             p = q * s
-            rest = dy - p * v2
+            rest = x2 - p * v2
             gl.store(dy_out + at + out, (steep2 * (q * rest) + linear2 * s).to(dtype), mask=there[:, None])
             e2 += fold(p * log * rest)
             wait()
-    e1 = total(e1, WARPS) * renorm1 * (scale * source.scale * LN2)
-    e2 = total(e2, WARPS) * renorm2 * neg_lam * (scale * source.scale * LN2)
+        end(stream, head, active, E, H, WARPS)
+    e1 = total(e1, WARPS) * renorm1 * (scale * unit * LN2)
+    e2 = total(e2, WARPS) * renorm2 * neg_lam * (scale * unit * LN2)
     dgamma = chosen_sum(e1, index1, k.N_F, WARPS) + chosen_sum(e2, index2, k.N_F, WARPS)
     store_table(grads.dgamma, dgamma, k.N_F, WARPS)
 
 
 def gradients(
-    context: LaunchContext, side: QKOperand, source: Source, dz: Tensor, dz_redundant: Tensor, *,
+    context: LaunchContext, side: QKOperand, source: Source, denominator: Denominator, dz: Tensor, dz_redundant: Tensor, *,
     dv: Tensor | None = None, dots: Tensor | None = None,
 ) -> TableGradients:  # fmt: skip
     """As :func:`dydila_kernels.ops.gradients.gradients`, which says when; ``dots`` (2, H, T) float32 as that kernel has."""
@@ -291,8 +358,7 @@ def gradients(
     launch(
         gluon_gradients_kernel, (programs,), config, tokens=context.tokens(side),
         segments=context.tiles(config.block_n), **context.measured(side), scaling=context.scaling(side), source=source,
-        dots=dots, grads=grads, dv=dv,
-        k=context.constants(config),
+        denominator=denominator, dots=dots, grads=grads, dv=dv, k=context.constants(config, side.has_denominator),
     )  # fmt: skip
     assert grads.dlam is not None
     return TableGradients(grads.dgamma.sum(0), grads.dlam.sum(0))

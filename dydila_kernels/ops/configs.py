@@ -94,6 +94,7 @@ for stage in ("gluon_gradients", "gluon_gradients_once"):
         Entry(64, Config(64, 32, 4, registers=128, reason=ROWS)),
         Entry(ANY, Config(64, 32, 4, reason=WIDE_ROWS)),
     )
+TABLE["gluon_given_gradients", "half"] = (Entry(ANY, Config(64, 32, 4, registers=128, reason=ROWS)),)
 TILES = "two tiles in shared memory: three programs, of as many registers"
 TABLE["gluon_dots", "half"] = (Entry(ANY, Config(64, 32, 4, registers=168, reason=TILES)),)
 

@@ -19,8 +19,6 @@ from dydila_kernels.ops.context import LaunchContext, QKOperand
 
 VARIABLE = "DYDILA_KERNELS_FORM"
 FORMS = ("auto", "gluon", "triton")
-HEADS = (32, 64, 96, 128)
-"""Widths of heads of the Gluon form."""
 
 
 def wanted() -> str:
@@ -45,6 +43,4 @@ def why_not_gluon(context: LaunchContext, side: QKOperand) -> str | None:
         return "float32 tokens are exact in the Triton form alone"
     if side.redundant is None:
         return "there is one branch"
-    if context.head_dim not in HEADS:
-        return f"heads of {context.head_dim} are none of {HEADS}"
     return None

@@ -39,6 +39,8 @@ from dydila_kernels.ops.context import LaunchContext, QKOperand
 from dydila_kernels.ops.linear_attention import write_readout
 from dydila_kernels.ops.tiles import TINY, launch, log2, padded, row_dot, row_pointers, tile_mask, tile_of_program
 
+CHUNK = 32
+"""Channels that the Gluon form works on at a time."""
 LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -311,13 +313,13 @@ def denominator_gradient(context: LaunchContext, side: QKOperand, source: Source
 
 def why_not_gluon_gradients(context: LaunchContext, side: QKOperand, source: Source, add: bool = False) -> str | None:
     """The reason why :func:`gradients` takes the Triton form, or None where it takes that in Gluon."""
-    if source.x is None:
-        return "the gradient of Zh is read"
+    if context.head_dim % CHUNK or (source.given is None and context.head_dim > configs.LARGEST_HEAD):
+        return f"heads of {context.head_dim} are no multiple of {CHUNK}"
     if add:
         return "the gradient of V is added to what is there"
     if side.lam_index is None or side.slopes is not None:
         return "no lambda is chosen, or routers are trained"
-    for x in (side.tokens, side.redundant, source.x.x):
+    for x in (side.tokens, side.redundant, source.given if source.x is None else source.x.x):
         if x is not None and (x.data_ptr() % 16 or x.stride(0) % 16 or x.stride(1) % 16):
             return "rows are not aligned to 16 bytes"
     return forms.why_not_gluon(context, side)

@@ -1,8 +1,8 @@
 """What the Gluon kernels of the backward pass share: 32 channels at a time, in the order of the operands.
 
-A warp has 16 whole rows.  Of a chunk (R, 32), R = 16 warps, lane l has the channels 8 (l mod 4) to 8 (l mod 4) + 7 of rows l / 4 and
-l / 4 + 8, 16 bytes each (:func:`lines`).  Products on tensor cores may take the channels of a sum in any order, and give
-their columns in any, so that :func:`as_left`, :func:`as_right` and :func:`from_result` move nothing.
+A warp has 16 whole rows.  Of a chunk (R, 32), R = 16 warps, lane l has the channels 8 (l mod 4) to 8 (l mod 4) + 7 of
+rows l / 4 and l / 4 + 8, 16 bytes each (:func:`lines`).  Products on tensor cores may take the channels of a sum in any
+order, and give their columns in any, so that :func:`as_left`, :func:`as_right` and :func:`from_result` move nothing.
 """
 
 from __future__ import annotations
@@ -151,13 +151,13 @@ def blocks_for(dtype: gl.constexpr, E: gl.constexpr, SLOTS: gl.constexpr):
     layout: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [1, 0])
     blocks = ()
     for _ in gl.static_range(E // CHUNK):
-        blocks = blocks + (gl.allocate_shared_memory(dtype, [SLOTS * (E // CHUNK), CHUNK, CHUNK], layout),)
+        blocks += (gl.allocate_shared_memory(dtype, [SLOTS * (E // CHUNK), CHUNK, CHUNK], layout),)
     return blocks
 
 
 @gluon.jit
 def copy_matrix(blocks, slot, matrix, E: gl.constexpr, WARPS: gl.constexpr):
-    """matrix (e, e) on its way to a slot of :func:`blocks_for`, the rows of each block in the order of :func:`place`."""
+    """matrix (e, e) on its way to a slot of :func:`blocks_for`, the rows of each block in :func:`place`."""
     J: gl.constexpr = E // CHUNK
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [WARPS, 1], [1, 0])
     r = place(gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout)))
@@ -190,7 +190,7 @@ def add_products(sums, left, blocks, row, WARPS: gl.constexpr):
     found = ()
     for j in gl.static_range(len(sums)):
         right = blocks[j].index(row).load(gl.DotOperandLayout(1, result(WARPS), 2))
-        found = found + (mma_v2(left, right, sums[j]),)
+        found += (mma_v2(left, right, sums[j]),)
     return found
 
 

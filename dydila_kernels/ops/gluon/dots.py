@@ -98,9 +98,9 @@ def mask_of(tokens, first, end, token, R: gl.constexpr, WARPS: gl.constexpr):
 @gluon.jit
 def gluon_dots_kernel(tokens, x, matrix, segments, tables, stats, scaling, dots, partials, state_scale, SPLITS,
                 k: gl.constexpr):  # fmt: skip
-    """partials (segments, SPLITS, H, e, e) float32: of D, its columns in the order of :func:`place`; dots (2, H, T) float32.
+    """partials (segments, SPLITS, H, e, e) float32 of D, each 32 columns in the order of :func:`place`; dots (2, H, T).
 
-    x is that of dO; matrix (segments, H, e, e), S; segments.table are bounds.
+    Both are float32; x is that of dO; matrix (segments, H, e, e), S; segments.table are bounds.
     """
     R: gl.constexpr = k.BLOCK_N
     WARPS: gl.constexpr = R // 16
@@ -151,8 +151,8 @@ def gluon_dots_kernel(tokens, x, matrix, segments, tables, stats, scaling, dots,
 
     layout: gl.constexpr = state_layout(WARPS)
     acc = ()
-    for i in gl.static_range(0, J * J):
-        acc = acc + (gl.zeros([CHUNK, CHUNK], gl.float32, layout),)
+    for _ in gl.static_range(0, J * J):
+        acc += (gl.zeros([CHUNK, CHUNK], gl.float32, layout),)
     inside = gl.arange(0, R, layout=row(WARPS))
     slot = 0
     for start in range(first, end, R):
@@ -170,7 +170,7 @@ def gluon_dots_kernel(tokens, x, matrix, segments, tables, stats, scaling, dots,
         weight2 = rows_of(factors, 3 * slot + 2, 1, R, WARPS)[:, None]
         lefts = ()
         for c in gl.static_range(0, J):
-            lefts = lefts + (as_left(slots[2].index(slot * J + c).load(lines(WARPS)), False, WARPS),)
+            lefts += (as_left(slots[2].index(slot * J + c).load(lines(WARPS)), False, WARPS),)
         d1 = nothing(WARPS)
         d2 = nothing(WARPS)
         for c in range(0, J):
@@ -190,13 +190,13 @@ def gluon_dots_kernel(tokens, x, matrix, segments, tables, stats, scaling, dots,
             values = ()
             for c in gl.static_range(0, J):
                 hat = hats.index(c).slice(n, CHUNK, dim=0).permute((1, 0))
-                summed = summed + (hat.load(gl.DotOperandLayout(0, layout, 2)),)
+                summed += (hat.load(gl.DotOperandLayout(0, layout, 2)),)
                 value = slots[2].index(slot * J + c).slice(n, CHUNK, dim=0)
-                values = values + (value.load(gl.DotOperandLayout(1, layout, 2)),)
+                values += (value.load(gl.DotOperandLayout(1, layout, 2)),)
             found = ()
             for i in gl.static_range(0, J):
                 for j in gl.static_range(0, J):
-                    found = found + (mma_v2(summed[i], values[j], acc[i * J + j]),)
+                    found += (mma_v2(summed[i], values[j], acc[i * J + j]),)
             acc = found
         # Last of all, where the next loop waits anyway.
         facts = load_facts(stats, start + 2 * R, end, token, T, R, WARPS)
@@ -221,10 +221,10 @@ def dots(context: LaunchContext, side: QKOperand, grad: Tensor, matrix: Tensor) 
     found = torch.empty(2, context.heads, context.num_tokens, device=context.device, dtype=torch.float32)
     partials = torch.empty(context.segments, splits, context.heads, e, e, device=context.device, dtype=torch.float32)
     launch(
-        gluon_dots_kernel, (context.segments * splits * context.heads,), config, tokens=context.tokens(side, masked=True),
-        x=strided(grad), matrix=matrix, segments=context.whole_segments(), **context.measured(side),
-        scaling=context.scaling(side), dots=found, partials=partials, state_scale=context.state_scale, SPLITS=splits,
-        k=context.constants(config),
+        gluon_dots_kernel, (context.segments * splits * context.heads,), config,
+        tokens=context.tokens(side, masked=True), x=strided(grad), matrix=matrix, segments=context.whole_segments(),
+        **context.measured(side), scaling=context.scaling(side), dots=found, partials=partials,
+        state_scale=context.state_scale, SPLITS=splits, k=context.constants(config),
     )  # fmt: skip
     return partials.sum(1), found
 

@@ -1,15 +1,16 @@
 """The backward pass of one side, as :mod:`dydila_kernels.ops.gradients` has it, with whole rows in a warp.
 
-With X = dy for phi(Z) and, times -lambda, for phi(Z') (under "denominator" dy + u, and dy - sign(lambda) u), weight w (the row scale, and -lambda times it), s = ReLU(Z) / m,
-q = s^(gamma - 1), p = q s, and per row the sum d = p . X,
+Let X be dy for phi(Z) and Z' alike, or under "denominator" dy + u and dy - sign(lambda) u; w the row scale, and of Z'
+that times -lambda: so G = w X.  With s = ReLU(Z) / m, q = s^(gamma - 1), p = q s, and per row d = p . X, v = d / |p|^2,
 
-    dZ = renorm/m gamma w q (X - p v) + w v m/renorm s       v = d / |p|^2
-    dgamma = renorm w ln 2 sum p log2(s) (X - p v)           dlambda = -renorm' rowscale d'
+    dZ = (renorm/m) gamma w q (X - p v) + w v / (renorm/m) s        dgamma = renorm w ln 2 sum p log2(s) (X - p v)
 
-dy = X_h M_h^T is made anew per head, 32 channels at a time, and leaves the tensor cores in the layout in which Z and Z'
-are loaded and dZ and dZ' stored.  The matrix of the next head is on its way while one is worked on.  Queries know d from
-:mod:`dydila_kernels.ops.gluon.dots` and walk over their rows once; keys find it in a walk of their own, in which the powers
-serve for dV = Zh M, too.
+and dlambda = -renorm' rowscale d'.
+
+dy is read, or made anew per head as x_h M_h^T, 32 channels at a time: it leaves the tensor cores in the layout in which Z
+and Z' are loaded and dZ and dZ' stored.  The next chunk, and the x and matrix of the next head, are on their way
+(cp.async) while one is worked on.  Queries know d from :mod:`dydila_kernels.ops.gluon.dots` and walk over their rows
+once; keys find it in a walk of their own, in which the powers serve for dV = Zh M, too.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ def known_dots(dots, tokens, there, T, H: gl.constexpr, WARPS: gl.constexpr):
 
 
 HELD = gl.constexpr(2)
+"""Chunks of a head at most of which the left operands are read anew for each chunk: they would take registers."""
 
 
 @gluon.constexpr_function
@@ -109,16 +111,23 @@ def stream_of(tokens, source, place, E: gl.constexpr, D: gl.constexpr, WARPS: gl
     layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     heads: gl.constexpr = [slots_for(E), 16 * WARPS, CHUNK]
     x_slots = ()
-    for _ in gl.static_range(E // CHUNK):
-        x_slots = x_slots + (gl.allocate_shared_memory(dtype, heads, layout),)
+    if source.x is None:
+        x = pointers(source.given, 0, D, place.image, place.token, WARPS)
+        x_slots += (gl.allocate_shared_memory(dtype, shape, layout),)
+        matrix = None
+        blocks = ()
+    else:
+        x = pointers(source.x.x, source.x.stride_xb, source.x.stride_xn, place.image, place.first, WARPS)
+        for _ in gl.static_range(E // CHUNK):
+            x_slots += (gl.allocate_shared_memory(dtype, heads, layout),)
+        matrix = source.matrix + place.segment * (D * E)
+        blocks = blocks_for(dtype, E, slots_for(E))
     return Stream(
         pointers(tokens.z.x, tokens.z.stride_xb, tokens.z.stride_xn, place.image, place.first, WARPS),
         pointers(tokens.redundant.x, tokens.redundant.stride_xb, tokens.redundant.stride_xn, place.image, place.first,
                  WARPS),
-        pointers(source.x.x, source.x.stride_xb, source.x.stride_xn, place.image, place.first, WARPS),
-        source.matrix + place.segment * (D * E), gl.allocate_shared_memory(dtype, shape, layout),
-        gl.allocate_shared_memory(dtype, shape, layout), x_slots,
-        blocks_for(dtype, E, slots_for(E)),
+        x, matrix, gl.allocate_shared_memory(dtype, shape, layout), gl.allocate_shared_memory(dtype, shape, layout),
+        x_slots, blocks,
     )  # fmt: skip
 
 
@@ -128,14 +137,17 @@ def fetch_chunk(stream, step, active, J: gl.constexpr, H: gl.constexpr):
     c = step % (H * J) * CHUNK
     async_load(stream.z_slots.index(step % 2), stream.z + c, mask=active)
     async_load(stream.y_slots.index(step % 2), stream.y + c, mask=active)
+    if stream.matrix is None:
+        async_load(stream.x_slots[0].index(step % 2), stream.x + c, mask=active)
 
 
 @gluon.jit
 def fetch_head(stream, head, active, E: gl.constexpr, H: gl.constexpr, WARPS: gl.constexpr):
-    h = head % H
-    for c in gl.static_range(E // CHUNK):
-        async_load(stream.x_slots[c].index(head % slots_for(E)), stream.x + (h * E + c * CHUNK), mask=active)
-    copy_matrix(stream.blocks, head % slots_for(E), stream.matrix + h * (E * E), E, WARPS)
+    if stream.matrix is not None:
+        h = head % H
+        for c in gl.static_range(E // CHUNK):
+            async_load(stream.x_slots[c].index(head % slots_for(E)), stream.x + (h * E + c * CHUNK), mask=active)
+        copy_matrix(stream.blocks, head % slots_for(E), stream.matrix + h * (E * E), E, WARPS)
 
 
 @gluon.jit
@@ -148,7 +160,7 @@ def begin(stream, head, active, E: gl.constexpr, H: gl.constexpr, WARPS: gl.cons
 @gluon.jit
 def end(stream, head, active, E: gl.constexpr, H: gl.constexpr, WARPS: gl.constexpr):
     """The next head is there."""
-    if slots_for(E) == 1:
+    if slots_for(E) == 1 and stream.matrix is not None:
         fetch_head(stream, head + 1, active, E, H, WARPS)
         async_copy.commit_group()
         wait()
@@ -156,11 +168,24 @@ def end(stream, head, active, E: gl.constexpr, H: gl.constexpr, WARPS: gl.conste
 
 @gluon.jit
 def lefts_of(stream, head, PLACED: gl.constexpr, E: gl.constexpr, WARPS: gl.constexpr):
-    """The left operands x of a head."""
+    """The left operands x of a head; nothing where dy is given."""
     lefts = ()
-    for j in gl.static_range(E // CHUNK):
-        lefts = lefts + (as_left(arrived(stream.x_slots[j], head % slots_for(E), WARPS), PLACED, WARPS),)
+    if stream.matrix is not None:
+        for j in gl.static_range(E // CHUNK):
+            lefts += (as_left(arrived(stream.x_slots[j], head % slots_for(E), WARPS), PLACED, WARPS),)
     return lefts
+
+
+@gluon.jit
+def dy_of(stream, lefts, head, c, PLACED: gl.constexpr, E: gl.constexpr, WARPS: gl.constexpr):
+    """dy (R, CHUNK) of chunk c of a head, but for its scale; lefts: :func:`lefts_of`."""
+    J: gl.constexpr = E // CHUNK
+    if stream.matrix is None:
+        return arrived(stream.x_slots[0], (head * J + c) % 2, WARPS).to(gl.float32)
+    else:
+        if J <= HELD:
+            lefts = lefts_of(stream, head, PLACED, E, WARPS)
+        return product(lefts, stream.blocks, head % slots_for(E) * J + c, PLACED, WARPS)
 
 
 @gluon.jit
@@ -265,17 +290,15 @@ def gluon_gradients_kernel(tokens, segments, tables, stats, scaling, source, den
         for h in range(0, H):
             found = ()
             if dv is not None:
-                for c in gl.static_range(0, J):
-                    found = found + (gl.zeros([R, CHUNK], gl.float32, result(WARPS)),)
+                for _ in gl.static_range(0, J):
+                    found += (gl.zeros([R, CHUNK], gl.float32, result(WARPS)),)
             begin(stream, h, active, E, H, WARPS)
             lefts = lefts_of(stream, h, PLACED, E, WARPS)
             for c in range(0, J):
                 step = h * J + c
                 fetch_chunk(stream, step + 1, active, J, H)
                 async_copy.commit_group()
-                if J <= HELD:
-                    lefts = lefts_of(stream, h, PLACED, E, WARPS)
-                dy = product(lefts, stream.blocks, h % slots_for(E) * J + c, PLACED, WARPS)
+                dy = dy_of(stream, lefts, h, c, PLACED, E, WARPS)
                 p1 = raised(arrived(stream.z_slots, step % 2, WARPS), gamma1, shift1)
                 p2 = raised(arrived(stream.y_slots, step % 2, WARPS), gamma2, shift2)
                 x1, x2 = incoming(dy, source, denominator, h, c, place, there, sign, k, WARPS)
@@ -324,9 +347,7 @@ def gluon_gradients_kernel(tokens, segments, tables, stats, scaling, source, den
             fetch_chunk(stream, step + 1, active, J, H)
             async_copy.commit_group()
             at = h * E + c * CHUNK
-            if J <= HELD:
-                lefts = lefts_of(stream, head, PLACED, E, WARPS)
-            dy = product(lefts, stream.blocks, head % slots_for(E) * J + c, PLACED, WARPS)
+            dy = dy_of(stream, lefts, head, c, PLACED, E, WARPS)
             x1, x2 = incoming(dy, source, denominator, h, c, place, there, sign, k, WARPS)
             s, log, q = parts(arrived(stream.z_slots, step % 2, WARPS), inverse1, gamma1 - 1.0)
             p = q * s
@@ -347,11 +368,13 @@ def gluon_gradients_kernel(tokens, segments, tables, stats, scaling, source, den
 
 
 def gradients(
-    context: LaunchContext, side: QKOperand, source: Source, denominator: Denominator, dz: Tensor, dz_redundant: Tensor, *,
-    dv: Tensor | None = None, dots: Tensor | None = None,
+    context: LaunchContext, side: QKOperand, source: Source, denominator: Denominator, dz: Tensor,
+    dz_redundant: Tensor, *, dv: Tensor | None = None, dots: Tensor | None = None,
 ) -> TableGradients:  # fmt: skip
-    """As :func:`dydila_kernels.ops.gradients.gradients`, which says when; ``dots`` (2, H, T) float32 as that kernel has."""
-    stage = "gluon_gradients" if dots is None else "gluon_gradients_once"
+    """As :func:`dydila_kernels.ops.gradients.gradients`, which says when."""
+    stage = (
+        "gluon_given_gradients" if source.x is None else "gluon_gradients" if dots is None else "gluon_gradients_once"
+    )
     config = configs.pick(stage, context.dtype, context.head_dim)
     programs = context.programs(config.block_n)
     grads = table_partials(context, side, programs, dz, dz_redundant)

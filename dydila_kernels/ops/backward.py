@@ -23,8 +23,8 @@ from dydila_kernels.ops.straight_through import straight_through_gradients
 from dydila_kernels.ops.tokens import tokens
 from dydila_kernels.types import Ranks
 
-WIDEST_DOTS = 64
-"""Channels of the widest head of :mod:`dydila_kernels.ops.gluon.dots`."""
+DOTS_HEADS = (32, 64, 72, 96)
+"""Widths of heads of :mod:`dydila_kernels.ops.gluon.dots`."""
 
 
 class InputGradients(NamedTuple):
@@ -118,8 +118,9 @@ def fused_backward(
     source, denominator = source_of(context, x=grad, matrix=saved.states[i]), Denominator(means, inverse)
     if settings.has_denominator:
         denominator = denominator._replace(weights=denominator_gradient(context, q, source, denominator))
-    dots = None
-    if why_not_gluon_dots(context, q, source, denominator) is None:
+    dots, values = None, source_of(context, x=v)
+    keys_in_gluon = why_not_gluon_gradients(context, k, values, add) is None
+    if keys_in_gluon and why_not_gluon_dots(context, q, source, denominator) is None:
         from dydila_kernels.ops.gluon.dots import dots as gluon_dots
 
         (total, dots), dmeans = gluon_dots(context, q, grad, saved.states[i]), None
@@ -129,22 +130,22 @@ def fused_backward(
         )
     context.sum_over_ranks(total, dmeans)
     queries = side_gradients(context, q, source, denominator, dq, differential_logits=differential_logits, dots=dots)
-    source, nothing = source_of(context, x=v, matrix=total.to(context.dtype)), Denominator(dmeans)
-    if (dots is None) == (why_not_gluon_gradients(context, k, source, add) is None):
-        source = source._replace(matrix=placed(source.matrix))
-    keys = side_gradients(context, k, source, nothing, dk, dv=dv, add=add, grad=grad, weight=weight)
+    matrix = total.to(context.dtype)
+    values = values._replace(matrix=placed(matrix) if keys_in_gluon and dots is None else matrix)
+    keys = side_gradients(context, k, values, Denominator(dmeans), dk, dv=dv, add=add, grad=grad, weight=weight)
     return queries, keys
 
 
 def placed(matrix: Tensor) -> Tensor:
-    """(.., e) with the columns of each 32 in the order that the Gluon form takes, or from that back to their own."""
-    return matrix.unflatten(-1, (-1, 4, 4, 2)).transpose(-3, -2).flatten(-4).contiguous()
+    """(.., e) with the columns of each 32 in the order that the Gluon form takes, zeros at the end of the last."""
+    whole = torch.nn.functional.pad(matrix, (0, -matrix.shape[-1] % 32))
+    return whole.unflatten(-1, (-1, 4, 4, 2)).transpose(-3, -2).flatten(-4).contiguous()
 
 
 def why_not_gluon_dots(context: LaunchContext, side: QKOperand, source: Source, denominator: Denominator) -> str | None:
     """The reason why the gradient of the state takes the Triton form, or None where it takes that in Gluon."""
-    if context.head_dim > WIDEST_DOTS:
-        return f"a state of heads of {context.head_dim} does not fit beside its tiles"
+    if context.head_dim not in DOTS_HEADS:
+        return f"heads of {context.head_dim} are none of {DOTS_HEADS}"
     if denominator.vector is not None:
         return "denominator terms have gradients"
     return why_not_gluon_gradients(context, side, source)

@@ -89,14 +89,20 @@ TABLE |= {
 # gluon/gradients.py, gluon/dots.py; the width is that of a head
 ROWS = "16 rows a warp; 128 registers: four programs on a multiprocessor"
 WIDE_ROWS = "shared memory leaves room for two programs: as many registers as they like"
-for stage in ("gluon_gradients", "gluon_gradients_once"):
-    TABLE[stage, "half"] = (
-        Entry(64, Config(64, 32, 4, registers=128, reason=ROWS)),
-        Entry(ANY, Config(64, 32, 4, reason=WIDE_ROWS)),
-    )
+TABLE["gluon_gradients_once", "half"] = (
+    Entry(96, Config(64, 32, 4, registers=128, reason=ROWS)),
+    Entry(ANY, Config(64, 32, 4, reason=WIDE_ROWS)),
+)
+TABLE["gluon_gradients", "half"] = (
+    Entry(64, Config(64, 32, 4, registers=128, reason=ROWS)),
+    Entry(ANY, Config(64, 32, 4, reason=WIDE_ROWS)),
+)
 TABLE["gluon_given_gradients", "half"] = (Entry(ANY, Config(64, 32, 4, registers=128, reason=ROWS)),)
 TILES = "two tiles in shared memory: three programs, of as many registers"
-TABLE["gluon_dots", "half"] = (Entry(ANY, Config(64, 32, 4, registers=168, reason=TILES)),)
+TABLE["gluon_dots", "half"] = (
+    Entry(64, Config(64, 32, 4, registers=168, reason=TILES)),
+    Entry(ANY, Config(64, 32, 4, reason=WIDE_ROWS)),
+)
 
 # projection.py; the width is n_P for "route", the channels of the result for "projection"
 TABLE |= {

@@ -39,8 +39,6 @@ from dydila_kernels.ops.context import LaunchContext, QKOperand
 from dydila_kernels.ops.linear_attention import write_readout
 from dydila_kernels.ops.tiles import TINY, launch, log2, padded, row_dot, row_pointers, tile_mask, tile_of_program
 
-CHUNK = 32
-"""Channels that the Gluon form works on at a time."""
 LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -313,8 +311,8 @@ def denominator_gradient(context: LaunchContext, side: QKOperand, source: Source
 
 def why_not_gluon_gradients(context: LaunchContext, side: QKOperand, source: Source, add: bool = False) -> str | None:
     """The reason why :func:`gradients` takes the Triton form, or None where it takes that in Gluon."""
-    if context.head_dim % CHUNK or (source.given is None and context.head_dim > configs.LARGEST_HEAD):
-        return f"heads of {context.head_dim} are no multiple of {CHUNK}"
+    if context.head_dim % 8 or context.head_dim < 24:
+        return f"heads of {context.head_dim} are too narrow, or no multiple of 8"
     if add:
         return "the gradient of V is added to what is there"
     if side.lam_index is None or side.slopes is not None:

@@ -75,6 +75,21 @@ def from_result(x, WARPS: gl.constexpr):
     return gl.convert_layout(gl.reshape(x, (16 * WARPS, CHUNK)), lines(WARPS), assert_trivial=True)
 
 
+@gluon.constexpr_function
+def chunks_of(head_dim):
+    """Chunks of a head; the last may be a part of one."""
+    return -(-head_dim // 32)
+
+
+@gluon.jit
+def in_head(mask, c, E: gl.constexpr, WARPS: gl.constexpr):
+    """mask (R, 1) of the rows, and which channels of chunk c of a head there are."""
+    if E % CHUNK == 0:
+        return mask
+    else:
+        return mask & (c * CHUNK + gl.arange(0, CHUNK, layout=gl.SliceLayout(0, lines(WARPS))) < E)[None, :]
+
+
 @gluon.jit
 def fold(x):
     """(R, CHUNK) lines -> (R, 4): the sums of what a lane has of each row."""
@@ -144,27 +159,34 @@ def pointers(x, stride_xb, stride_xn, image, first, WARPS: gl.constexpr):
 
 @gluon.jit
 def blocks_for(dtype: gl.constexpr, E: gl.constexpr, SLOTS: gl.constexpr):
-    """Shared memory for matrices (e, e): for each chunk of columns all blocks (SLOTS e/CHUNK, CHUNK, CHUNK) of it.
+    """Shared memory for matrices (e, e): for each chunk of columns all blocks (SLOTS chunks, CHUNK, CHUNK) of it.
 
     Each is a piece of its own: between accesses to one piece, of whatever slot, the compiler puts barriers.
     """
+    J: gl.constexpr = chunks_of(E)
     layout: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [1, 0])
     blocks = ()
-    for _ in gl.static_range(E // CHUNK):
-        blocks += (gl.allocate_shared_memory(dtype, [SLOTS * (E // CHUNK), CHUNK, CHUNK], layout),)
+    for _ in gl.static_range(J):
+        blocks += (gl.allocate_shared_memory(dtype, [SLOTS * J, CHUNK, CHUNK], layout),)
     return blocks
 
 
 @gluon.jit
-def copy_matrix(blocks, slot, matrix, E: gl.constexpr, WARPS: gl.constexpr):
-    """matrix (e, e) on its way to a slot of :func:`blocks_for`, the rows of each block in :func:`place`."""
-    J: gl.constexpr = E // CHUNK
+def copy_matrix(blocks, slot, matrix, E: gl.constexpr, STRIDE: gl.constexpr, WARPS: gl.constexpr):
+    """matrix (e, e), its rows STRIDE apart, on its way to a slot of :func:`blocks_for`, the rows of each block in the
+    order of :func:`place`."""
+    J: gl.constexpr = chunks_of(E)
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [WARPS, 1], [1, 0])
-    r = place(gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout)))
-    at = r[:, None] * E + gl.arange(0, CHUNK, layout=gl.SliceLayout(0, layout))[None, :]
+    r = place(gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout)))[:, None]
+    c = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, layout))[None, :]
     for j in gl.static_range(J):
         for i in gl.static_range(J):
-            async_load(blocks[j].index(slot * J + i), matrix + i * CHUNK * E + j * CHUNK + at)
+            block = matrix + i * CHUNK * STRIDE + j * CHUNK + (r * STRIDE + c)
+            if E % CHUNK == 0:
+                async_load(blocks[j].index(slot * J + i), block)
+            else:
+                there = (r < E - i * CHUNK) & (c < STRIDE - j * CHUNK)
+                async_load(blocks[j].index(slot * J + i), block, mask=there)
 
 
 @gluon.jit

@@ -23,8 +23,10 @@ from dydila_kernels.ops.gluon.chunks import (
     as_left,
     async_load,
     blocks_for,
+    chunks_of,
     copy_matrix,
     fold,
+    in_head,
     lines,
     nothing,
     place,
@@ -44,12 +46,14 @@ def state_layout(warps):
 
 
 @gluon.jit
-def copy_tile(slots, slot, z, y, x, mask, J: gl.constexpr):
+def copy_tile(slots, slot, z, y, x, mask, E: gl.constexpr, WARPS: gl.constexpr):
     """Z, Z' and dO of a tile on their way to a slot; z, y, x: pointers (R, CHUNK)."""
+    J: gl.constexpr = chunks_of(E)
     for c in gl.static_range(0, J):
-        async_load(slots[0].index(slot * J + c), z + c * CHUNK, mask=mask)
-        async_load(slots[1].index(slot * J + c), y + c * CHUNK, mask=mask)
-        async_load(slots[2].index(slot * J + c), x + c * CHUNK, mask=mask)
+        inside = in_head(mask, c, E, WARPS)
+        async_load(slots[0].index(slot * J + c), z + c * CHUNK, mask=inside)
+        async_load(slots[1].index(slot * J + c), y + c * CHUNK, mask=inside)
+        async_load(slots[2].index(slot * J + c), x + c * CHUNK, mask=inside)
     async_copy.commit_group()
 
 
@@ -98,14 +102,15 @@ def mask_of(tokens, first, end, token, R: gl.constexpr, WARPS: gl.constexpr):
 @gluon.jit
 def gluon_dots_kernel(tokens, x, matrix, segments, tables, stats, scaling, dots, partials, state_scale, SPLITS,
                 k: gl.constexpr):  # fmt: skip
-    """partials (segments, SPLITS, H, e, e) float32 of D, each 32 columns in the order of :func:`place`; dots (2, H, T).
+    """partials (segments, SPLITS, H, e, J CHUNK) of D, the columns of each of J chunks in the order of :func:`place`, those
+    beyond e zero; dots (2, H, T).  Both are float32.
 
-    Both are float32; x is that of dO; matrix (segments, H, e, e), S; segments.table are bounds.
+    x is that of dO; matrix (segments, H, e, e), S; segments.table are bounds.
     """
     R: gl.constexpr = k.BLOCK_N
     WARPS: gl.constexpr = R // 16
     E: gl.constexpr = k.D // k.H
-    J: gl.constexpr = E // CHUNK
+    J: gl.constexpr = chunks_of(E)
     H: gl.constexpr = k.H
     h = gl.program_id(0) % H
     split = gl.program_id(0) // H % SPLITS
@@ -131,12 +136,12 @@ def gluon_dots_kernel(tokens, x, matrix, segments, tables, stats, scaling, dots,
     dtype: gl.constexpr = tokens.z.x.dtype.element_ty
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     turned: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [1, 0])
+    # Zh takes the place of Z.
     slots = (
-        gl.allocate_shared_memory(dtype, [2 * J, R, CHUNK], plain),
+        gl.allocate_shared_memory(dtype, [2 * J, R, CHUNK], turned),
         gl.allocate_shared_memory(dtype, [2 * J, R, CHUNK], plain),
         gl.allocate_shared_memory(dtype, [2 * J, R, CHUNK], turned),
     )
-    hats = gl.allocate_shared_memory(dtype, [J, R, CHUNK], turned)
     blocks = blocks_for(dtype, E, 1)
     factors = gl.allocate_shared_memory(gl.float32, [6, 2 * R], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     z = pointers(tokens.z.x + h * E, tokens.z.stride_xb, tokens.z.stride_xn, image, first, WARPS)
@@ -144,8 +149,8 @@ def gluon_dots_kernel(tokens, x, matrix, segments, tables, stats, scaling, dots,
         tokens.redundant.x + h * E, tokens.redundant.stride_xb, tokens.redundant.stride_xn, image, first, WARPS
     )
     w = pointers(x.x + h * E, x.stride_xb, x.stride_xn, image, first, WARPS)
-    copy_matrix(blocks, 0, matrix + (segment * H + h) * (E * E), E, WARPS)
-    copy_tile(slots, 0, z, y, w, mask_of(tokens, first, end, token, R, WARPS), J)
+    copy_matrix(blocks, 0, matrix + (segment * H + h) * (E * E), E, E, WARPS)
+    copy_tile(slots, 0, z, y, w, mask_of(tokens, first, end, token, R, WARPS), E, WARPS)
     store_factors(factors, 0, load_facts(stats, first, end, token, T, R, WARPS), tables, scale, R, WARPS)
     facts = load_facts(stats, first + R, end, token, T, R, WARPS)
 
@@ -161,7 +166,7 @@ def gluon_dots_kernel(tokens, x, matrix, segments, tables, stats, scaling, dots,
         z += R * tokens.z.stride_xn
         y += R * tokens.redundant.stride_xn
         w += R * x.stride_xn
-        copy_tile(slots, 1 - slot, z, y, w, mask_of(tokens, start + R, end, token, R, WARPS), J)
+        copy_tile(slots, 1 - slot, z, y, w, mask_of(tokens, start + R, end, token, R, WARPS), E, WARPS)
         gamma1 = rows_of(factors, 3 * slot, 0, R, WARPS)
         gamma2 = rows_of(factors, 3 * slot, 1, R, WARPS)
         shift1 = rows_of(factors, 3 * slot + 1, 0, R, WARPS)
@@ -179,7 +184,7 @@ def gluon_dots_kernel(tokens, x, matrix, segments, tables, stats, scaling, dots,
             p2 = raised(slots[1].index(slot * J + c).load(lines(WARPS)), gamma2, shift2)
             d1 += fold(p1 * dy)
             d2 += fold(p2 * dy)
-            hats.index(c).store((p1 * weight1 + p2 * weight2).to(dtype))
+            slots[0].index(slot * J + c).store((p1 * weight1 + p2 * weight2).to(dtype))
         there = start + inside < end
         at = dots + h * T + (token + (start + inside))
         gl.store(at, total(d1, WARPS), mask=there)
@@ -189,7 +194,7 @@ def gluon_dots_kernel(tokens, x, matrix, segments, tables, stats, scaling, dots,
             summed = ()
             values = ()
             for c in gl.static_range(0, J):
-                hat = hats.index(c).slice(n, CHUNK, dim=0).permute((1, 0))
+                hat = slots[0].index(slot * J + c).slice(n, CHUNK, dim=0).permute((1, 0))
                 summed += (hat.load(gl.DotOperandLayout(0, layout, 2)),)
                 value = slots[2].index(slot * J + c).slice(n, CHUNK, dim=0)
                 values += (value.load(gl.DotOperandLayout(1, layout, 2)),)
@@ -202,16 +207,17 @@ def gluon_dots_kernel(tokens, x, matrix, segments, tables, stats, scaling, dots,
         facts = load_facts(stats, start + 2 * R, end, token, T, R, WARPS)
         slot = 1 - slot
     async_copy.wait_group(0)
-    out = partials + ((segment * SPLITS + split) * H + h) * (E * E)
-    rows = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout))[:, None] * E
+    out = partials + ((segment * SPLITS + split) * H + h) * (E * J * CHUNK)
+    rows = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout))[:, None]
     columns = place(gl.arange(0, CHUNK, layout=gl.SliceLayout(0, layout)))[None, :]
     for i in gl.static_range(0, J):
         for j in gl.static_range(0, J):
-            gl.store(out + (i * CHUNK * E + j * CHUNK) + rows + columns, acc[i * J + j] * state_scale)
+            at = out + (i * CHUNK + rows) * (J * CHUNK) + (j * CHUNK + columns)
+            gl.store(at, acc[i * J + j] * state_scale, mask=rows < E - i * CHUNK)
 
 
 def dots(context: LaunchContext, side: QKOperand, grad: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of the state (segments, H, e, e) and the dot products (2, H, T), float32.
+    """The gradient of the state (segments, H, e, J 32), see :func:`placed`, and the dot products (2, H, T), float32.
 
     grad (B, N, d), that of the output; matrix (segments, H, e, e), the state, in the dtype of the tokens.
     """
@@ -219,7 +225,9 @@ def dots(context: LaunchContext, side: QKOperand, grad: Tensor, matrix: Tensor) 
     config = configs.pick("gluon_dots", context.dtype, e)
     splits = splits_of(context, config.block_n)
     found = torch.empty(2, context.heads, context.num_tokens, device=context.device, dtype=torch.float32)
-    partials = torch.empty(context.segments, splits, context.heads, e, e, device=context.device, dtype=torch.float32)
+    columns = -(-e // 32) * 32
+    shape = context.segments, splits, context.heads, e, columns
+    partials = torch.empty(shape, device=context.device, dtype=torch.float32)
     launch(
         gluon_dots_kernel, (context.segments * splits * context.heads,), config,
         tokens=context.tokens(side, masked=True), x=strided(grad), matrix=matrix, segments=context.whole_segments(),

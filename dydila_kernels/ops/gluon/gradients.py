@@ -31,9 +31,11 @@ from dydila_kernels.ops.gluon.chunks import (
     as_left,
     async_load,
     blocks_for,
+    chunks_of,
     copy_matrix,
     fold,
     from_result,
+    in_head,
     lines,
     nothing,
     parts,
@@ -85,9 +87,9 @@ HELD = gl.constexpr(2)
 
 
 @gluon.constexpr_function
-def slots_for(head_dim):
-    """Heads in shared memory at a time: of more than 96 channels one, or it were more than some GPUs have."""
-    return 1 if head_dim > 96 else 2
+def slots_for(head_dim, once):
+    """Heads in shared memory at a time: two, as far as the programs leave room that the registers do."""
+    return 2 if head_dim <= (64 if once else 96) else 1
 
 
 class Stream(NamedTuple):
@@ -105,11 +107,12 @@ class Stream(NamedTuple):
 
 
 @gluon.jit
-def stream_of(tokens, source, place, E: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr):
+def stream_of(tokens, source, place, E: gl.constexpr, STRIDE: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
+              WARPS: gl.constexpr):  # fmt: skip
     dtype: gl.constexpr = tokens.z.x.dtype.element_ty
     shape: gl.constexpr = [2, 16 * WARPS, CHUNK]
     layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    heads: gl.constexpr = [slots_for(E), 16 * WARPS, CHUNK]
+    heads: gl.constexpr = [SLOTS, 16 * WARPS, CHUNK]
     x_slots = ()
     if source.x is None:
         x = pointers(source.given, 0, D, place.image, place.token, WARPS)
@@ -118,10 +121,10 @@ def stream_of(tokens, source, place, E: gl.constexpr, D: gl.constexpr, WARPS: gl
         blocks = ()
     else:
         x = pointers(source.x.x, source.x.stride_xb, source.x.stride_xn, place.image, place.first, WARPS)
-        for _ in gl.static_range(E // CHUNK):
+        for _ in gl.static_range(chunks_of(E)):
             x_slots += (gl.allocate_shared_memory(dtype, heads, layout),)
-        matrix = source.matrix + place.segment * (D * E)
-        blocks = blocks_for(dtype, E, slots_for(E))
+        matrix = source.matrix + place.segment * (D * STRIDE)
+        blocks = blocks_for(dtype, E, SLOTS)
     return Stream(
         pointers(tokens.z.x, tokens.z.stride_xb, tokens.z.stride_xn, place.image, place.first, WARPS),
         pointers(tokens.redundant.x, tokens.redundant.stride_xb, tokens.redundant.stride_xn, place.image, place.first,
@@ -132,36 +135,41 @@ def stream_of(tokens, source, place, E: gl.constexpr, D: gl.constexpr, WARPS: gl
 
 
 @gluon.jit
-def fetch_chunk(stream, step, active, J: gl.constexpr, H: gl.constexpr):
+def fetch_chunk(stream, step, active, E: gl.constexpr, H: gl.constexpr, WARPS: gl.constexpr):
     """Z and Z' of a step: chunk step mod J of head step / J, heads counted on and on."""
-    c = step % (H * J) * CHUNK
-    async_load(stream.z_slots.index(step % 2), stream.z + c, mask=active)
-    async_load(stream.y_slots.index(step % 2), stream.y + c, mask=active)
+    J: gl.constexpr = chunks_of(E)
+    at = step // J % H * E + step % J * CHUNK
+    mask = in_head(active, step % J, E, WARPS)
+    async_load(stream.z_slots.index(step % 2), stream.z + at, mask=mask)
+    async_load(stream.y_slots.index(step % 2), stream.y + at, mask=mask)
     if stream.matrix is None:
-        async_load(stream.x_slots[0].index(step % 2), stream.x + c, mask=active)
+        async_load(stream.x_slots[0].index(step % 2), stream.x + at, mask=mask)
 
 
 @gluon.jit
-def fetch_head(stream, head, active, E: gl.constexpr, H: gl.constexpr, WARPS: gl.constexpr):
+def fetch_head(stream, head, active, E: gl.constexpr, STRIDE: gl.constexpr, H: gl.constexpr, WARPS: gl.constexpr):
     if stream.matrix is not None:
         h = head % H
-        for c in gl.static_range(E // CHUNK):
-            async_load(stream.x_slots[c].index(head % slots_for(E)), stream.x + (h * E + c * CHUNK), mask=active)
-        copy_matrix(stream.blocks, head % slots_for(E), stream.matrix + h * (E * E), E, WARPS)
+        for c in gl.static_range(chunks_of(E)):
+            x = stream.x + (h * E + c * CHUNK)
+            async_load(stream.x_slots[c].index(head % stream.x_slots[0].shape[0]), x, mask=in_head(active, c, E, WARPS))
+        copy_matrix(
+            stream.blocks, head % stream.x_slots[0].shape[0], stream.matrix + h * (E * STRIDE), E, STRIDE, WARPS
+        )
 
 
 @gluon.jit
-def begin(stream, head, active, E: gl.constexpr, H: gl.constexpr, WARPS: gl.constexpr):
+def begin(stream, head, active, E: gl.constexpr, STRIDE: gl.constexpr, H: gl.constexpr, WARPS: gl.constexpr):
     """The next head is on its way, if there is room for two."""
-    if slots_for(E) == 2:
-        fetch_head(stream, head + 1, active, E, H, WARPS)
+    if stream.x_slots[0].shape[0] == 2:
+        fetch_head(stream, head + 1, active, E, STRIDE, H, WARPS)
 
 
 @gluon.jit
-def end(stream, head, active, E: gl.constexpr, H: gl.constexpr, WARPS: gl.constexpr):
+def end(stream, head, active, E: gl.constexpr, STRIDE: gl.constexpr, H: gl.constexpr, WARPS: gl.constexpr):
     """The next head is there."""
-    if slots_for(E) == 1 and stream.matrix is not None:
-        fetch_head(stream, head + 1, active, E, H, WARPS)
+    if stream.x_slots[0].shape[0] == 1 and stream.matrix is not None:
+        fetch_head(stream, head + 1, active, E, STRIDE, H, WARPS)
         async_copy.commit_group()
         wait()
 
@@ -171,21 +179,21 @@ def lefts_of(stream, head, PLACED: gl.constexpr, E: gl.constexpr, WARPS: gl.cons
     """The left operands x of a head; nothing where dy is given."""
     lefts = ()
     if stream.matrix is not None:
-        for j in gl.static_range(E // CHUNK):
-            lefts += (as_left(arrived(stream.x_slots[j], head % slots_for(E), WARPS), PLACED, WARPS),)
+        for j in gl.static_range(chunks_of(E)):
+            lefts += (as_left(arrived(stream.x_slots[j], head % stream.x_slots[0].shape[0], WARPS), PLACED, WARPS),)
     return lefts
 
 
 @gluon.jit
 def dy_of(stream, lefts, head, c, PLACED: gl.constexpr, E: gl.constexpr, WARPS: gl.constexpr):
     """dy (R, CHUNK) of chunk c of a head, but for its scale; lefts: :func:`lefts_of`."""
-    J: gl.constexpr = E // CHUNK
+    J: gl.constexpr = chunks_of(E)
     if stream.matrix is None:
         return arrived(stream.x_slots[0], (head * J + c) % 2, WARPS).to(gl.float32)
     else:
         if J <= HELD:
             lefts = lefts_of(stream, head, PLACED, E, WARPS)
-        return product(lefts, stream.blocks, head % slots_for(E) * J + c, PLACED, WARPS)
+        return product(lefts, stream.blocks, head % stream.x_slots[0].shape[0] * J + c, PLACED, WARPS)
 
 
 @gluon.jit
@@ -208,7 +216,9 @@ def incoming(dy, source, denominator, h, c, place, there, sign, k, WARPS: gl.con
     else:
         channels = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, lines(WARPS)))
         n = (place.token + gl.arange(0, k.BLOCK_N, layout=row(WARPS))) * k.H + h
-        u = gl.load(denominator.vector + place.segment * k.D + (h * (k.D // k.H) + c * CHUNK) + channels)[None, :]
+        E: gl.constexpr = k.D // k.H
+        u = denominator.vector + place.segment * k.D + (h * E + c * CHUNK) + channels
+        u = gl.load(u, mask=c * CHUNK + channels < E, other=0.0)[None, :]
         dy *= source.scale
         if denominator.inverse is not None:
             dy *= gl.load(denominator.inverse + n, mask=there, other=0.0)[:, None]
@@ -234,14 +244,14 @@ def gluon_gradients_kernel(tokens, segments, tables, stats, scaling, source, den
                            k: gl.constexpr):  # fmt: skip
     """One program for a tile of tokens of one side, all channels.
 
-    dv (T, d), where given: then the columns of source.matrix lie in the order of :func:`place`, in each chunk; dots
-    (2, H, T) float32, the sums of p . dy of each head, or None.  The other arguments as in
+    dv (T, d), where given: then source.matrix is (segments, H, e, J CHUNK), with the columns of each of the J chunks in
+    the order of :func:`place`; dots (2, H, T) float32, the sums of p . dy of each head, or None.  The other arguments as in
     :mod:`dydila_kernels.ops.arguments`.
     """
     R: gl.constexpr = k.BLOCK_N
     WARPS: gl.constexpr = R // 16
     E: gl.constexpr = k.D // k.H
-    J: gl.constexpr = E // CHUNK
+    J: gl.constexpr = chunks_of(E)
     H: gl.constexpr = k.H
     place = place_of(segments, R)
     inside = gl.arange(0, R, layout=row(WARPS))
@@ -265,14 +275,15 @@ def gluon_gradients_kernel(tokens, segments, tables, stats, scaling, source, den
     # The scale of dy is left to the weights, where there is nothing beside it.
     unit = source.scale if denominator.vector is None else 1.0
     PLACED: gl.constexpr = dv is not None
+    STRIDE: gl.constexpr = J * CHUNK if PLACED else E
     active = ((renorm1 != 0.0) | (renorm2 != 0.0))[:, None]
 
     channels = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, lines(WARPS)))
     out = inside[:, None] * k.D + channels[None, :]
     dtype: gl.constexpr = tokens.z.x.dtype.element_ty
-    stream = stream_of(tokens, source, place, E, k.D, WARPS)
-    fetch_chunk(stream, 0, active, J, H)
-    fetch_head(stream, 0, active, E, H, WARPS)
+    stream = stream_of(tokens, source, place, E, STRIDE, k.D, slots_for(E, dots is not None), WARPS)
+    fetch_chunk(stream, 0, active, E, H, WARPS)
+    fetch_head(stream, 0, active, E, STRIDE, H, WARPS)
     async_copy.commit_group()
     wait()
 
@@ -292,11 +303,11 @@ def gluon_gradients_kernel(tokens, segments, tables, stats, scaling, source, den
             if dv is not None:
                 for _ in gl.static_range(0, J):
                     found += (gl.zeros([R, CHUNK], gl.float32, result(WARPS)),)
-            begin(stream, h, active, E, H, WARPS)
+            begin(stream, h, active, E, STRIDE, H, WARPS)
             lefts = lefts_of(stream, h, PLACED, E, WARPS)
             for c in range(0, J):
                 step = h * J + c
-                fetch_chunk(stream, step + 1, active, J, H)
+                fetch_chunk(stream, step + 1, active, E, H, WARPS)
                 async_copy.commit_group()
                 dy = dy_of(stream, lefts, h, c, PLACED, E, WARPS)
                 p1 = raised(arrived(stream.z_slots, step % 2, WARPS), gamma1, shift1)
@@ -306,13 +317,17 @@ def gluon_gradients_kernel(tokens, segments, tables, stats, scaling, source, den
                 d2 += fold(p2 * x2)
                 if dv is not None:
                     hat = as_left((p1 * weight1 + p2 * weight2).to(dtype), True, WARPS)
-                    found = add_products(found, hat, stream.blocks, h % slots_for(E) * J + c, WARPS)
+                    found = add_products(found, hat, stream.blocks, h % stream.x_slots[0].shape[0] * J + c, WARPS)
                 wait()
-            end(stream, h, active, E, H, WARPS)
+            end(stream, h, active, E, STRIDE, H, WARPS)
             if dv is not None:
                 for c in gl.static_range(0, J):
                     at = dv + place.token * k.D + (h * E + c * CHUNK)
-                    gl.store(at + out, (from_result(found[c], WARPS) * source.scale).to(dtype), mask=there[:, None])
+                    gl.store(
+                        at + out,
+                        (from_result(found[c], WARPS) * source.scale).to(dtype),
+                        mask=in_head(there[:, None], c, E, WARPS),
+                    )
         d1 = total(d1, WARPS)
         d2 = total(d2, WARPS)
     d1 *= unit
@@ -340,11 +355,11 @@ def gluon_gradients_kernel(tokens, segments, tables, stats, scaling, source, den
     walked: gl.constexpr = H if dots is None else 0
     for h in range(0, H):
         head = walked + h
-        begin(stream, head, active, E, H, WARPS)
+        begin(stream, head, active, E, STRIDE, H, WARPS)
         lefts = lefts_of(stream, head, PLACED, E, WARPS)
         for c in range(0, J):
             step = head * J + c
-            fetch_chunk(stream, step + 1, active, J, H)
+            fetch_chunk(stream, step + 1, active, E, H, WARPS)
             async_copy.commit_group()
             at = h * E + c * CHUNK
             dy = dy_of(stream, lefts, head, c, PLACED, E, WARPS)
@@ -352,15 +367,21 @@ def gluon_gradients_kernel(tokens, segments, tables, stats, scaling, source, den
             s, log, q = parts(arrived(stream.z_slots, step % 2, WARPS), inverse1, gamma1 - 1.0)
             p = q * s
             rest = x1 - p * v1
-            gl.store(dz + at + out, (steep1 * (q * rest) + linear1 * s).to(dtype), mask=there[:, None])
+            gl.store(
+                dz + at + out, (steep1 * (q * rest) + linear1 * s).to(dtype), mask=in_head(there[:, None], c, E, WARPS)
+            )
             e1 += fold(p * log * rest)
             s, log, q = parts(arrived(stream.y_slots, step % 2, WARPS), inverse2, gamma2 - 1.0)
             p = q * s
             rest = x2 - p * v2
-            gl.store(dy_out + at + out, (steep2 * (q * rest) + linear2 * s).to(dtype), mask=there[:, None])
+            gl.store(
+                dy_out + at + out,
+                (steep2 * (q * rest) + linear2 * s).to(dtype),
+                mask=in_head(there[:, None], c, E, WARPS),
+            )
             e2 += fold(p * log * rest)
             wait()
-        end(stream, head, active, E, H, WARPS)
+        end(stream, head, active, E, STRIDE, H, WARPS)
     e1 = total(e1, WARPS) * renorm1 * (scale * unit * LN2)
     e2 = total(e2, WARPS) * renorm2 * neg_lam * (scale * unit * LN2)
     dgamma = chosen_sum(e1, index1, k.N_F, WARPS) + chosen_sum(e2, index2, k.N_F, WARPS)

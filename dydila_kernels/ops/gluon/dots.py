@@ -101,9 +101,9 @@ def mask_of(tokens, first, end, token, R: gl.constexpr, WARPS: gl.constexpr):
 
 @gluon.jit
 def gluon_dots_kernel(tokens, x, matrix, segments, tables, stats, scaling, dots, partials, state_scale, SPLITS,
-                k: gl.constexpr):  # fmt: skip
-    """partials (segments, SPLITS, H, e, J CHUNK) of D, the columns of each of J chunks in the order of :func:`place`, those
-    beyond e zero; dots (2, H, T).  Both are float32.
+                      k: gl.constexpr):  # fmt: skip
+    """partials (segments, SPLITS, H, e, J CHUNK) of D, the columns of each of J chunks in the order of :func:`place`,
+    those beyond e zero; dots (2, H, T).  Both are float32.
 
     x is that of dO; matrix (segments, H, e, e), S; segments.table are bounds.
     """

@@ -7,8 +7,8 @@ that times -lambda: so G = w X.  With s = ReLU(Z) / m, q = s^(gamma - 1), p = q 
 
 and dlambda = -renorm' rowscale d'.
 
-dy is read, or made anew per head as x_h M_h^T, 32 channels at a time: it leaves the tensor cores in the layout in which Z
-and Z' are loaded and dZ and dZ' stored.  The next chunk, and the x and matrix of the next head, are on their way
+dy is read, or made anew per head as x_h M_h^T, 32 channels at a time: it leaves the tensor cores in the layout in which
+Z and Z' are loaded and dZ and dZ' stored.  The next chunk, and the x and matrix of the next head, are on their way
 (cp.async) while one is worked on.  Queries know d from :mod:`dydila_kernels.ops.gluon.dots` and walk over their rows
 once; keys find it in a walk of their own, in which the powers serve for dV = Zh M, too.
 """
@@ -245,8 +245,8 @@ def gluon_gradients_kernel(tokens, segments, tables, stats, scaling, source, den
     """One program for a tile of tokens of one side, all channels.
 
     dv (T, d), where given: then source.matrix is (segments, H, e, J CHUNK), with the columns of each of the J chunks in
-    the order of :func:`place`; dots (2, H, T) float32, the sums of p . dy of each head, or None.  The other arguments as in
-    :mod:`dydila_kernels.ops.arguments`.
+    the order of :func:`place`; dots (2, H, T) float32, the sums of p . dy of each head, or None.  The other arguments
+    as in :mod:`dydila_kernels.ops.arguments`.
     """
     R: gl.constexpr = k.BLOCK_N
     WARPS: gl.constexpr = R // 16

@@ -51,12 +51,9 @@ def columns(warps):
 @gluon.jit
 def as_left(x, PLACED: gl.constexpr, WARPS: gl.constexpr):
     """(R, CHUNK) as left operand; PLACED: the rows of the right one lie in the order of :func:`place`."""
-    if PLACED:
-        x = gl.permute(gl.reshape(x, (16 * WARPS, 4, 4, 2)), (0, 2, 1, 3))
-        layout: gl.constexpr = gl.DotOperandLayout(0, result(WARPS), 2)
-    else:
-        x = gl.permute(gl.reshape(x, (16 * WARPS, 4, 2, 4)), (0, 2, 1, 3))
-        layout: gl.constexpr = gl.DotOperandLayout(0, result(WARPS), 4)
+    WIDTH: gl.constexpr = 2 if PLACED else 4
+    x = gl.permute(gl.reshape(x, (16 * WARPS, 4, 8 // WIDTH, WIDTH)), (0, 2, 1, 3))
+    layout: gl.constexpr = gl.DotOperandLayout(0, result(WARPS), WIDTH)
     return gl.convert_layout(gl.reshape(x, (16 * WARPS, CHUNK)), layout, assert_trivial=True)
 
 

@@ -87,6 +87,8 @@ TABLE |= {
 }
 
 # gluon/gradients.py, gluon/dots.py; the width is that of a head
+ROW_STAGES = {"gluon_gradients", "gluon_gradients_once", "gluon_given_gradients", "gluon_dots"}
+"""Those whose warps have 16 rows each, 32 channels at a time: only tokens and warps can change, alike."""
 ROWS = "16 rows a warp; 128 registers: four programs on a multiprocessor"
 WIDE_ROWS = "shared memory leaves room for two programs: as many registers as they like"
 TABLE["gluon_gradients_once", "half"] = (

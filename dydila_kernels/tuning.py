@@ -109,7 +109,7 @@ def trials(
     for key in asked_by(call):
         if stages and key[0] not in stages:
             continue
-        for candidate in alternatives(configs.lookup(key)):
+        for candidate in alternatives(configs.lookup(key), key[0]):
             tuned, before = configs.TUNED.get(key), configs.lookup(key)
             configs.TUNED[key] = candidate
             seconds, failure = None, None
@@ -156,15 +156,20 @@ def asked_by(call: Callable[[], object]) -> list[tuple[str, str, int]]:
         configs.asked = None
 
 
-def alternatives(config: Config) -> Iterator[Config]:
+def alternatives(config: Config, stage: str = "") -> Iterator[Config]:
     """Configurations that differ from this one in one number, by a factor of two (stages: by one).
 
-    Or in tokens and warps alike, which leaves a thread what it has.
+    Or in tokens and warps alike, which leaves a thread what it has; of :data:`configs.ROW_STAGES` only so.
 
     A tile has an element for each thread at least: kernels that write where they read rely on it.
     """
+    from dydila_kernels.ops.configs import ROW_STAGES
+
     for other in neighbours(config):
-        if other.block_n * other.block_d >= 64 * other.warps:
+        if stage in ROW_STAGES:
+            if other.block_n != config.block_n and other.block_n == 16 * other.warps and other.warps > 1:
+                yield other
+        elif other.block_n * other.block_d >= 64 * other.warps:
             yield other
 
 

@@ -11,11 +11,20 @@ from dydila_kernels.ops import core, depthwise, gemm
 from dydila_kernels.ops.arguments import Denominator, Source, contiguous_channels
 from dydila_kernels.ops.context import LaunchContext, QKOperand
 from dydila_kernels.ops.core import Inputs, SavedForBackward, Settings, zero_where_masked
-from dydila_kernels.ops.gradients import TableGradients, denominator_gradient, gradients, source_of
+from dydila_kernels.ops.gradients import (
+    TableGradients,
+    denominator_gradient,
+    gradients,
+    source_of,
+    why_not_gluon_gradients,
+)
 from dydila_kernels.ops.linear_attention import correlation, state
 from dydila_kernels.ops.straight_through import straight_through_gradients
 from dydila_kernels.ops.tokens import tokens
 from dydila_kernels.types import Ranks
+
+DOTS_HEADS = (32, 64, 72, 96)
+"""Widths of heads of :mod:`dydila_kernels.ops.gluon.dots`."""
 
 
 class InputGradients(NamedTuple):
@@ -109,14 +118,37 @@ def fused_backward(
     source, denominator = source_of(context, x=grad, matrix=saved.states[i]), Denominator(means, inverse)
     if settings.has_denominator:
         denominator = denominator._replace(weights=denominator_gradient(context, q, source, denominator))
-    total, dmeans = state(
-        context, q, grad, inverse=denominator.inverse, sums=settings.has_denominator, weights=denominator.weights
-    )
+    dots, values = None, source_of(context, x=v)
+    keys_in_gluon = why_not_gluon_gradients(context, k, values, add) is None
+    if keys_in_gluon and why_not_gluon_dots(context, q, source, denominator) is None:
+        from dydila_kernels.ops.gluon.dots import dots as gluon_dots
+
+        (total, dots), dmeans = gluon_dots(context, q, grad, saved.states[i]), None
+    else:
+        total, dmeans = state(
+            context, q, grad, inverse=denominator.inverse, sums=settings.has_denominator, weights=denominator.weights
+        )
     context.sum_over_ranks(total, dmeans)
-    queries = side_gradients(context, q, source, denominator, dq, differential_logits=differential_logits)
-    source = source_of(context, x=v, matrix=total.to(context.dtype))
-    keys = side_gradients(context, k, source, Denominator(dmeans), dk, dv=dv, add=add, grad=grad, weight=weight)
+    queries = side_gradients(context, q, source, denominator, dq, differential_logits=differential_logits, dots=dots)
+    matrix = total.to(context.dtype)
+    values = values._replace(matrix=placed(matrix) if keys_in_gluon and dots is None else matrix)
+    keys = side_gradients(context, k, values, Denominator(dmeans), dk, dv=dv, add=add, grad=grad, weight=weight)
     return queries, keys
+
+
+def placed(matrix: Tensor) -> Tensor:
+    """(.., e) with the columns of each 32 in the order that the Gluon form takes, zeros at the end of the last."""
+    whole = torch.nn.functional.pad(matrix, (0, -matrix.shape[-1] % 32))
+    return whole.unflatten(-1, (-1, 4, 4, 2)).transpose(-3, -2).flatten(-4).contiguous()
+
+
+def why_not_gluon_dots(context: LaunchContext, side: QKOperand, source: Source, denominator: Denominator) -> str | None:
+    """The reason why the gradient of the state takes the Triton form, or None where it takes that in Gluon."""
+    if context.head_dim not in DOTS_HEADS:
+        return f"heads of {context.head_dim} are none of {DOTS_HEADS}"
+    if denominator.vector is not None:
+        return "denominator terms have gradients"
+    return why_not_gluon_gradients(context, side, source)
 
 
 def gemm_backward(
@@ -155,11 +187,11 @@ def gemm_backward(
 def side_gradients(
     context: LaunchContext, side: QKOperand, source: Source, denominator: Denominator, dz: Pair, *,
     dv: Tensor | None = None, add: bool = False, grad: Tensor | None = None, weight: Tensor | None = None,
-    differential_logits: Tensor | None = None,
+    differential_logits: Tensor | None = None, dots: Tensor | None = None,
 ) -> TableGradients:  # fmt: skip
     """Of one side, by the kernel that its routers need."""
     if side.slopes is None:
-        return gradients(context, side, source, denominator, *dz, dv=dv, add=add, grad=grad, weight=weight)
+        return gradients(context, side, source, denominator, *dz, dv=dv, add=add, grad=grad, weight=weight, dots=dots)
     return straight_through_gradients(
         context, side, source, denominator, *dz, dv=dv, add=add, grad=grad, weight=weight,
         differential_logits=differential_logits,

@@ -90,11 +90,11 @@ TABLE |= {
 }
 
 # gluon/ and the products of what it writes; the width is that of a head, for "gluon_tokens" d
-ROWS = "16 tokens, whole, in the registers of all warps; while one program loads, another works"
+HELD = "16 tokens, whole, in the registers of all warps; while one program loads, another works"
 TABLE |= {
     ("gluon_tokens", "half"): (
-        Entry(384, Config(16, 32, 4, registers=128, reason=ROWS)),
-        Entry(768, Config(16, 32, 8, registers=128, reason=ROWS)),
+        Entry(384, Config(16, 32, 4, registers=128, reason=HELD)),
+        Entry(768, Config(16, 32, 8, registers=128, reason=HELD)),
         Entry(ANY, Config(16, 32, 8, reason="one program, which may have all registers: the words of 1280 channels")),
     ),
     ("prepare", "half"): (
@@ -111,6 +111,26 @@ TABLE |= {
         Entry(ANY, Config(64, 64, 4, reason="a head in two steps")),
     ),
 }
+
+# gluon/gradients.py, gluon/dots.py; the width is that of a head
+ROW_STAGES = {"gluon_gradients", "gluon_gradients_once", "gluon_given_gradients", "gluon_dots"}
+"""Those whose warps have 16 rows each, 32 channels at a time: only tokens and warps can change, alike."""
+ROWS = "16 rows a warp; 128 registers: four programs on a multiprocessor"
+WIDE_ROWS = "shared memory leaves room for two programs: as many registers as they like"
+TABLE["gluon_gradients_once", "half"] = (
+    Entry(96, Config(64, 32, 4, registers=128, reason=ROWS)),
+    Entry(ANY, Config(64, 32, 4, reason=WIDE_ROWS)),
+)
+TABLE["gluon_gradients", "half"] = (
+    Entry(64, Config(64, 32, 4, registers=128, reason=ROWS)),
+    Entry(ANY, Config(64, 32, 4, reason=WIDE_ROWS)),
+)
+TABLE["gluon_given_gradients", "half"] = (Entry(ANY, Config(64, 32, 4, registers=128, reason=ROWS)),)
+TILES = "two tiles in shared memory: three programs, of as many registers"
+TABLE["gluon_dots", "half"] = (
+    Entry(64, Config(64, 32, 4, registers=168, reason=TILES)),
+    Entry(ANY, Config(64, 32, 4, reason=WIDE_ROWS)),
+)
 
 # projection.py; the width is n_P for "route", the channels of the result for "projection"
 TABLE |= {

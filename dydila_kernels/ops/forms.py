@@ -57,10 +57,6 @@ def why_not_gluon(context: LaunchContext, side: QKOperand) -> str | None:
         return "float32 tokens are exact in the Triton form alone"
     if side.redundant is None:
         return "there is one branch"
-    if context.dim > LARGEST:
-        return f"the registers hold {LARGEST} channels, not {context.dim}"
-    if any(not in_words(t) for t in (side.tokens, side.redundant)):
-        return "rows do not begin at even channels"
     return None
 
 
@@ -79,4 +75,8 @@ def why_not_gluon_tokens(context: LaunchContext, side: QKOperand, *, decide: boo
         return "no lambda is chosen"
     if side.slopes is not None:
         return "routers are trained"
+    if context.dim > LARGEST:
+        return f"the registers hold {LARGEST} channels, not {context.dim}"
+    if any(not in_words(t) for t in (side.tokens, side.redundant) if t is not None):
+        return "rows do not begin at even channels"
     return why_not_gluon(context, side)

@@ -54,6 +54,8 @@ def test_alternatives_differ_in_one_number_or_in_rows_and_warps_alike() -> None:
     single = [(32, 32, 4, 2), (128, 32, 4, 2), (64, 16, 4, 2), (64, 64, 4, 2), (64, 32, 2, 2), (64, 32, 8, 2)]
     assert sorted(others) == sorted([*single, *alike, (64, 32, 4, 1), (64, 32, 4, 3)])
     assert all(c.block_n * c.block_d >= 64 * c.warps for c in tuning.alternatives(configs.Config(16, 16, 4)))
+    rows = [(c.block_n, c.block_d, c.warps) for c in tuning.alternatives(configs.Config(64, 32, 4), "gluon_gradients")]
+    assert rows == [(32, 32, 2), (128, 32, 8)]
 
 
 def test_tuning_passes_over_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,54 +27,54 @@ from dydila_kernels.ops.tiles import launch, row_pointers, tile_mask, tile_of_pr
 
 
 @triton.jit
-def load_pairs(row_ptrs, columns, row_mask, E: tl.constexpr, BLOCK_D: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """a and b (R, BLOCK_D / 2) float32 of a head at row_ptrs (R, 1); columns (C,) as in :func:`rotate_kernel`."""
+def load_pairs(row_ptrs, columns, row_mask, E: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """a and b (R, PAIRS) float32 of a head at row_ptrs (R, 1); columns as in :func:`rotate_kernel`."""
     if INTERLEAVED:
-        z = tl.load(row_ptrs + columns[None, :], mask=tile_mask(row_mask, columns, E, BLOCK_D), other=0.0)
-        return tl.split(tl.reshape(z.to(tl.float32), (z.shape[0], z.shape[1] // 2, 2)))
+        z = tl.load(row_ptrs + columns[None, :], mask=tile_mask(row_mask, columns, E, 2 * PAIRS), other=0.0)
+        return tl.split(tl.reshape(z.to(tl.float32), (z.shape[0], PAIRS, 2)))
     else:
-        mask = tile_mask(row_mask, columns, E // 2, BLOCK_D // 2)
+        mask = tile_mask(row_mask, columns, E // 2, PAIRS)
         a = tl.load(row_ptrs + columns[None, :], mask=mask, other=0.0)
         b = tl.load(row_ptrs + E // 2 + columns[None, :], mask=mask, other=0.0)
         return a.to(tl.float32), b.to(tl.float32)
 
 
 @triton.jit
-def store_pairs(row_ptrs, a, b, columns, row_mask, E: tl.constexpr, BLOCK_D: tl.constexpr, INTERLEAVED: tl.constexpr):
+def store_pairs(row_ptrs, a, b, columns, row_mask, E: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
     """The inverse of :func:`load_pairs`."""
     dtype: tl.constexpr = row_ptrs.dtype.element_ty
     if INTERLEAVED:
-        z = tl.reshape(tl.join(a, b), (a.shape[0], BLOCK_D)).to(dtype)
-        tl.store(row_ptrs + columns[None, :], z, mask=tile_mask(row_mask, columns, E, BLOCK_D))
+        z = tl.reshape(tl.join(a, b), (a.shape[0], 2 * PAIRS)).to(dtype)
+        tl.store(row_ptrs + columns[None, :], z, mask=tile_mask(row_mask, columns, E, 2 * PAIRS))
     else:
-        mask = tile_mask(row_mask, columns, E // 2, BLOCK_D // 2)
+        mask = tile_mask(row_mask, columns, E // 2, PAIRS)
         tl.store(row_ptrs + columns[None, :], a.to(dtype), mask=mask)
         tl.store(row_ptrs + E // 2 + columns[None, :], b.to(dtype), mask=mask)
 
 
 @triton.jit
 def rotate_kernel(x, cos, sin, mask, segments, D: tl.constexpr, H: tl.constexpr, BLOCK_N: tl.constexpr,
-                  BLOCK_D: tl.constexpr, INTERLEAVED: tl.constexpr, TRANSPOSED: tl.constexpr):  # fmt: skip
-    """One program for a tile of tokens and BLOCK_D / 2 pairs of channels of each head; x (T, d) is turned in place.
+                  PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, TRANSPOSED: tl.constexpr):  # fmt: skip
+    """One program for a tile of tokens and some PAIRS of channels of each head; x (T, d) is turned in place.
 
     cos, sin (B, N, e); mask (T,) bool or None: tables are not read of tokens without, where x is zero.
     Columns are those of both channels of the pairs where INTERLEAVED, else of the first.
     """
     E: tl.constexpr = D // H
+    WIDTH: tl.constexpr = 2 * PAIRS if INTERLEAVED else PAIRS
     tile = tile_of_program(segments, BLOCK_N)
-    WIDTH: tl.constexpr = BLOCK_D if INTERLEAVED else BLOCK_D // 2
     columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     visible = tile.row_mask
     if mask is not None:
         visible = tile.row_mask & (tl.load(mask + tile.token_ids, mask=tile.row_mask, other=0) != 0)
-    cos_a, cos_b = load_pairs(row_pointers(cos, tile), columns, visible, E, BLOCK_D, INTERLEAVED)
-    sin_a, sin_b = load_pairs(row_pointers(sin, tile), columns, visible, E, BLOCK_D, INTERLEAVED)
+    cos_a, cos_b = load_pairs(row_pointers(cos, tile), columns, visible, E, PAIRS, INTERLEAVED)
+    sin_a, sin_b = load_pairs(row_pointers(sin, tile), columns, visible, E, PAIRS, INTERLEAVED)
     if TRANSPOSED:
         sin_a, sin_b = -sin_b, -sin_a
     for h in range(0, H):
         row_ptrs = x + (tile.token_ids * D + h * E)[:, None]
-        a, b = load_pairs(row_ptrs, columns, tile.row_mask, E, BLOCK_D, INTERLEAVED)
-        store_pairs(row_ptrs, a * cos_a - b * sin_a, b * cos_b + a * sin_b, columns, tile.row_mask, E, BLOCK_D,
+        a, b = load_pairs(row_ptrs, columns, tile.row_mask, E, PAIRS, INTERLEAVED)
+        store_pairs(row_ptrs, a * cos_a - b * sin_a, b * cos_b + a * sin_b, columns, tile.row_mask, E, PAIRS,
                     INTERLEAVED)  # fmt: skip
 
 
@@ -85,11 +85,12 @@ def rotate(context: LaunchContext, x: Tensor, transposed: bool = False) -> None:
     cos, sin, pairing = context.rotary
     config = configs.pick("rotary", context.dtype, context.head_dim)
     # A token is turned on its own: a packed row needs no table of its images.
-    grid = (context.batch * triton.cdiv(context.length, config.block_n), triton.cdiv(context.head_dim, config.block_d))
+    pairs = context.head_dim // 2
+    grid = (context.batch * triton.cdiv(context.length, config.block_n), triton.cdiv(pairs, config.block_d))
     launch(
         rotate_kernel, grid, config, x=x, cos=strided(cos), sin=strided(sin), mask=context.mask,
         segments=Segments(None, context.length, context.num_tokens), D=context.dim, H=context.heads,
-        BLOCK_N=config.block_n, BLOCK_D=config.block_d, INTERLEAVED=pairing == "interleaved", TRANSPOSED=transposed,
+        BLOCK_N=config.block_n, PAIRS=config.block_d, INTERLEAVED=pairing == "interleaved", TRANSPOSED=transposed,
     )  # fmt: skip
 
 

@@ -84,9 +84,9 @@ def rotate(context: LaunchContext, x: Tensor, transposed: bool = False) -> None:
         return
     cos, sin, pairing = context.rotary
     config = configs.pick("rotary", context.dtype, context.head_dim)
-    # A token is turned on its own: a packed row needs no table of its images.
     pairs = context.head_dim // 2
     grid = (context.batch * triton.cdiv(context.length, config.block_n), triton.cdiv(pairs, config.block_d))
+    # Each token is turned on its own: a packed row needs no table of its images.
     launch(
         rotate_kernel, grid, config, x=x, cos=strided(cos), sin=strided(sin), mask=context.mask,
         segments=Segments(None, context.length, context.num_tokens), D=context.dim, H=context.heads,

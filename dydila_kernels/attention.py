@@ -183,8 +183,7 @@ class DyDiLAttention(nn.Module):
 
         Raises:
             TypeError, ValueError: an argument is not as described, or the attention is to be causal.
-            RuntimeError: ``backend="triton"`` where it cannot run, or with ``rotary``; gradients are asked of a fused
-                layer.
+            RuntimeError: ``backend="triton"`` where it cannot run; gradients are asked of a fused layer.
         """
         checks.unused(others, is_causal)
         call = self._checked(x, checks.mask_of(mask, attn_mask), HW, cu_seqlens, rotary, rotary_pairing)
@@ -320,7 +319,7 @@ class DyDiLAttention(nn.Module):
     def _backend(self, call: CheckedArgs) -> Backend:
         """Raises RuntimeError where "triton" was asked for and cannot run."""
         device, dtype = call.x.device, autocast_dtype(call.x.device) or call.x.dtype
-        return backend_of(self.backend, device, dtype, self.max_table_size, call.rotary is not None)
+        return backend_of(self.backend, device, dtype, self.max_table_size)
 
     def _plain_weights(self, call: CheckedArgs) -> LayerWeights | None:
         """All weights, where nothing asks for the tensors in between: no gradient, autocast, tracer, or module whose

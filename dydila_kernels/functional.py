@@ -35,11 +35,8 @@ _said: set[str] = set()
 """Reasons for the torch backend that a warning has told."""
 
 
-def why_not_triton(device: torch.device, dtype: torch.dtype, table_size: int = 1, rotary: bool = False) -> str | None:
-    """Why the Triton backend cannot run on this device with this dtype, tables of this size and rotary embeddings or
-    none; None: it can."""
-    if rotary:
-        return "the kernels have no rotary embeddings"
+def why_not_triton(device: torch.device, dtype: torch.dtype, table_size: int = 1) -> str | None:
+    """Why the Triton backend cannot run on this device with this dtype and tables of this size; None: it can."""
     if TRITON is None:
         return "Triton is not installed (pip install dydila-kernels[triton])"
     if TRITON < OLDEST_TRITON:
@@ -60,9 +57,7 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, table_size: int = 1
     return None
 
 
-def choose_backend(
-    backend: str, device: torch.device, dtype: torch.dtype, table_size: int = 1, rotary: bool = False
-) -> str:
+def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, table_size: int = 1) -> str:
     """ "triton" or "torch".  Raises RuntimeError where "triton" was asked for and cannot run.
 
     "auto" takes Triton on a GPU, and where that cannot run it warns once and takes torch.  Triton's interpreter
@@ -72,7 +67,7 @@ def choose_backend(
     checks.choice("backend", backend, checks.BACKENDS)
     if backend == "torch" or (backend == "auto" and device.type != "cuda"):
         return "torch"
-    reason = why_not_triton(device, dtype, table_size, rotary)
+    reason = why_not_triton(device, dtype, table_size)
     if backend == "triton" and reason is not None:
         raise RuntimeError(f"backend='triton' cannot run on {device} with {dtype}: {reason}; backend='torch' can")
     if reason is not None and reason not in _said and not torch.compiler.is_compiling():
@@ -81,11 +76,9 @@ def choose_backend(
     return "torch" if reason is not None else "triton"
 
 
-def backend_of(
-    name: str, device: torch.device, dtype: torch.dtype, table_size: int = 1, rotary: bool = False
-) -> Backend:
+def backend_of(name: str, device: torch.device, dtype: torch.dtype, table_size: int = 1) -> Backend:
     """The backend of a call: as :func:`choose_backend` says, but torch.func and forward-mode AD are the torch one's."""
-    if choose_backend(name, device, dtype, table_size, rotary) == "torch" or torch_backend.is_transformed():
+    if choose_backend(name, device, dtype, table_size) == "torch" or torch_backend.is_transformed():
         return torch_backend
     from dydila_kernels.ops import backend
 
@@ -139,7 +132,7 @@ def dydila_attention(
             ints costs no synchronisation with the device and compiles.  It takes the place of a mask.
         rotary: cos and sin, (N, d/H) or (B, N, d/H) each with an entry for each channel of a head, of any floating
             dtype; or their complex cos + i sin, (N, d/H/2) or (B, N, d/H/2).  Measured and subtracted queries and keys
-            are rotated per head; the mass under "denominator" is of those that are not.  The torch backend alone.
+            are rotated per head; the mass under "denominator" is of those that are not.
         rotary_pairing: the channels of a head that are a pair: "interleaved", 2i and 2i + 1, or "halves", i and
             i + d/H/2.
         backend: "auto", "triton" or "torch".
@@ -149,7 +142,7 @@ def dydila_attention(
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it, its value and what was expected.
-        RuntimeError: ``backend="triton"`` where it cannot run, or with ``rotary``.
+        RuntimeError: ``backend="triton"`` where it cannot run.
     """
     core = validated(
         q,
@@ -246,7 +239,7 @@ def validated(
         CoreInputs(q, k, v, q_redundant, k_redundant, gamma, lam, kernel_routers, differential_routers), q.shape
     )
     table_size = max(len(gamma), 0 if lam is None else len(lam))
-    chosen = backend_of(backend, q.device, inputs.q.dtype, table_size, tables is not None)
+    chosen = backend_of(backend, q.device, inputs.q.dtype, table_size)
     options = Options(num_heads, normalization, router_gradient, differential, tables, rotary_pairing)
     return CoreCall(chosen, inputs, options, mask, bounds)
 

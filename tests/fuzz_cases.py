@@ -204,8 +204,7 @@ def draw_layer(draw: Draw, backend: str) -> Case:
         arguments["HW"] = None if square and draw.chance(0.7) else grid
         if draw.chance(0.35):
             arguments["mask"] = draw_mask(draw, batch, length).to(DEVICE)
-    if backend == "torch":
-        arguments |= draw_rotary(draw, batch, length, dim // heads)
+    arguments |= draw_rotary(draw, batch, length, dim // heads)
     # Straight through, logits are large where tokens are, and a softmax knows them to their rounding only.
     mild = half or configuration["router_gradient"] == "straight_through"
     x = draw.normal(batch, length, dim) * (draw.between(0.1, 10) if mild else draw.between(1e-8, 1e8))
@@ -293,8 +292,7 @@ def draw_core(draw: Draw, backend: str) -> Case:
         options["cu_seqlens"], length = draw_bounds(draw, lengths), sum(lengths)
     elif draw.chance(0.35):
         options["mask"] = draw_mask(draw, batch, length).to(DEVICE)
-    if backend == "torch":
-        options |= draw_rotary(draw, batch, length, dim // heads)
+    options |= draw_rotary(draw, batch, length, dim // heads)
     inputs = core_inputs(
         batch,
         length,

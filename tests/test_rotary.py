@@ -354,29 +354,31 @@ def test_learned_tables_get_their_gradient() -> None:
 # Ranks ----------------------------------------------------------------------------------------------------------------
 
 
-def spread_over_ranks() -> None:
+def spread_over_ranks(backend: str = "torch") -> None:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
     from dydila_kernels.distributed import sequence_parallel, shard_tokens
     from tests.ranks import gradients
 
-    mesh = init_device_mesh("cpu", (2,))
+    mesh, dtype = init_device_mesh("cpu", (2,)), torch.float64 if backend == "torch" else torch.float32
+    close = {"rtol": 1e-9, "atol": 1e-10} if backend == "torch" else {"rtol": 1e-4, "atol": 1e-5}
     for HW, lengths in (((3, 4), [5, 7]), ((3, 4), [0, 12]), ((2, 3, 2), [7, 5])):
         torch.manual_seed(0)
-        attn = layer(num_heads=2, normalization="denominator" if lengths[0] else "length")
-        x, rotary = torch.randn(2, 12, 8, dtype=torch.float64), tables(2, 12, 4)
+        normalization = "denominator" if lengths[0] else "length"
+        attn = layer(num_heads=2, normalization=normalization, backend=backend, dtype=dtype)
+        x, rotary = torch.randn(2, 12, 8, dtype=dtype), tables(2, 12, 4)
         attn(x, HW=HW, rotary=rotary).square().sum().backward()
         expected, whole = gradients(attn), attn(x, HW=HW, rotary=rotary)
         attn.zero_grad()
         parallel = sequence_parallel(attn, mesh)
         mine = [shard_tokens(t, mesh, lengths=lengths) for t in (x, *rotary)]
         out = parallel(mine[0], HW=HW, rotary=mine[1:])
-        torch.testing.assert_close(out, shard_tokens(whole, mesh, lengths=lengths))
+        torch.testing.assert_close(out, shard_tokens(whole, mesh, lengths=lengths), **close)
         out.square().sum().backward()
         for name, share in gradients(parallel).items():
             dist.all_reduce(share, group=mesh.get_group())
-            torch.testing.assert_close(share, expected[name], rtol=1e-9, atol=1e-10)
+            torch.testing.assert_close(share, expected[name], **close)
         with pytest.raises((ValueError, RuntimeError), match=r"same rotary or none|refused"):
             parallel(mine[0], HW=HW, rotary=mine[1:] if dist.get_rank() else None)
     dist.destroy_process_group()

@@ -1,15 +1,13 @@
-"""Tables of rotary embeddings that do not fit, and the backend that has none."""
+"""Tables of rotary embeddings that do not fit."""
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
 import torch
 
-import tests.interpreter as interpreter  # before the package, which may import Triton
-from dydila_kernels import DyDiLAttention, dydila_attention, functional
+from dydila_kernels import DyDiLAttention, dydila_attention
 from dydila_kernels.testing import core_inputs
 
 COS, SIN = torch.ones(9, 4), torch.zeros(9, 4)
@@ -47,22 +45,3 @@ def test_errors(arguments: dict[str, Any], kind: type[Exception], message: str) 
 def test_heads_of_an_odd_size() -> None:
     with pytest.raises(ValueError, match="odd number of them, d/H = 3"):
         DyDiLAttention(6, 2)(torch.randn(2, 9, 6), rotary=(torch.ones(9, 3), torch.zeros(9, 3)))
-
-
-@pytest.mark.skipif(not interpreter.AVAILABLE, reason="Triton is not installed")
-def test_the_kernels_say_that_they_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    message = r"backend='triton' cannot run .* rotary embeddings; backend='torch' can"
-    x = torch.randn(2, 9, 8)
-    for context in (torch.enable_grad, torch.no_grad):
-        with context(), pytest.raises(RuntimeError, match=message):
-            DyDiLAttention(8, 2, backend="triton")(x, rotary=(COS, SIN))
-    with pytest.raises(RuntimeError, match=message):
-        inputs = core_inputs(2, 9, 8, dtype=torch.float32)
-        dydila_attention(**inputs, num_heads=2, rotary=(COS, SIN), backend="triton")
-    monkeypatch.setattr(functional, "_said", set())
-    gpu = torch.device("cuda", 0)
-    with pytest.warns(UserWarning, match="torch backend on cuda:0: the kernels have no rotary embeddings"):
-        assert functional.choose_backend("auto", gpu, torch.float32, rotary=True) == "torch"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert functional.choose_backend("auto", gpu, torch.float32, rotary=True) == "torch"

@@ -55,6 +55,13 @@ def cases() -> Iterator[Case]:
             yield Case("attention", "bf16", 384, head, partial(attend, torch.bfloat16, 384, head, **variant))
     for name, d, head in (("bf16", 1152, 72), ("bf16", 512, 128), ("fp32", 384, 64), ("fp32", 512, 128)):
         yield Case("attention", name, d, head, partial(attend, DTYPES[name], d, head, straight_through=True))
+    for name, d, head, pairing in (
+        ("bf16", 1152, 72, "interleaved"),
+        ("bf16", 512, 128, "halves"),
+        ("fp32", 1152, 72, "halves"),
+        ("fp32", 512, 128, "interleaved"),
+    ):
+        yield Case("attention", name, d, head, partial(attend, DTYPES[name], d, head, rotary_pairing=pairing))
 
 
 def project(dtype: torch.dtype, d: int) -> None:
@@ -91,6 +98,8 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"straight_through": True, "differential": "map", "normalization": "denominator"},
     {"straight_through": True, "differential": "off"},
     {"mask": empty(IMAGES, TOKENS, dtype=torch.bool)},
+    {"rotary_pairing": "interleaved"},
+    {"rotary_pairing": "halves", "normalization": "denominator", "mask": empty(IMAGES, TOKENS, dtype=torch.bool)},
     {"cu_seqlens": (0, TOKENS, IMAGES * TOKENS), "grids": (0, ROWS, COLUMNS, TOKENS, (IMAGES - 1) * ROWS, COLUMNS)},
 )
 """Settings of the core beside the default."""
@@ -126,6 +135,8 @@ def attend(dtype: torch.dtype, d: int, head: int, size: Size = Size(), **variant
         differential_routers=empty(2, 2 * d, size.factors),
         weight=empty(9, d) if size.convolution else None,
         bias=empty(d) if size.convolution else None,
+        cos=empty(tokens, head).expand(*shape[:2], head) if "rotary_pairing" in variant else None,
+        sin=empty(tokens, head).expand(*shape[:2], head) if "rotary_pairing" in variant else None,
     )  # fmt: skip
     if variant.get("differential") == "off":
         inputs = inputs._replace(q_redundant=None, k_redundant=None, lam=None, differential_routers=None)
@@ -137,6 +148,8 @@ def attend(dtype: torch.dtype, d: int, head: int, size: Size = Size(), **variant
         normalization="length",
         differential="token",
         straight_through=False,
+        rotary_pairing=None,
+        rotary_gradient=False,
     )._replace(**variant)
     out, saved = core.forward(inputs, settings)
     backward.backward(out, inputs, settings, saved)

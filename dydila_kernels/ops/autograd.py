@@ -93,11 +93,10 @@ def differentiate_attention(
     if ranks is not None or can_bypass_dispatcher(grad):
         function = partial(attention_backward, ranks=ranks)
     found = function(grad, *inputs, mask, *ctx.settings, *outputs)
-    routers = (Inputs._fields.index("kernel_routers"), Inputs._fields.index("differential_routers"))
-    trained = ctx.settings[-1]
+    settings = Settings(mask, *ctx.settings)
     found = tuple(
-        None if t is None or (i in routers and not trained) else g
-        for i, (t, g) in enumerate(zip(inputs, found, strict=True))
+        None if t is None or not settings.differentiates(name) else g
+        for name, t, g in zip(Inputs._fields, inputs, found, strict=True)
     )
     return found + nothing
 

@@ -6,6 +6,7 @@ its shapes and its launcher, are in one file:
     Eqs. 1-2        :mod:`projection`         route, project
     Eqs. 5-7        :mod:`tokens`             the statistics of a token
     Eqs. 8, 10      :mod:`linear_attention`   state and readout; :mod:`gemm` where heads are wide
+                    :mod:`rotary`             what turns Qh and Kh in between
     Eq. 9           :mod:`depthwise`          the convolution of V
     gradients       :mod:`gradients`          of the tokens; :mod:`straight_through` of trained routers
 
@@ -85,6 +86,7 @@ def operator_arguments(
 ) -> tuple[Inputs, Settings]:
     """The arguments of the operator ``attention``, which has the weights of Eq. 9 as (9, d) float32."""
     weight, bias, grids = (None, None, ()) if convolution is None else convolution
+    rotary = options.rotary or (None, None)
     weight = None if weight is None else weight.float().flatten(1).t().contiguous()
     settings = Settings(
         mask=mask,
@@ -94,5 +96,7 @@ def operator_arguments(
         normalization=options.normalization,
         differential=options.differential,
         straight_through=options.router_gradient == "straight_through",
+        rotary_pairing=None if options.rotary is None else options.rotary_pairing,
+        rotary_gradient=any(t.requires_grad for t in rotary if t is not None),
     )
-    return Inputs(*inputs, weight, None if bias is None else bias.float()), settings
+    return Inputs(*inputs, weight, None if bias is None else bias.float(), *rotary), settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from dydila_kernels.ops.gradients import (
     why_not_gluon_gradients,
 )
 from dydila_kernels.ops.linear_attention import correlation, state
+from dydila_kernels.ops.rotary import add_table_gradients, rotate
 from dydila_kernels.ops.straight_through import straight_through_gradients
 from dydila_kernels.ops.tokens import tokens
 from dydila_kernels.types import Ranks
@@ -41,6 +43,8 @@ class InputGradients(NamedTuple):
     differential_routers: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+    cos: Tensor | None
+    sin: Tensor | None
 
 
 Pair = tuple[Tensor, Tensor | None]
@@ -50,13 +54,17 @@ SideTables = tuple[TableGradients, TableGradients]
 
 
 class Product(NamedTuple):
-    """What the gradients of a product of queries, keys and values need: v and the incoming gradient (B, N, d)."""
+    """What the gradients of a product of queries, keys and values need: v and the incoming gradient (B, N, d).
+
+    ``dtables``: where those of cos and sin are added, (B, N, e) float32 each; empty where none are wanted.
+    """
 
     context: LaunchContext
     settings: Settings
     saved: SavedForBackward
     v: Tensor
     grad: Tensor
+    dtables: Sequence[Tensor]
 
 
 def backward(
@@ -75,9 +83,11 @@ def backward(
         None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs[:5]
     )
     assert dq is not None and dk is not None and dv is not None
-    backward_of = fused_backward if core.is_fused(context.dim, context.heads) else gemm_backward
+    backward_of = fused_backward if core.is_fused(context.dim, settings) else gemm_backward
     shaped = saved._replace(states=core.states_of(context, saved, settings))
-    whole, weight = Product(context, settings, shaped, v, grad), inputs.weight
+    learned = (context.rotary.cos, context.rotary.sin) if context.rotary and settings.rotary_gradient else ()
+    dtables = [t.new_zeros(t.shape, dtype=torch.float32) for t in learned]
+    whole, weight = Product(context, settings, shaped, v, grad, dtables), inputs.weight
     if settings.differential == "map":
         assert dq_redundant is not None and dk_redundant is not None
         (q1, q2), (k1, k2) = q.branches(), k.branches()
@@ -99,9 +109,10 @@ def backward(
     if weight is not None:
         dweight, dbias = depthwise.depthwise_weight_gradient(v, grad, context.geometry, context.mask)
         dweight, dbias = dweight.t().contiguous(), dbias.clone()  # neither a view, as an operator must return them
+    dcos, dsin = [total.to(t.dtype) for total, t in zip(dtables, learned, strict=True)] or (None, None)
     return InputGradients(
         dq, dk, dv, dq_redundant, dk_redundant, dgamma.to(inputs.gamma.dtype), dlam, routers[0], routers[1], dweight,
-        None if inputs.bias is None else dbias,
+        None if inputs.bias is None else dbias, dcos, dsin,
     )  # fmt: skip
 
 
@@ -113,7 +124,7 @@ def fused_backward(
 
     ``weight`` (9, d): that of the convolution; ``differential_logits`` (T, n_D): their gradients where they are known.
     """
-    context, settings, saved, v, grad = whole
+    context, settings, saved, v, grad, _ = whole
     means, inverse = saved.denominator(i, settings)
     source, denominator = source_of(context, x=grad, matrix=saved.states[i]), Denominator(means, inverse)
     if settings.has_denominator:
@@ -156,11 +167,13 @@ def gemm_backward(
     weight: Tensor | None = None, differential_logits: Tensor | None = None,
 ) -> SideTables:  # fmt: skip
     """As :func:`fused_backward`.  Until they are known, dq and dk have room for Qh and Kh and for their gradients."""
-    context, settings, saved, v, grad = whole
+    context, settings, saved, v, grad, dtables = whole
     natural = context.output_scale * context.fp16_prescale
     means, inverse = saved.denominator(i, settings)
     tokens(context, q, decide=False, out=dq[0], means=means, inverse=inverse)
     tokens(context, k, decide=False, out=dk[0])
+    rotate(context, dq[0])
+    rotate(context, dk[0])
     values, incoming = zero_where_masked(context, v), zero_where_masked(context, grad)
     if context.by_scores:
         dq_hat, dk_hat = (torch.empty_like(z) if other is None else other for z, other in (dq, dk))
@@ -175,6 +188,14 @@ def gemm_backward(
         gemm.readout(context, dk_hat, values, dstate, transposed=True, scale=natural)
     if weight is not None:
         depthwise.depthwise_input_gradient(dv, grad, weight.t(), context.geometry, context.mask)
+    if dtables:
+        hat = torch.empty_like(dv)
+        tokens(context, q, decide=False, out=hat, means=means, inverse=inverse)
+        add_table_gradients(context, hat, dq_hat, dtables)
+        tokens(context, k, decide=False, out=hat)
+        add_table_gradients(context, hat, dk_hat, dtables)
+    rotate(context, dq_hat, transposed=True)
+    rotate(context, dk_hat, transposed=True)
     source, denominator, dmeans = source_of(context, given=dq_hat), Denominator(means, inverse), None
     if settings.has_denominator:
         denominator = denominator._replace(weights=denominator_gradient(context, q, source, denominator))

@@ -132,6 +132,13 @@ TABLE["gluon_dots", "half"] = (
     Entry(ANY, Config(64, 32, 4, reason=WIDE_ROWS)),
 )
 
+# rotary.py; the width is that of a head, columns are pairs of channels
+TURN = "lines of 128 bytes; 4 pairs a thread beside their tables: 32 registers, which leave room for all warps"
+TABLE |= {
+    ("rotary", "half"): (Entry(ANY, Config(16, 32, 4, reason=TURN)),),
+    ("rotary", "single"): (Entry(ANY, Config(16, 32, 4, reason=TURN)),),
+}
+
 # projection.py; the width is n_P for "route", the channels of the result for "projection"
 TABLE |= {
     ("route", "half"): (

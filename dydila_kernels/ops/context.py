@@ -73,6 +73,14 @@ class QKOperand(NamedTuple):
         ]
 
 
+class Rotary(NamedTuple):
+    """cos and sin (B, N, e) of rotary embeddings, their channels next to each other, and which channels are a pair."""
+
+    cos: Tensor
+    sin: Tensor
+    pairing: str
+
+
 class Span(NamedTuple):
     """Segments whose tokens are a block of a (B, N, d) tensor: all of a batch, or one of a packed row."""
 
@@ -98,6 +106,7 @@ class LaunchContext:
         num_heads: int,
         normalization: str,
         ranks: Ranks | None = None,
+        rotary: Rotary | None = None,
     ) -> None:
         self.batch, self.length, self.dim = like.shape
         self.num_tokens, self.heads, self.head_dim = self.batch * self.length, num_heads, self.dim // num_heads
@@ -110,7 +119,7 @@ class LaunchContext:
         bounds = (0, self.length) if self.bounds is None else self.bounds
         self.longest = max(1, *(stop - start for start, stop in zip(bounds[:-1], bounds[1:], strict=True)))
         self.geometry = geometry_of(tuple(grids), self.device)
-        self.ranks = ranks
+        self.ranks, self.rotary = ranks, rotary
         whole = self.longest if ranks is None else max(1, ranks.length)
 
         # Kept near 1 in float16: sums are means over the longest segment, and tokens, whose norm may be sqrt(d) times

@@ -5,12 +5,14 @@ Three forms.  "written", where :mod:`forms` says so: Zh is written once, in the 
     forward     tokens(K)  written_state(K, V)  tokens(Q)  written_readout(Q)
     backward    that of the others
 
-The others by the width e = d/H of a head (:data:`LARGEST_HEAD`).  "fused": Zh lives in registers only.
+The others by the width e = d/H of a head (:data:`LARGEST_HEAD`), see :func:`is_fused`.  "fused": Zh lives in registers
+only.
 
     forward     tokens(K)  state(K, V)  readout(Q), which routes and measures as it goes
     backward    state(Q, dO)  gradients(Q)  gradients(K), which writes dV too
 
-"gemm": Zh is written once and torch multiplies.
+"gemm": Zh is written once and torch multiplies.  With rotary embeddings :mod:`rotary` turns it in between, and in the
+backward pass turns its gradient back.
 
     forward     tokens(K)  [gemm]  tokens(Q)  [gemm]
     backward    tokens(Q)  tokens(K)  [gemms]  gradients(Q)  gradients(K)
@@ -31,15 +33,19 @@ from torch import Tensor
 from dydila_kernels.ops import depthwise, forms, gemm
 from dydila_kernels.ops.arguments import contiguous_channels
 from dydila_kernels.ops.configs import LARGEST_HEAD, pick
-from dydila_kernels.ops.context import LaunchContext, QKOperand
+from dydila_kernels.ops.context import LaunchContext, QKOperand, Rotary
 from dydila_kernels.ops.linear_attention import readout, state, written_readout, written_state
+from dydila_kernels.ops.rotary import rotate
 from dydila_kernels.ops.tiles import power_of_two
 from dydila_kernels.ops.tokens import tokens
 from dydila_kernels.types import DIFFERENTIAL_SIDES, Ranks
 
 
 class Inputs(NamedTuple):
-    """The tensors of a call: :class:`CoreInputs`, and weight (9, d), bias (d,) float32 of Eq. 9, or None."""
+    """The tensors of a call: :class:`CoreInputs`, and weight (9, d), bias (d,) float32 of Eq. 9, or None.
+
+    cos, sin (B, N, e) of any floating dtype, or None.
+    """
 
     q: Tensor
     k: Tensor
@@ -52,10 +58,15 @@ class Inputs(NamedTuple):
     differential_routers: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+    cos: Tensor | None
+    sin: Tensor | None
 
 
 class Settings(NamedTuple):
-    """The other arguments; ``grids`` are (start, rows, columns) of each, in one flat list."""
+    """The other arguments; ``grids`` are (start, rows, columns) of each, in one flat list.
+
+    ``rotary_pairing`` is None without rotary embeddings; ``rotary_gradient``: whether their tables get a gradient.
+    """
 
     mask: Tensor | None
     cu_seqlens: Sequence[int] | None
@@ -64,6 +75,8 @@ class Settings(NamedTuple):
     normalization: str
     differential: str
     straight_through: bool
+    rotary_pairing: str | None
+    rotary_gradient: bool
 
     @property
     def products(self) -> int:
@@ -73,6 +86,12 @@ class Settings(NamedTuple):
     @property
     def has_denominator(self) -> bool:
         return self.normalization == "denominator"
+
+    def differentiates(self, name: str) -> bool:
+        """Whether the backward pass finds the gradient of this field of :class:`Inputs`, if it is given."""
+        if name in ("kernel_routers", "differential_routers"):
+            return self.straight_through
+        return self.rotary_gradient if name in ("cos", "sin") else True
 
 
 class SavedForBackward(NamedTuple):
@@ -97,15 +116,15 @@ class SavedForBackward(NamedTuple):
         return (self.means[product], self.inverse[product]) if settings.has_denominator else (None, None)
 
 
-def is_fused(dim: int, num_heads: int) -> bool:
-    """Whether heads are narrow enough for a state in registers."""
-    return dim // num_heads <= LARGEST_HEAD
+def is_fused(dim: int, settings: Settings) -> bool:
+    """Whether heads are narrow enough for a state in registers; rotary embeddings turn what is written."""
+    return settings.rotary_pairing is None and dim // settings.num_heads <= LARGEST_HEAD
 
 
 def describe(dim: int, num_heads: int, dtype: torch.dtype) -> str:
     """How tokens of d channels in H heads run, in words."""
     e = dim // num_heads
-    if not is_fused(dim, num_heads):
+    if e > LARGEST_HEAD:
         how = f"heads of {e} > {LARGEST_HEAD}: tokens written once, then GEMMs, in the order (Q K^T) V below N = {e}"
     else:
         columns = pick("readout", dtype, e).block_d
@@ -120,9 +139,13 @@ def describe(dim: int, num_heads: int, dtype: torch.dtype) -> str:
 
 def context_of(inputs: Inputs, settings: Settings, ranks: Ranks | None = None) -> LaunchContext:
     """What the launches of this call have in common."""
+    rotary = None
+    if inputs.cos is not None and inputs.sin is not None and settings.rotary_pairing is not None:
+        rotary = Rotary(contiguous_channels(inputs.cos), contiguous_channels(inputs.sin), settings.rotary_pairing)
     return LaunchContext(
         inputs.q, inputs.gamma.contiguous(), inputs.lam if inputs.lam is None else inputs.lam.contiguous(),
         settings.mask, settings.cu_seqlens, settings.grids, settings.num_heads, settings.normalization, ranks,
+        rotary,
     )  # fmt: skip
 
 
@@ -136,7 +159,7 @@ def empty_saved(inputs: Inputs, settings: Settings, ranks: Ranks | None = None) 
         segments = len(bounds) - 1
         longest = max([stop - start for start, stop in zip(bounds[:-1], bounds[1:], strict=True)])
     # A state for each segment, or none where scores pay.
-    states = segments if is_fused(dim, heads) or ranks is not None else segments * torch.sym_min(1, longest // e)
+    states = segments if is_fused(dim, settings) or ranks is not None else segments * torch.sym_min(1, longest // e)
     branches = 1 if inputs.q_redundant is None else 2
     trained, n_d = settings.straight_through, 0 if inputs.lam is None else len(inputs.lam)
 
@@ -148,7 +171,7 @@ def empty_saved(inputs: Inputs, settings: Settings, ranks: Ranks | None = None) 
         new(2, branches, 3, count),
         new(2, branches, count, len(inputs.gamma), wanted=trained),
         new(2, count, n_d, wanted=trained and n_d > 0),
-        new(products * states * heads * e * e + spare(dim, heads), dtype=working_dtype(inputs, settings)),
+        new(products * states * heads * e * e + spare(dim, settings), dtype=working_dtype(inputs, settings)),
         new(products, segments, dim, wanted=settings.has_denominator),
         new(products, count, heads, wanted=settings.has_denominator),
     )
@@ -167,14 +190,14 @@ def widened(inputs: Inputs, settings: Settings) -> Inputs:
     return Inputs(*tokens, *inputs[5:])  # type: ignore[arg-type,call-arg]
 
 
-def spare(dim: int, num_heads: int) -> int:
+def spare(dim: int, settings: Settings) -> int:
     """Numbers at the end of the states: torch compiles a size of 0 or 1 anew, as theirs would be when N is below e."""
-    return 0 if is_fused(dim, num_heads) else 2
+    return 0 if is_fused(dim, settings) else 2
 
 
 def states_of(context: LaunchContext, saved: SavedForBackward, settings: Settings) -> Tensor:
     """(products, segments, H, e, e), a view; without segments where scores pay."""
-    states = saved.states[: len(saved.states) - spare(context.dim, context.heads)]
+    states = saved.states[: len(saved.states) - spare(context.dim, settings)]
     return states.view(settings.products, -1, context.heads, context.head_dim, context.head_dim)
 
 
@@ -222,10 +245,10 @@ def forward(inputs: Inputs, settings: Settings, ranks: Ranks | None = None) -> t
     saved = empty_saved(inputs, settings, ranks)
     out = torch.empty(inputs.q.shape, dtype=context.dtype, device=context.device)
     q, k = operands_of(context, inputs, settings, saved)
-    if spare(context.dim, context.heads):
-        saved.states[-spare(context.dim, context.heads) :].zero_()
+    if spare(context.dim, settings):
+        saved.states[-spare(context.dim, settings) :].zero_()
     shaped = saved._replace(states=states_of(context, saved, settings))
-    product = fused_product if is_fused(context.dim, context.heads) else gemm_product
+    product = fused_product if is_fused(context.dim, settings) else gemm_product
     v = contiguous_channels(inputs.v)
     convolution = (inputs.weight, inputs.bias)
     if settings.differential == "map":
@@ -296,6 +319,7 @@ def gemm_product(
     # Until it is known, the output has room for the keys.
     q_hat, k_hat = torch.empty_like(out), torch.empty_like(out) if add else out
     means = tokens(context, k, decide=decide, out=k_hat, sums=settings.has_denominator)
+    rotate(context, k_hat)
     if not context.by_scores:
         gemm.state(context, k_hat, values, saved.states[i])
         context.sum_over_ranks(saved.states[i], means)
@@ -303,6 +327,7 @@ def gemm_product(
         saved.means[i] = means
     means, inverse = saved.denominator(i, settings)
     tokens(context, q, decide=decide, out=q_hat, means=means, inverse=inverse)
+    rotate(context, q_hat)
     if context.by_scores:
         gemm.scores(context, q_hat, k_hat, values, out, add=add)
     else:

@@ -53,7 +53,7 @@ def work_of(*arguments: Any) -> Work:
     lengths = [length] * batch
     if bounds is not None:
         lengths = [stop - start for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
-    fused = is_fused(dim, settings.num_heads)
+    fused = is_fused(dim, settings)
     by_scores = not fused and takes_scores(max(lengths, default=0), e)
     places = sum(rows * columns for rows, columns in zip(grids[1::3], grids[2::3], strict=True))
     return Work(

@@ -1,4 +1,5 @@
-"""The products of Eqs. 8 and 10 as plain GEMMs, for heads too wide for the registers of a program (H = 1 above all).
+"""The products of Eqs. 8 and 10 as plain GEMMs: for heads too wide for the registers of a program (H = 1 above all),
+and with rotary embeddings.
 
 Zh of both sides is written once, and torch multiplies, per head of e = d/H channels:
 
@@ -21,7 +22,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dydila_kernels.ops.context import LaunchContext, Span
+from dydila_kernels.ops.context import LaunchContext
 
 
 def product(out: Tensor, a: Tensor, b: Tensor, scale: float, add: bool = False) -> None:
@@ -29,31 +30,44 @@ def product(out: Tensor, a: Tensor, b: Tensor, scale: float, add: bool = False) 
     torch.baddbmm(out, a, b, beta=float(add), alpha=scale, out=out)
 
 
-def heads(context: LaunchContext, *tokens: Tensor) -> Iterator[tuple[Span, int, list[Tensor]]]:
-    """The blocks (images, n, e) of a span and head of (B, N, d) tensors, as views."""
+At = tuple[slice | int, slice | int]
+"""Segments and heads of a block, one of the two a single one."""
+
+
+def blocks(context: LaunchContext, *tokens: Tensor) -> Iterator[tuple[At, list[Tensor]]]:
+    """Batches of matrices that torch multiplies at once, views of (B, N, d) tensors.
+
+    A head of all images, (images, n, e), or where images are fewer than heads all heads of an image, (heads, n, e).
+    """
     for span in context.spans():
-        for h in range(context.heads):
-            columns = slice(h * context.head_dim, (h + 1) * context.head_dim)
-            yield span, h, [t[span.images, span.rows, columns] for t in tokens]
+        spanned = [t[span.images, span.rows].unflatten(-1, (context.heads, context.head_dim)) for t in tokens]
+        images = len(spanned[0])
+        if context.heads <= images:
+            for h in range(context.heads):
+                yield (span.segments, h), [t[:, :, h] for t in spanned]
+        else:
+            first = span.segments.start or 0
+            for b in range(images):
+                yield (first + b, slice(None)), [t[b].transpose(0, 1) for t in spanned]
 
 
 def state(context: LaunchContext, hat: Tensor, values: Tensor, out: Tensor) -> None:
     """out = state_scale hat^T values, (segments, H, e, e) in the dtype of the tokens."""
-    for span, h, (z, v) in heads(context, hat, values):
-        product(out[span.segments, h], z.mT, v, context.state_scale)
+    for at, (z, v) in blocks(context, hat, values):
+        product(out[at], z.mT, v, context.state_scale)
 
 
 def readout(context: LaunchContext, out: Tensor, hat: Tensor, matrix: Tensor, *, transposed: bool = False, scale: float,
             add: bool = False) -> None:  # fmt: skip
     """out = scale hat M, or hat M^T where ``transposed``, for a matrix (segments, H, e, e)."""
-    for span, h, (o, z) in heads(context, out, hat):
-        m = matrix[span.segments, h]
+    for at, (o, z) in blocks(context, out, hat):
+        m = matrix[at]
         product(o, z, m.mT if transposed else m, scale, add)
 
 
 def scores(context: LaunchContext, q: Tensor, k: Tensor, v: Tensor, out: Tensor, add: bool) -> None:
     """out = output_scale (state_scale Qh Kh^T) V, all (B, N, d)."""
-    for _, _, (q_h, k_h, v_h, o_h) in heads(context, q, k, v, out):
+    for _, (q_h, k_h, v_h, o_h) in blocks(context, q, k, v, out):
         product(o_h, similarity(q_h, k_h, context.state_scale), v_h, context.output_scale, add)
 
 
@@ -70,7 +84,7 @@ def scores_gradient(
     add: bool,
 ) -> None:
     """dQh and dKh times ``scale`` / output_scale, and dV, added to where ``add``."""
-    for _, _, (q_h, k_h, v_h, g_h, dq_h, dk_h, dv_h) in heads(context, q, k, v, grad, dq, dk, dv):
+    for _, (q_h, k_h, v_h, g_h, dq_h, dk_h, dv_h) in blocks(context, q, k, v, grad, dq, dk, dv):
         product(dv_h, similarity(q_h, k_h, context.state_scale).mT, g_h, context.output_scale, add)
         dp = similarity(g_h, v_h, 1.0)
         product(dq_h, dp, k_h, scale * context.state_scale)

@@ -28,9 +28,10 @@ from dydila_kernels.ops.core import Inputs, SavedForBackward, Settings
 from dydila_kernels.types import Ranks, decision_names
 
 _ATTENTION = """Tensor q, Tensor k, Tensor v, Tensor? q_redundant, Tensor? k_redundant, Tensor gamma, Tensor? lam,
-    Tensor kernel_routers, Tensor? differential_routers, Tensor? weight, Tensor? bias"""
+    Tensor kernel_routers, Tensor? differential_routers, Tensor? weight, Tensor? bias, Tensor? cos,
+    Tensor? sin"""
 _SETTINGS = """Tensor? mask, SymInt[]? cu_seqlens, SymInt[] grids, int num_heads, str normalization, str differential,
-    bool straight_through"""
+    bool straight_through, str? rotary_pairing, bool rotary_gradient"""
 _TENSORS = ", ".join(["Tensor"] * SAVED)
 _GRADIENTS = ", ".join(["Tensor"] * INPUTS)
 
@@ -71,7 +72,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 @attention_backward_op.register_fake
 def _(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     inputs, settings = Inputs(*arguments[:INPUTS]), Settings(*arguments[INPUTS:-SAVED])
-    wanted = [t if settings.straight_through or "routers" not in name else None for name, t in inputs._asdict().items()]
+    wanted = [t if settings.differentiates(name) else None for name, t in inputs._asdict().items()]
     return or_empty(grad, [None if t is None else t.new_empty(t.shape) for t in wanted])
 
 

@@ -29,7 +29,7 @@ from dydila_kernels.types import Convolution, Grid
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-STAGES = ("tokens", "state", "readout", "gradients", "routed_gradients", "given_gradients")
+STAGES = ("tokens", "state", "readout", "gradients", "routed_gradients", "given_gradients", "rotary")
 NORMALIZATIONS = ["length", "none", "denominator"]
 DIFFERENTIALS = ["token", "map", "off"]
 ROUTER_GRADIENTS = ["none", "straight_through"]

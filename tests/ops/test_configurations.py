@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests import interpreter
-from tests.ops.helpers import compare_layer, layer_of, use_gemm
+from tests.ops.helpers import DEVICE, compare_layer, layer_of, use_gemm
 
 pytestmark = [
     pytest.mark.slow,
@@ -28,7 +28,7 @@ PACKED: dict[str, Any] = {
 }  # fmt: skip
 DENOMINATOR: dict[str, Any] = {"normalization": "denominator"}
 TRAINED: dict[str, Any] = {"router_gradient": "straight_through"}
-ARGUMENTS = ("HW", "mask", "cu_seqlens")
+ARGUMENTS = ("HW", "mask", "cu_seqlens", "rotary_pairing")
 """Of a call; all else but d, length and batch is of the layer."""
 
 FUSED: dict[str, dict[str, Any]] = {
@@ -84,7 +84,19 @@ WIDE: dict[str, dict[str, Any]] = {
 }
 """Wider heads, whose products are GEMMs."""
 
-SELECTED = {"heads of 32", "denominator, fp16", "map, trained, fp32"}
+NEIGHBOURS, HALVES = {"rotary_pairing": "interleaved"}, {"rotary_pairing": "halves"}
+ROTARY: dict[str, dict[str, Any]] = {
+    "rotary, heads of 24": {**NEIGHBOURS, "d": 72, "num_heads": 3, "length": 30, "HW": (5, 6)},
+    "rotary, heads of 72, trained": {**HALVES, **TRAINED, "d": 144},
+    "rotary, heads of 4": {**HALVES, "d": 32, "num_heads": 8},
+    "rotary, fp32": {**NEIGHBOURS, "dtype": F32},
+    "rotary, masked, denominator, fp16": {**HALVES, **MASKED, **DENOMINATOR, "dtype": F16},
+    "rotary, packed, map": {**NEIGHBOURS, **PACKED, "differential": "map"},
+    "rotary, one head": {**HALVES, **SCORES},
+}
+"""Of heads of any width."""
+
+SELECTED = {"heads of 32", "denominator, fp16", "map, trained, fp32", "rotary, heads of 24"}
 """What the normal suite runs on emulated GPUs."""
 
 
@@ -99,11 +111,19 @@ def compare(case: dict[str, Any]) -> None:
     d, length, batch = (case.pop(name) for name in ("d", "length", "batch"))
     arguments = {name: case.pop(name) for name in ARGUMENTS if name in case}
     torch.manual_seed(0)
+    if "rotary_pairing" in arguments:
+        angles = torch.randn(length, d // case["num_heads"])
+        arguments["rotary"] = [t.to(DEVICE) for t in (angles.cos(), angles.sin())]
     compare_layer(layer_of(d, **case), length, batch=batch, seeds=1, **arguments)
 
 
 @pytest.mark.parametrize("case", cases(FUSED))
 def test_fused(case: dict[str, Any]) -> None:
+    compare(case)
+
+
+@pytest.mark.parametrize("case", cases(ROTARY))
+def test_rotary_embeddings(case: dict[str, Any]) -> None:
     compare(case)
 
 

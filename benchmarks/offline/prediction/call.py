@@ -37,6 +37,8 @@ class Shape:
     """bf16, fp16 or fp32."""
     convolution: bool = False
     """With the depth-wise convolution of V."""
+    rotary: bool = False
+    """With rotary embeddings, neighbours being pairs.  The products are torch's then, and not predicted."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ def predictions(shape: Shape, spread: bool = True) -> list[Kernel]:
     size = Size(shape.images, shape.rows, shape.columns, shape.factors, shape.convolution)
 
     def call() -> None:
-        attend(DTYPES[shape.dtype], shape.d, shape.d // shape.heads, size)
+        variant = {"rotary_pairing": "interleaved"} if shape.rotary else {}
+        attend(DTYPES[shape.dtype], shape.d, shape.d // shape.heads, size, **variant)
 
     jobs, found = record(call, {}, TARGET, TARGETS[TARGET]), dict[str, Kernel]()
     for job in jobs:

@@ -259,9 +259,9 @@ def gluon_tokens_kernel(tokens, segments, tables, routers, stats, scaling, out, 
     z = ()
     y = ()
     for c in gl.static_range(CHUNKS):
-        z = z + (load(z_pointers + c * 16 * WARPS, inside(active, c, k.D, WARPS, MASKED)),)
+        z = z + (load(z_pointers + c * 16 * WARPS, inside(active, c, k.D, WARPS, MASKED)),)  # noqa: RUF005  Triton knows no stars
     for c in gl.static_range(CHUNKS):
-        y = y + (load(y_pointers + c * 16 * WARPS, inside(active, c, k.D, WARPS, MASKED)),)
+        y = y + (load(y_pointers + c * 16 * WARPS, inside(active, c, k.D, WARPS, MASKED)),)  # noqa: RUF005
     dtype: gl.constexpr = tokens.z.x.dtype.element_ty
     if not_positive(tables.gamma, k.N_F):
         tokens_tile(z, y, tables, routers, stats, scaling, out, place, there, k, WARPS, MASKED, False, dtype)

@@ -89,12 +89,16 @@ TABLE |= {
     ("given_gradients", "single"): (Entry(ANY, Config(32, 32, 4, reason=WALK)),),
 }
 
-# gluon/ and the products of what it writes; the width is that of a head, for "gluon_tokens" d
+# gluon/ and the products of what it writes; the width is that of a head, for tokens d
 HELD = "16 tokens, whole, in the registers of all warps; while one program loads, another works"
 TABLE |= {
     ("gluon_tokens", "half"): (
         Entry(384, Config(16, 32, 4, registers=128, reason=HELD)),
         Entry(768, Config(16, 32, 8, registers=128, reason=HELD)),
+        Entry(ANY, Config(16, 32, 8, reason="one program, which may have all registers: the words of 1280 channels")),
+    ),
+    ("gluon_tokens_of_many", "half"): (
+        Entry(384, Config(16, 32, 4, registers=168, reason="logits of more than 16 choices on top: three programs")),
         Entry(ANY, Config(16, 32, 8, reason="one program, which may have all registers: the words of 1280 channels")),
     ),
     ("prepare", "half"): (
@@ -113,7 +117,9 @@ TABLE |= {
 }
 
 # gluon/gradients.py, gluon/dots.py; the width is that of a head
-ROW_STAGES = {"gluon_gradients", "gluon_gradients_once", "gluon_given_gradients", "gluon_dots"}
+ROW_STAGES = {
+    "gluon_gradients", "gluon_gradients_once", "gluon_gradients_of_terms", "gluon_given_gradients", "gluon_dots",
+}  # fmt: skip
 """Those whose warps have 16 rows each, 32 channels at a time: only tokens and warps can change, alike."""
 ROWS = "16 rows a warp; 128 registers: four programs on a multiprocessor"
 WIDE_ROWS = "shared memory leaves room for two programs: as many registers as they like"
@@ -123,6 +129,10 @@ TABLE["gluon_gradients_once", "half"] = (
 )
 TABLE["gluon_gradients", "half"] = (
     Entry(64, Config(64, 32, 4, registers=128, reason=ROWS)),
+    Entry(ANY, Config(64, 32, 4, reason=WIDE_ROWS)),
+)
+TABLE["gluon_gradients_of_terms", "half"] = (
+    Entry(64, Config(64, 32, 4, registers=144, reason="gradients of denominator terms on top: three programs")),
     Entry(ANY, Config(64, 32, 4, reason=WIDE_ROWS)),
 )
 TABLE["gluon_given_gradients", "half"] = (Entry(ANY, Config(64, 32, 4, registers=128, reason=ROWS)),)

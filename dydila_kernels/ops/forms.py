@@ -60,6 +60,11 @@ def why_not_gluon(context: LaunchContext, side: QKOperand) -> str | None:
     return None
 
 
+def choices(context: LaunchContext) -> int:
+    """Those of the router that has most."""
+    return max(len(context.gamma), 0 if context.lam is None else len(context.lam))
+
+
 def in_words(tokens: Tensor) -> bool:
     """Whether the rows of tokens (B, N, d) of 16 bits are whole words of two."""
     return tokens.data_ptr() % 4 == 0 and not any(n % 2 for n in (*tokens.stride()[:-1], tokens.shape[-1]))
@@ -77,6 +82,8 @@ def why_not_gluon_tokens(context: LaunchContext, side: QKOperand, *, decide: boo
         return "routers are trained"
     if context.dim > LARGEST:
         return f"the registers hold {LARGEST} channels, not {context.dim}"
+    if 384 < context.dim <= 768 and choices(context) > 16:  # beyond, a program has registers for two
+        return f"logits of {choices(context)} choices would spill registers beside {context.dim} channels"
     if any(not in_words(t) for t in (side.tokens, side.redundant) if t is not None):
         return "rows do not begin at even channels"
     return why_not_gluon(context, side)

@@ -180,6 +180,19 @@ def test_says_why_not(
     assert found is None if part is None else part in (found or "")
 
 
+@pytest.mark.parametrize(
+    ("dim", "choices", "taken"), [(768, 16, True), (768, 17, False), (384, 21, True), (832, 21, True)]
+)
+def test_logits_of_many_choices_need_registers(
+    dim: int, choices: int, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = inputs_of(1, 4, dim, torch.bfloat16)
+    inputs.update(
+        gamma=torch.ones(choices), kernel_routers=torch.zeros(4, dim, choices)
+    )  # fmt: skip
+    assert (reason(monkeypatch, inputs) is None) == taken
+
+
 def test_the_environment_forces_the_portable_form(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(forms.VARIABLE, "triton")
     assert forms.VARIABLE in (reason(monkeypatch, inputs_of(1, 4, 64, torch.bfloat16)) or "")

@@ -268,15 +268,21 @@ def gluon_gradients_kernel(tokens, segments, tables, stats, scaling, source, den
     store_table(grads.dgamma, dgamma, k.N_F, WARPS)
 
 
+def stage_of(source: Source, denominator: Denominator, dots: Tensor | None) -> str:
+    """The name of the launch configuration."""
+    if source.x is None:
+        return "gluon_given_gradients"
+    if denominator.vector is not None:
+        return "gluon_gradients_of_terms"
+    return "gluon_gradients" if dots is None else "gluon_gradients_once"
+
+
 def gradients(
     context: LaunchContext, side: QKOperand, source: Source, denominator: Denominator, dz: Tensor,
     dz_redundant: Tensor, *, dv: Tensor | None = None, dots: Tensor | None = None,
 ) -> TableGradients:  # fmt: skip
     """As :func:`dydila_kernels.ops.gradients.gradients`, which says when."""
-    stage = (
-        "gluon_given_gradients" if source.x is None else "gluon_gradients" if dots is None else "gluon_gradients_once"
-    )
-    config = configs.pick(stage, context.dtype, context.head_dim)
+    config = configs.pick(stage_of(source, denominator, dots), context.dtype, context.head_dim)
     programs = context.programs(config.block_n)
     grads = table_partials(context, side, programs, dz, dz_redundant)
     launch(

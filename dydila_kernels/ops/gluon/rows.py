@@ -303,12 +303,18 @@ def logits_gathered(options, warps):
 
 
 @gluon.jit
-def summed_logits(logits, WARPS: gl.constexpr):
-    """(R, n) of (W, n, R), summed over the warps."""
+def share_logits(logits, WARPS: gl.constexpr):
+    """Shared memory with logits (W, n, R)."""
     N: gl.constexpr = logits.shape[1]
     shared = gl.allocate_shared_memory(gl.float32, [WARPS, R, N], logits_shared(N, WARPS))
     shared.store(gl.permute(logits, (0, 2, 1)))
-    return gl.sum(shared.load(logits_gathered(N, WARPS)), 0)
+    return shared
+
+
+@gluon.jit
+def summed_logits(shared, WARPS: gl.constexpr):
+    """(R, n) of what :func:`share_logits` shared, summed over the warps."""
+    return gl.sum(shared.load(logits_gathered(shared.shape[2], WARPS)), 0)
 
 
 @gluon.constexpr_function

@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from dydila_kernels.ops import configs
 from dydila_kernels.ops.context import LaunchContext, QKOperand
+from dydila_kernels.ops.forms import choices
 from dydila_kernels.ops.gluon.routers import prepared
 from dydila_kernels.ops.gluon.rows import (
     TINY,
@@ -43,6 +44,7 @@ from dydila_kernels.ops.gluon.rows import (
     row,
     rows_there,
     share,
+    share_logits,
     spread,
     summed_logits,
     unpacked,
@@ -51,6 +53,9 @@ from dydila_kernels.ops.gluon.rows import (
     words_shared,
 )
 from dydila_kernels.ops.tiles import launch, padded
+
+SPARE = gl.constexpr(768)
+"""Channels up to which there is shared memory for the logits of one branch while the other is routed."""
 
 
 @gluon.constexpr_function
@@ -117,7 +122,7 @@ def lane_largest(most, dtype: gl.constexpr, WARPS: gl.constexpr):
 
 @gluon.jit
 def routed(z, y, router, k, dtype: gl.constexpr, WARPS: gl.constexpr):
-    """Of what each warp has of both branches, as words: their logits (W, n, R) and largest entries (R, W)."""
+    """Of what each warp has of both branches, as words: their logits, shared, and largest entries (R, W)."""
     PARTS: gl.constexpr = 3 if dtype == gl.bfloat16 else 2
     other = router + len(z) * WARPS * 32 * PARTS * padded(k.N_F)
     logits = gl.zeros([WARPS, padded(k.N_F), R], gl.float32, products(WARPS))
@@ -126,11 +131,16 @@ def routed(z, y, router, k, dtype: gl.constexpr, WARPS: gl.constexpr):
     other_most = largest(y[0], dtype, WARPS)
     for c in gl.static_range(len(z)):
         logits = route(z[c], router, c, logits, dtype, k.N_F, PARTS, WARPS)
+    if k.D <= SPARE:
+        logits = share_logits(logits, WARPS)
     for c in gl.static_range(len(z)):
         other_logits = route(y[c], other, c, other_logits, dtype, k.N_F, PARTS, WARPS)
         if c > 0:
             most = larger(most, largest(z[c], dtype, WARPS), dtype)
             other_most = larger(other_most, largest(y[c], dtype, WARPS), dtype)
+    if k.D > SPARE:
+        logits = share_logits(logits, WARPS)
+    other_logits = share_logits(other_logits, WARPS)
     return logits, other_logits, lane_largest(most, dtype, WARPS), lane_largest(other_most, dtype, WARPS)
 
 
@@ -196,7 +206,8 @@ def tokens_tile(z, y, tables, routers, stats, scaling, out, place, there, k, WAR
     squares, norms = share(lane_sums(first.squares, WARPS), WARPS), share(lane_sums(first.norms, WARPS), WARPS)
     other_squares = share(lane_sums(second.squares, WARPS), WARPS)
     other_norms = share(lane_sums(second.norms, WARPS), WARPS)
-    dots, other = summed_logits(first.dots, WARPS), summed_logits(second.dots, WARPS)
+    dots = summed_logits(share_logits(first.dots, WARPS), WARPS)
+    other = summed_logits(share_logits(second.dots, WARPS), WARPS)
     column: gl.constexpr = gl.SliceLayout(1, dots.type.layout)
     renorm, norm = norms_of(most, squares, norms, column, WARPS)
     other_renorm, other_norm = norms_of(other_most, other_squares, other_norms, column, WARPS)
@@ -271,7 +282,8 @@ def gluon_tokens_kernel(tokens, segments, tables, routers, stats, scaling, out, 
 
 def tokens(context: LaunchContext, side: QKOperand, out: Tensor | None) -> None:
     """Routes and measures one side, and writes Zh to ``out`` (B, N, d) contiguous, where given."""
-    config = configs.pick("gluon_tokens", context.dtype, context.dim)
+    stage = "gluon_tokens" if choices(context) <= 16 else "gluon_tokens_of_many"
+    config = configs.pick(stage, context.dtype, context.dim)
     rows = R.value
     ragged = context.mask is not None or context.bounds is not None or context.length % rows != 0
     launch(

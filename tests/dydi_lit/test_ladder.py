@@ -68,10 +68,20 @@ def test_a_small_ladder_runs_and_is_not_repeated(tmp_path: Path, monkeypatch: py
     assert ladder.ladder(dataclasses.replace(config, models=("sana",))) == [row for row in rows if row.model == "sana"]
 
 
-def test_the_table_of_the_readme_is_that_of_the_committed_runs() -> None:
+def shown_in_the_readme(name: str) -> str:
     text = (EXAMPLE / "README.md").read_text(encoding="utf-8")
-    shown = re.search(r"<!-- ladder -->\n\n(.*?)\n\n", text, re.DOTALL)
-    assert shown is not None
+    found = re.search(rf"<!-- {name} -->\n\n(.*?)\n\n", text, re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def test_the_table_of_twins_is_that_of_the_committed_runs() -> None:
+    rows = ladder.read_runs(EXAMPLE / "results" / "twins.csv")
+    assert shown_in_the_readme("twins") == ladder.table(rows)
+    assert {(row.data, row.size, row.steps) for row in rows} == {("twins", "toy", 3000)}
+
+
+def test_the_table_of_the_readme_is_that_of_the_committed_runs() -> None:
     rows = ladder.read_runs(COMMITTED)
-    assert shown[1] == ladder.table(rows)
+    assert shown_in_the_readme("ladder") == ladder.table(rows)
     assert {row.model for row in rows} == set(LadderConfig().models) and {row.seed for row in rows} == {0, 1, 2}

@@ -22,6 +22,7 @@ from dydila_kernels.ops.gluon.chunks import (
     CHUNK,
     as_left,
     async_load,
+    barrier,
     blocks_for,
     chunks_of,
     copy_matrix,
@@ -162,7 +163,7 @@ def gluon_dots_kernel(tokens, x, matrix, segments, tables, stats, scaling, dots,
     slot = 0
     for start in range(first, end, R):
         async_copy.wait_group(0)
-        gl.barrier()
+        barrier()
         z += R * tokens.z.stride_xn
         y += R * tokens.redundant.stride_xn
         w += R * x.stride_xn

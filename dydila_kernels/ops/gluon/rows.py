@@ -138,13 +138,10 @@ def rows_there(mask, place, WARPS: gl.constexpr):
 
 @gluon.jit
 def inside(rows, c: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr, MASKED: gl.constexpr):
-    """The mask of chunk c: the channels there are, and where MASKED the rows (R,) given; None where it is full."""
+    """The mask of chunk c: the channels there are, and where MASKED the rows (R,) given."""
     WIDTH: gl.constexpr = 16 * WARPS
     if (c + 1) * WIDTH * 2 <= D:
-        if MASKED:
-            return rows[:, None]
-        else:
-            return None
+        return rows[:, None]
     else:
         columns = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, words_of(WARPS)))[None, :]
         there = c * WIDTH + columns < D // 2
@@ -155,12 +152,21 @@ def inside(rows, c: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr, MASKED: 
 
 
 @gluon.jit
-def load(pointers, mask):
-    """Words, zeros where the mask says."""
-    if mask is None:
-        return gl.load(pointers)
+def load(pointers, rows, c: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr, MASKED: gl.constexpr):
+    """Words of chunk c; zeros outside, see :func:`inside`."""
+    if MASKED or (c + 1) * WARPS * 32 > D:
+        return gl.load(pointers, mask=inside(rows, c, D, WARPS, MASKED), other=0)
     else:
-        return gl.load(pointers, mask=mask, other=0)
+        return gl.load(pointers)
+
+
+@gluon.jit
+def store(pointers, words, rows, c: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr, MASKED: gl.constexpr):
+    """Words of chunk c, see :func:`inside`."""
+    if MASKED or (c + 1) * WARPS * 32 > D:
+        gl.store(pointers, words, mask=inside(rows, c, D, WARPS, MASKED))
+    else:
+        gl.store(pointers, words)
 
 
 @gluon.constexpr_function

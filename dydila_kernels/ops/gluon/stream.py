@@ -15,6 +15,7 @@ from dydila_kernels.ops.gluon.chunks import (
     CHUNK,
     as_left,
     async_load,
+    barrier,
     blocks_for,
     chunks_of,
     copy_matrix,
@@ -151,7 +152,7 @@ def dy_of(stream, lefts, head, c, PLACED: gl.constexpr, E: gl.constexpr, WARPS: 
 def wait():
     """For all that is on its way."""
     async_copy.wait_group(0)
-    gl.barrier()
+    barrier()
 
 
 @gluon.jit

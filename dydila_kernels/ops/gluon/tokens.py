@@ -30,7 +30,6 @@ from dydila_kernels.ops.gluon.rows import (
     choose,
     fold,
     halves,
-    inside,
     larger,
     largest,
     load,
@@ -46,6 +45,7 @@ from dydila_kernels.ops.gluon.rows import (
     share,
     share_logits,
     spread,
+    store,
     summed_logits,
     unpacked,
     word_pointers,
@@ -235,7 +235,7 @@ def tokens_tile(z, y, tables, routers, stats, scaling, out, place, there, k, WAR
             other_low, other_high = halves(other_kept.index(c).load(words_of(WARPS)))
             low = low * weight + other_low * other_weight
             found = packed(low, high * weight + other_high * other_weight, dtype)
-            gl.store(at + c * 16 * WARPS, found, mask=inside(there, c, k.D, WARPS, MASKED))
+            store(at + c * 16 * WARPS, found, there, c, k.D, WARPS, MASKED)
 
 
 @gluon.jit
@@ -270,9 +270,9 @@ def gluon_tokens_kernel(tokens, segments, tables, routers, stats, scaling, out, 
     z = ()
     y = ()
     for c in gl.static_range(CHUNKS):
-        z = z + (load(z_pointers + c * 16 * WARPS, inside(active, c, k.D, WARPS, MASKED)),)  # noqa: RUF005  Triton knows no stars
+        z = z + (load(z_pointers + c * 16 * WARPS, active, c, k.D, WARPS, MASKED),)  # noqa: RUF005  Triton knows no stars
     for c in gl.static_range(CHUNKS):
-        y = y + (load(y_pointers + c * 16 * WARPS, inside(active, c, k.D, WARPS, MASKED)),)  # noqa: RUF005
+        y = y + (load(y_pointers + c * 16 * WARPS, active, c, k.D, WARPS, MASKED),)  # noqa: RUF005
     dtype: gl.constexpr = tokens.z.x.dtype.element_ty
     if not_positive(tables.gamma, k.N_F):
         tokens_tile(z, y, tables, routers, stats, scaling, out, place, there, k, WARPS, MASKED, False, dtype)

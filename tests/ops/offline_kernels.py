@@ -119,6 +119,24 @@ def tiles_of(rows: int, columns: int, stages: list[str]) -> dict[str, str | None
         }
 
 
+def in_gluon() -> dict[str, list[str]]:
+    """Of each kernel in Gluon the errors: of heads, with a denominator, of one head, packed; for two targets."""
+    labels = {"stage": "test", "dtype": "", "d": 0, "head": 0}
+    packed = next(variant for variant in cases.VARIANTS if "cu_seqlens" in variant)
+    calls = {
+        ("sm_80", "bf16, heads"): partial(cases.attend, torch.bfloat16, 64, 32),
+        ("sm_90", "fp16, one head"): partial(cases.attend, torch.float16, 136, 136),
+        ("sm_90", "denominator"): partial(cases.attend, torch.bfloat16, 64, 32, normalization="denominator"),
+        ("sm_90", "packed"): partial(cases.attend, torch.bfloat16, 64, 32, **packed),
+    }
+    found: dict[str, list[str]] = {}
+    for (target, name), call in calls.items():
+        for job in record(call, labels, target, TARGETS[target]):
+            if ".gluon." in job.kernel[0]:
+                found.setdefault(f"{name}: {job.kernel[1]}", []).append(figures(job).get("error", ""))
+    return found
+
+
 def approximate() -> dict[str, list[str]]:
     """The approximate divisions and roots of kernels for float32 tokens."""
     variants: list[dict[str, Any]] = [{"straight_through": True}, {"normalization": "denominator"}]

@@ -56,6 +56,15 @@ def test_specialisation_is_that_of_triton() -> None:
     assert found["same"] and not found["different"]
 
 
+def test_gluon_compiles() -> None:
+    """With every version of Triton that there is: Gluon's names and rules change between them."""
+    found = result_of("in_gluon")
+    assert {name.split()[-1] for name in found} == {
+        "prepare_kernel", "gluon_tokens_kernel", "gluon_dots_kernel", "gluon_gradients_kernel"
+    }  # fmt: skip
+    assert not any(any(errors) for errors in found.values()), found
+
+
 @pytest.mark.slow
 def test_faults_are_found() -> None:
     found = result_of("judge")

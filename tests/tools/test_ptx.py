@@ -184,4 +184,6 @@ def test_selected_forms_of_the_kernels(target: str) -> None:
         "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--emulate", target, "-m", "emulated",
         "tests/ops/test_configurations.py",
     )  # fmt: skip
-    assert "3 passed" in said and "readout_kernel" in said
+    assert "4 passed" in said
+    for kernel in ("gluon_tokens_kernel", "gluon_gradients_kernel", "readout_kernel", "rotate_kernel"):
+        assert f" {kernel}: " in said

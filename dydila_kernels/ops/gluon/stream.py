@@ -64,8 +64,7 @@ def stream_of(tokens, source, place, E: gl.constexpr, STRIDE: gl.constexpr, D: g
     if source.x is None:
         x = pointers(source.given, 0, D, place.image, place.token, WARPS)
         x_slots += (gl.allocate_shared_memory(dtype, shape, layout),)
-        matrix = None
-        blocks = ()
+        matrix, blocks = (), ()
     else:
         x = pointers(source.x.x, source.x.stride_xb, source.x.stride_xn, place.image, place.first, WARPS)
         for _ in gl.static_range(chunks_of(E)):
@@ -95,14 +94,14 @@ def fetch_chunk(stream, step, active, E: gl.constexpr, H: gl.constexpr, WARPS: g
     mask = in_head(active, step % J, E, WARPS)
     async_load(stream.z_slots.index(step % 2), stream.z + at, mask=mask)
     async_load(stream.y_slots.index(step % 2), stream.y + at, mask=mask)
-    if stream.matrix is None:
+    if len(stream.blocks) == 0:
         async_load(stream.x_slots[0].index(step % 2), stream.x + at, mask=mask)
 
 
 @gluon.jit
 def fetch_head(stream, head, active, E: gl.constexpr, STRIDE: gl.constexpr, H: gl.constexpr, WARPS: gl.constexpr):
     """x and the matrix of a head; nothing where dy is given."""
-    if stream.matrix is not None:
+    if len(stream.blocks) > 0:
         h = head % H
         for c in gl.static_range(chunks_of(E)):
             x = stream.x + (h * E + c * CHUNK)
@@ -120,7 +119,7 @@ def begin(stream, head, active, E: gl.constexpr, STRIDE: gl.constexpr, H: gl.con
 @gluon.jit
 def end(stream, head, active, E: gl.constexpr, STRIDE: gl.constexpr, H: gl.constexpr, WARPS: gl.constexpr):
     """The next head is there."""
-    if stream.x_slots[0].shape[0] == 1 and stream.matrix is not None:
+    if stream.x_slots[0].shape[0] == 1 and len(stream.blocks) > 0:
         fetch_head(stream, head + 1, active, E, STRIDE, H, WARPS)
         async_copy.commit_group()
         wait()
@@ -130,7 +129,7 @@ def end(stream, head, active, E: gl.constexpr, STRIDE: gl.constexpr, H: gl.const
 def lefts_of(stream, head, PLACED: gl.constexpr, E: gl.constexpr, WARPS: gl.constexpr):
     """The left operands x of a head; nothing where dy is given."""
     lefts = ()
-    if stream.matrix is not None:
+    if len(stream.blocks) > 0:
         for j in gl.static_range(chunks_of(E)):
             lefts += (as_left(arrived(stream.x_slots[j], slot_of(stream, head), WARPS), PLACED, WARPS),)
     return lefts
@@ -140,7 +139,7 @@ def lefts_of(stream, head, PLACED: gl.constexpr, E: gl.constexpr, WARPS: gl.cons
 def dy_of(stream, lefts, head, c, PLACED: gl.constexpr, E: gl.constexpr, WARPS: gl.constexpr):
     """dy (R, CHUNK) of chunk c of a head, but for its scale; lefts: :func:`lefts_of`."""
     J: gl.constexpr = chunks_of(E)
-    if stream.matrix is None:
+    if len(stream.blocks) == 0:
         return arrived(stream.x_slots[0], (head * J + c) % 2, WARPS).to(gl.float32)
     else:
         if J <= HELD:

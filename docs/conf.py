@@ -29,7 +29,7 @@ myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 4
 nb_execution_mode = "force"  # the tutorial runs in every build
 nb_execution_raise_on_error = True
-nb_execution_timeout = 300  # seconds, for each cell
+nb_execution_timeout = 900  # seconds, for each cell, on a machine that is busy with other things
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"

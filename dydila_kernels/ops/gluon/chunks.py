@@ -7,11 +7,11 @@ order, and give their columns in any, so that :func:`as_left`, :func:`as_right` 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from dydila_kernels.ops.gluon.common import REGISTERS, RELU
 
 CHUNK = gl.constexpr(32)
 # Older Tritons have these under other names.
@@ -115,34 +115,6 @@ def place(n):
 # Rows -----------------------------------------------------------------------------------------------------------------
 
 
-class Place(NamedTuple):
-    """Where the tile of a program lies: image and number of its first token among all, int64; segment; its first token
-    in the image; the end of the segment; T, int64."""
-
-    image: Any
-    segment: Any
-    first: Any
-    end: Any
-    token: Any
-    T: Any
-
-
-@gluon.jit
-def place_of(segments, R: gl.constexpr):
-    """The :class:`Place` of the tile of R tokens of a program of a one-dimensional grid."""
-    T = gl.cast(segments.T, gl.int64)
-    if segments.table is None:
-        tiles = (segments.N + R - 1) // R
-        image = (gl.program_id(0) // tiles).to(gl.int64)
-        first = (gl.program_id(0) % tiles) * R
-        return Place(image, image, first, segments.N, image * segments.N + first, T)
-    else:
-        entry = segments.table + gl.program_id(0) * 3
-        first = gl.load(entry + 1)
-        image = gl.cast(0, gl.int64)
-        return Place(image, gl.load(entry).to(gl.int64), first, gl.load(entry + 2), first.to(gl.int64), T)
-
-
 @gluon.jit
 def pointers(x, stride_xb, stride_xn, image, first, WARPS: gl.constexpr):
     """Pointers (R, CHUNK) to the first channels of the rows from ``first`` of an image on."""
@@ -216,23 +188,16 @@ def add_products(sums, left, blocks, row, WARPS: gl.constexpr):
 
 # Two channels at a time -----------------------------------------------------------------------------------------------
 
-PACKED = {
-    gl.bfloat16: "max.NaN.bf16x2 t, {z}, t; shl.b32 x, t, 16; and.b32 y, t, 0xffff0000;",
-    gl.float16: "max.NaN.f16x2 t, {z}, t; mov.b32 {{u, v}}, t; cvt.f32.f16 x, u; cvt.f32.f16 y, v;",
-}
-"""Of two packed channels z: x and y, their ReLU r in float32; t is 0 before.  NaN stays NaN."""
-REGISTERS = "{ .reg .b32 t; .reg .b16 u, v; .reg .f32 x, y; .reg .pred some; mov.b32 t, 0;"
-
 
 @gluon.constexpr_function
 def raising(dtype):
     """Assembly: p twice, from z, gamma twice and gamma log2 1/m twice; zero where r is, whatever gamma."""
     code = ""
     for p, r, gamma, shift in (("$0", "x", "$3", "$5"), ("$1", "y", "$4", "$6")):
-        code += f"setp.neu.ftz.f32 some, {r}, 0f00000000; lg2.approx.ftz.f32 {r}, {r};"
+        code += f"setp.neu.ftz.f32 test, {r}, 0f00000000; lg2.approx.ftz.f32 {r}, {r};"
         code += f"fma.rn.ftz.f32 {r}, {r}, {gamma}, {shift}; ex2.approx.ftz.f32 {r}, {r};"
-        code += f"selp.f32 {p}, {r}, 0f00000000, some;"
-    return REGISTERS + PACKED[dtype].format(z="$2") + code + "}"
+        code += f"selp.f32 {p}, {r}, 0f00000000, test;"
+    return REGISTERS + RELU[dtype].format(z="$2") + code + "}"
 
 
 @gluon.constexpr_function
@@ -242,10 +207,10 @@ def parting(dtype):
     code = ""
     for i, r in enumerate("xy"):
         s, log, q, inverse, power = (f"${i + n}" for n in (0, 2, 4, 7, 9))
-        code += f"mul.ftz.f32 {r}, {r}, {inverse}; setp.neu.f32 some, {r}, 0f00000000; mov.f32 {s}, {r};"
+        code += f"mul.ftz.f32 {r}, {r}, {inverse}; setp.neu.f32 test, {r}, 0f00000000; mov.f32 {s}, {r};"
         code += f"max.NaN.f32 {r}, {r}, 0f00800000; lg2.approx.ftz.f32 {r}, {r}; mov.f32 {log}, {r};"
-        code += f"mul.ftz.f32 {r}, {r}, {power}; ex2.approx.ftz.f32 {r}, {r}; selp.f32 {q}, {r}, 0f00000000, some;"
-    return REGISTERS + PACKED[dtype].format(z="$6") + code + "}"
+        code += f"mul.ftz.f32 {r}, {r}, {power}; ex2.approx.ftz.f32 {r}, {r}; selp.f32 {q}, {r}, 0f00000000, test;"
+    return REGISTERS + RELU[dtype].format(z="$6") + code + "}"
 
 
 @gluon.jit

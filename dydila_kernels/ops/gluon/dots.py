@@ -37,6 +37,7 @@ from dydila_kernels.ops.gluon.chunks import (
     row,
     total,
 )
+from dydila_kernels.ops.gluon.common import scale_of
 from dydila_kernels.ops.tiles import launch
 
 
@@ -130,9 +131,7 @@ def gluon_dots_kernel(tokens, x, matrix, segments, tables, stats, scaling, dots,
     first = first + split * share
     end = gl.minimum(first + share, end)
     token = image * segments.N
-    scale = scaling.fp16_prescale
-    if scaling.length_scale is not None:
-        scale = scale * gl.load(scaling.length_scale + segment)
+    scale = scale_of(scaling, segment)
 
     dtype: gl.constexpr = tokens.z.x.dtype.element_ty
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])

@@ -34,12 +34,12 @@ from dydila_kernels.ops.gluon.chunks import (
     lines,
     nothing,
     parts,
-    place_of,
     raised,
     result,
     row,
     total,
 )
+from dydila_kernels.ops.gluon.common import inverse_of, place_of, scale_of
 from dydila_kernels.ops.gluon.stream import (
     arrived,
     begin,
@@ -54,7 +54,7 @@ from dydila_kernels.ops.gluon.stream import (
     wait,
 )
 from dydila_kernels.ops.gradients import TableGradients, table_partials
-from dydila_kernels.ops.tiles import TINY, launch, padded
+from dydila_kernels.ops.tiles import launch, padded
 
 LN2 = gl.constexpr(0.6931471805599453)
 
@@ -111,12 +111,19 @@ def incoming(dy, source, denominator, h, c, place, there, sign, k, WARPS: gl.con
 def row_scale_of(renorm1, renorm2, neg_lam, scaling, place, k):
     """What multiplies Zh: of a tile, or (R,) where it is relative to the larger renormalisation."""
     if k.HAS_DENOMINATOR:
-        larger = gl.maximum(renorm1, gl.abs(renorm2 * neg_lam))
-        return gl.where(larger >= TINY, 1.0 / gl.where(larger >= TINY, larger, 1.0), 0.0)
-    elif scaling.length_scale is None:
-        return scaling.fp16_prescale
+        return inverse_of(gl.maximum(renorm1, gl.abs(renorm2 * neg_lam)))
     else:
-        return scaling.fp16_prescale * gl.load(scaling.length_scale + place.segment)
+        return scale_of(scaling, place.segment)
+
+
+@gluon.jit
+def store_gradient(out, z, inverse, gamma, x, v, steep, linear, mask):
+    """Stores the gradient of a chunk z (R, CHUNK) of a branch; returns its part of the sum in dgamma, folded."""
+    s, log, q = parts(z, inverse, gamma - 1.0)
+    p = q * s
+    rest = x - p * v
+    gl.store(out, (steep * (q * rest) + linear * s).to(z.dtype), mask=mask)
+    return fold(p * log * rest)
 
 
 @gluon.jit
@@ -231,7 +238,7 @@ def gluon_gradients_kernel(tokens, segments, tables, stats, scaling, source, den
     e1 = nothing(WARPS)
     e2 = nothing(WARPS)
     dz = grads.dz + place.token * k.D
-    dy_out = grads.dz_redundant + place.token * k.D
+    dz_redundant = grads.dz_redundant + place.token * k.D
     walked: gl.constexpr = H if dots is None else 0
     for h in range(0, H):
         head = walked + h
@@ -244,22 +251,11 @@ def gluon_gradients_kernel(tokens, segments, tables, stats, scaling, source, den
             at = h * E + c * CHUNK
             dy = dy_of(stream, lefts, head, c, PLACED, E, WARPS)
             x1, x2 = incoming(dy, source, denominator, h, c, place, there, sign, k, WARPS)
-            s, log, q = parts(arrived(stream.z_slots, step % 2, WARPS), inverse1, gamma1 - 1.0)
-            p = q * s
-            rest = x1 - p * v1
-            gl.store(
-                dz + at + out, (steep1 * (q * rest) + linear1 * s).to(dtype), mask=in_head(there[:, None], c, E, WARPS)
-            )
-            e1 += fold(p * log * rest)
-            s, log, q = parts(arrived(stream.y_slots, step % 2, WARPS), inverse2, gamma2 - 1.0)
-            p = q * s
-            rest = x2 - p * v2
-            gl.store(
-                dy_out + at + out,
-                (steep2 * (q * rest) + linear2 * s).to(dtype),
-                mask=in_head(there[:, None], c, E, WARPS),
-            )
-            e2 += fold(p * log * rest)
+            mask = in_head(there[:, None], c, E, WARPS)
+            z = arrived(stream.z_slots, step % 2, WARPS)
+            e1 += store_gradient(dz + at + out, z, inverse1, gamma1, x1, v1, steep1, linear1, mask)
+            z = arrived(stream.y_slots, step % 2, WARPS)
+            e2 += store_gradient(dz_redundant + at + out, z, inverse2, gamma2, x2, v2, steep2, linear2, mask)
             wait()
         end(stream, head, active, E, STRIDE, H, WARPS)
     e1 = total(e1, WARPS) * renorm1 * (scale * unit * LN2)

@@ -8,13 +8,11 @@ the words are operands as they are: :func:`as_right` moves nothing.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-TINY = gl.constexpr(torch.finfo(torch.float32).tiny)
+from dydila_kernels.ops.gluon.common import REGISTERS, RELU
+
 R = gl.constexpr(16)
 """Tokens of a program: the columns of two products of tensor cores."""
 
@@ -80,34 +78,6 @@ def halves(words):
         "{ .reg .b16 u, v; mov.b32 {u, v}, $2; cvt.f32.f16 $0, u; cvt.f32.f16 $1, v; }", "=f,=f,r", [words],
         dtype=(gl.float32, gl.float32), is_pure=True, pack=1,
     )  # fmt: skip
-
-
-class Place(NamedTuple):
-    """Where the tile of a program lies: its image, int64, and segment, its first token in the image, the end of the
-    segment, and the number of its first token among all, int64; T, int64."""
-
-    image: Any
-    segment: Any
-    first: Any
-    end: Any
-    token: Any
-    T: Any
-
-
-@gluon.jit
-def place_of(segments, tile):
-    """The :class:`Place` of a tile."""
-    T = gl.cast(segments.T, gl.int64)
-    if segments.table is None:
-        tiles = (segments.N + R - 1) // R
-        image = (tile // tiles).to(gl.int64)
-        first = (tile % tiles) * R
-        return Place(image, image, first, segments.N, image * segments.N + first, T)
-    else:
-        entry = segments.table + tile * 3
-        first = gl.load(entry + 1)
-        image = gl.cast(0, gl.int64)
-        return Place(image, gl.load(entry).to(gl.int64), first, gl.load(entry + 2), first.to(gl.int64), T)
 
 
 @gluon.jit
@@ -178,13 +148,6 @@ def words_shared(warps):
 
 # Two channels at a time -----------------------------------------------------------------------------------------------
 
-PACKED = {
-    gl.bfloat16: "max.NaN.bf16x2 t, {z}, t; shl.b32 x, t, 16; and.b32 y, t, 0xffff0000;",
-    gl.float16: "max.NaN.f16x2 t, {z}, t; mov.b32 {{u, v}}, t; cvt.f32.f16 x, u; cvt.f32.f16 y, v;",
-}
-"""Of a word z: x and y, the ReLU of both in float32; t is 0 before.  NaN stays NaN."""
-BEGIN = "{ .reg .b32 t; .reg .b16 u, v; .reg .f32 x, y; .reg .pred zero; mov.b32 t, 0;"
-
 
 @gluon.constexpr_function
 def measuring(dtype, positive):
@@ -196,9 +159,9 @@ def measuring(dtype, positive):
     powers = ""
     for p, s in (("$2", "$0"), ("$3", "$1")):
         powers += f"lg2.approx.ftz.f32 x, {s}; mul.ftz.f32 x, x, $7; ex2.approx.ftz.f32 {p}, x;"
-        powers += "" if positive else f"setp.eq.f32 zero, {s}, 0f00000000; selp.f32 {p}, 0f00000000, {p}, zero;"
+        powers += "" if positive else f"setp.eq.f32 test, {s}, 0f00000000; selp.f32 {p}, 0f00000000, {p}, test;"
     ratios = "mul.ftz.f32 $0, x, $6; mul.ftz.f32 $1, y, $6;"
-    return BEGIN + PACKED[dtype].format(z="$5") + ratios + powers + "cvt.rn.f16x2.f32 $4, $3, $2; }"
+    return REGISTERS + RELU[dtype].format(z="$5") + ratios + powers + "cvt.rn.f16x2.f32 $4, $3, $2; }"
 
 
 @gluon.jit
@@ -255,7 +218,7 @@ def fold(x, WARPS: gl.constexpr):
 
 @gluon.constexpr_function
 def unpacking(dtype):
-    return BEGIN + PACKED[dtype].format(z="$2") + "mov.f32 $0, x; mov.f32 $1, y; }"
+    return REGISTERS + RELU[dtype].format(z="$2") + "mov.f32 $0, x; mov.f32 $1, y; }"
 
 
 @gluon.jit

@@ -21,9 +21,9 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from dydila_kernels.ops import configs
 from dydila_kernels.ops.context import LaunchContext, QKOperand
 from dydila_kernels.ops.forms import choices
+from dydila_kernels.ops.gluon.common import inverse_of, place_of, scale_of
 from dydila_kernels.ops.gluon.routers import prepared
 from dydila_kernels.ops.gluon.rows import (
-    TINY,
     R,
     as_right,
     bits,
@@ -37,7 +37,6 @@ from dydila_kernels.ops.gluon.rows import (
     numbers_of_logits,
     numbers_of_rows,
     packed,
-    place_of,
     pointers,
     products,
     row,
@@ -52,7 +51,7 @@ from dydila_kernels.ops.gluon.rows import (
     words_of,
     words_shared,
 )
-from dydila_kernels.ops.tiles import launch, padded
+from dydila_kernels.ops.tiles import TINY, launch, padded
 
 SPARE = gl.constexpr(768)
 """Channels up to which there is shared memory for the logits of one branch while the other is routed."""
@@ -85,12 +84,6 @@ def route(words, router, c: gl.constexpr, logits, dtype: gl.constexpr, N: gl.con
         x = gl.convert_layout(x, gl.DotOperandLayout(0, products(WARPS), 2), assert_trivial=True)
         logits = mma_v2(x, z, logits)
     return logits
-
-
-@gluon.jit
-def inverse_of(m):
-    """1/m (R,), and 0 of less than the smallest normal number."""
-    return gl.where(m >= TINY, 1.0 / gl.where(m >= TINY, m, 1.0), 0.0)
 
 
 @gluon.jit
@@ -246,15 +239,6 @@ def not_positive(table, N: gl.constexpr):
 
 
 @gluon.jit
-def scale_of(scaling, segment):
-    """What multiplies Zh, see :class:`Scaling`."""
-    scale = scaling.fp16_prescale
-    if scaling.length_scale is not None:
-        scale *= gl.load(scaling.length_scale + segment)
-    return scale
-
-
-@gluon.jit
 def gluon_tokens_kernel(tokens, segments, tables, routers, stats, scaling, out, k: gl.constexpr,
                         MASKED: gl.constexpr):  # fmt: skip
     """One program for a tile of R tokens: routes and measures them, then writes Zh to out (T, d), or None.
@@ -264,7 +248,7 @@ def gluon_tokens_kernel(tokens, segments, tables, routers, stats, scaling, out, 
     """
     WARPS: gl.constexpr = gl.num_warps()
     CHUNKS: gl.constexpr = (k.D + 32 * WARPS - 1) // (32 * WARPS)
-    place = place_of(segments, gl.program_id(0))
+    place = place_of(segments, R)
     there, active = rows_there(tokens.mask, place, WARPS)
     z_pointers, y_pointers = pointers(tokens.z, place, WARPS), pointers(tokens.redundant, place, WARPS)
     z = ()

@@ -217,47 +217,29 @@ def dydila_attention(
     def rotated(tokens: Tensor) -> Tensor:
         return tokens if rotary is None else rotate(tokens, *rotary, rotary_pairing, num_heads)
 
-    qt, kt = measure("measure_q", q, kernel_routers[0]), measure("measure_k", k, kernel_routers[1])
-    if differential == "off":
+    def attend(q: Tensor, k: Tensor, q_mass: Tensor, k_mass: Tensor) -> Tensor:
         return linear_attention(
-            rotated(qt),
-            rotated(kt),
+            rotated(q),
+            rotated(k),
             v,
             num_heads=num_heads,
             normalization=normalization,
             count=count,
-            q_mass=qt,
-            k_mass=kt,
+            q_mass=q_mass,
+            k_mass=k_mass,
         )
+
+    qt, kt = measure("measure_q", q, kernel_routers[0]), measure("measure_k", k, kernel_routers[1])
+    if differential == "off":
+        return attend(qt, kt, qt, kt)
 
     assert q_redundant is not None and k_redundant is not None and lam is not None and differential_routers is not None
     qr = measure("measure_q_redundant", q_redundant, kernel_routers[2])
     kr = measure("measure_k_redundant", k_redundant, kernel_routers[3])
     lam_q = choose(lam, *decide("differential_q", torch.cat([qt, qr], -1), differential_routers[0]))  # Eq. 7
     if differential == "map":  # Eq. 10
-        first, second = (
-            linear_attention(
-                rotated(a),
-                rotated(b),
-                v,
-                num_heads=num_heads,
-                normalization=normalization,
-                count=count,
-                q_mass=a,
-                k_mass=b,
-            )
-            for a, b in ((qt, kt), (qr, kr))
-        )
-        return difference(first, second, lam_q)
+        return difference(attend(qt, kt, qt, kt), attend(qr, kr, qr, kr), lam_q)
 
     lam_k = choose(lam, *decide("differential_k", torch.cat([kt, kr], -1), differential_routers[1]))
-    return linear_attention(  # Eq. 8
-        rotated(difference(qt, qr, lam_q)),
-        rotated(difference(kt, kr, lam_k)),
-        v,
-        num_heads=num_heads,
-        normalization=normalization,
-        count=count,
-        q_mass=difference(qt, qr, -lam_q.abs()),
-        k_mass=difference(kt, kr, -lam_k.abs()),
-    )
+    q_mass, k_mass = difference(qt, qr, -lam_q.abs()), difference(kt, kr, -lam_k.abs())
+    return attend(difference(qt, qr, lam_q), difference(kt, kr, lam_k), q_mass, k_mass)  # Eq. 8

@@ -50,6 +50,14 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """What ``torch.compile`` made for other tests is forgotten, and what it makes for this one."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 class NeedsTriton(pytest.Module):
     def collect(self) -> NoReturn:
         pytest.skip("Triton is not installed", allow_module_level=True)

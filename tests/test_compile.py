@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,14 +18,8 @@ CONFIGURATIONS: list[dict[str, Any]] = [
     {"differential": "map", "num_heads": 2, "qkv_bias": True},
     {"differential": "off", "num_projectors": 0, "dwc_branches": ()},
 ]
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 every_kind = pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def layer_of(configuration: dict[str, Any], dtype: torch.dtype = torch.float64) -> tuple[DyDiLAttention, Tensor]:

@@ -8,25 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dydila_kernels.ops import core, depthwise, gemm
+from dydila_kernels.ops import core, depthwise, forms, gemm
 from dydila_kernels.ops.arguments import Denominator, Source, contiguous_channels
 from dydila_kernels.ops.context import LaunchContext, QKOperand
 from dydila_kernels.ops.core import Inputs, SavedForBackward, Settings, zero_where_masked
-from dydila_kernels.ops.gradients import (
-    TableGradients,
-    denominator_gradient,
-    gradients,
-    source_of,
-    why_not_gluon_gradients,
-)
+from dydila_kernels.ops.gradients import TableGradients, denominator_gradient, gradients, source_of
 from dydila_kernels.ops.linear_attention import correlation, state
 from dydila_kernels.ops.rotary import add_table_gradients, rotate
 from dydila_kernels.ops.straight_through import straight_through_gradients
 from dydila_kernels.ops.tokens import tokens
 from dydila_kernels.types import Ranks
-
-DOTS_HEADS = (32, 64, 72, 96)
-"""Widths of heads of :mod:`dydila_kernels.ops.gluon.dots`."""
 
 
 class InputGradients(NamedTuple):
@@ -130,8 +121,8 @@ def fused_backward(
     if settings.has_denominator:
         denominator = denominator._replace(weights=denominator_gradient(context, q, source, denominator))
     dots, values = None, source_of(context, x=v)
-    keys_in_gluon = why_not_gluon_gradients(context, k, values, add) is None
-    if keys_in_gluon and why_not_gluon_dots(context, q, source, denominator) is None:
+    keys_in_gluon = forms.why_not_gluon_gradients(context, k, values, add) is None
+    if keys_in_gluon and forms.why_not_gluon_dots(context, q, source, denominator) is None:
         from dydila_kernels.ops.gluon.dots import dots as gluon_dots
 
         (total, dots), dmeans = gluon_dots(context, q, grad, saved.states[i]), None
@@ -151,15 +142,6 @@ def placed(matrix: Tensor) -> Tensor:
     """(.., e) with the columns of each 32 in the order that the Gluon form takes, zeros at the end of the last."""
     whole = torch.nn.functional.pad(matrix, (0, -matrix.shape[-1] % 32))
     return whole.unflatten(-1, (-1, 4, 4, 2)).transpose(-3, -2).flatten(-4).contiguous()
-
-
-def why_not_gluon_dots(context: LaunchContext, side: QKOperand, source: Source, denominator: Denominator) -> str | None:
-    """The reason why the gradient of the state takes the Triton form, or None where it takes that in Gluon."""
-    if context.head_dim not in DOTS_HEADS:
-        return f"heads of {context.head_dim} are none of {DOTS_HEADS}"
-    if denominator.vector is not None:
-        return "denominator terms have gradients"
-    return why_not_gluon_gradients(context, side, source)
 
 
 def gemm_backward(

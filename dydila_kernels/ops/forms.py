@@ -10,12 +10,14 @@ Both save the same statistics, so that each launch of a call is free to take eit
 from __future__ import annotations
 
 import os
+from functools import cache
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from dydila_kernels.ops import tiles
+from dydila_kernels.ops.arguments import Denominator, Source
 from dydila_kernels.ops.context import LaunchContext, QKOperand
 
 VARIABLE = "DYDILA_KERNELS_FORM"
@@ -32,6 +34,13 @@ def wanted() -> str:
 
 LARGEST = 1280
 """Channels whose words the registers of a program hold."""
+DOTS_HEADS = (32, 64, 72, 96)
+"""Widths of heads of :mod:`dydila_kernels.ops.gluon.dots`."""
+
+
+@cache
+def has_gluon() -> bool:
+    return find_spec("triton.experimental.gluon") is not None
 
 
 def why_no_gluon_here() -> str | None:
@@ -40,7 +49,7 @@ def why_no_gluon_here() -> str | None:
         return "Gluon has no interpreter"
     if tiles.target != "cuda":
         return "the layouts are those of NVIDIA's tensor cores"
-    if find_spec("triton.experimental.gluon") is None:
+    if not has_gluon():
         return "this Triton has no Gluon"
     return None
 
@@ -87,3 +96,26 @@ def why_not_gluon_tokens(context: LaunchContext, side: QKOperand, *, decide: boo
     if any(not in_words(t) for t in (side.tokens, side.redundant) if t is not None):
         return "rows do not begin at even channels"
     return why_not_gluon(context, side)
+
+
+def why_not_gluon_gradients(context: LaunchContext, side: QKOperand, source: Source, add: bool = False) -> str | None:
+    """The reason why the gradients of a side take the Triton form, or None where they take that in Gluon."""
+    if context.head_dim % 8 or context.head_dim < 24:
+        return f"heads of {context.head_dim} are too narrow, or no multiple of 8"
+    if add:
+        return "the gradient of V is added to what is there"
+    if side.lam_index is None or side.slopes is not None:
+        return "no lambda is chosen, or routers are trained"
+    for x in (side.tokens, side.redundant, source.given if source.x is None else source.x.x):
+        if x is not None and (x.data_ptr() % 16 or x.stride(0) % 16 or x.stride(1) % 16):
+            return "rows are not aligned to 16 bytes"
+    return why_not_gluon(context, side)
+
+
+def why_not_gluon_dots(context: LaunchContext, side: QKOperand, source: Source, denominator: Denominator) -> str | None:
+    """The reason why the gradient of the state takes the Triton form, or None where it takes that in Gluon."""
+    if context.head_dim not in DOTS_HEADS:
+        return f"heads of {context.head_dim} are none of {DOTS_HEADS}"
+    if denominator.vector is not None:
+        return "denominator terms have gradients"
+    return why_not_gluon_gradients(context, side, source)

@@ -309,20 +309,6 @@ def denominator_gradient(context: LaunchContext, side: QKOperand, source: Source
     return out
 
 
-def why_not_gluon_gradients(context: LaunchContext, side: QKOperand, source: Source, add: bool = False) -> str | None:
-    """The reason why :func:`gradients` takes the Triton form, or None where it takes that in Gluon."""
-    if context.head_dim % 8 or context.head_dim < 24:
-        return f"heads of {context.head_dim} are too narrow, or no multiple of 8"
-    if add:
-        return "the gradient of V is added to what is there"
-    if side.lam_index is None or side.slopes is not None:
-        return "no lambda is chosen, or routers are trained"
-    for x in (side.tokens, side.redundant, source.given if source.x is None else source.x.x):
-        if x is not None and (x.data_ptr() % 16 or x.stride(0) % 16 or x.stride(1) % 16):
-            return "rows are not aligned to 16 bytes"
-    return forms.why_not_gluon(context, side)
-
-
 def gradients(
     context: LaunchContext,
     side: QKOperand,
@@ -342,7 +328,7 @@ def gradients(
     ``dv`` (B, N, d), where given, is written or added to: the readout of ``side``, and the mirrored convolution of
     ``grad`` (B, N, d) by ``weight`` (9, d), where given.  ``dots``, see :mod:`dydila_kernels.ops.gluon.dots`, or None.
     """
-    if why_not_gluon_gradients(context, side, source, add) is None:
+    if forms.why_not_gluon_gradients(context, side, source, add) is None:
         from dydila_kernels.ops.gluon.gradients import gradients as gluon_gradients
 
         assert dz_redundant is not None

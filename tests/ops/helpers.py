@@ -28,7 +28,8 @@ from dydila_kernels.testing import (
 from dydila_kernels.types import Convolution, Grid
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+HALF = [torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, *HALF]
 STAGES = ("tokens", "state", "readout", "gradients", "routed_gradients", "given_gradients", "rotary")
 NORMALIZATIONS = ["length", "none", "denominator"]
 DIFFERENTIALS = ["token", "map", "off"]

@@ -12,6 +12,7 @@ from dydila_kernels.ops import core, forms, tiles
 from dydila_kernels.testing import TOKENS, Tensors, cast, decisions
 from tests.ops.helpers import (
     DEVICE,
+    HALF,
     assert_repeats,
     assert_same_bits,
     attend,
@@ -23,22 +24,7 @@ from tests.ops.helpers import (
 )
 from tests.ops.test_tokens import shortfall
 
-HALF = [torch.bfloat16, torch.float16]
 needs_gluon = pytest.mark.skipif(tiles.INTERPRETED, reason="Gluon has no interpreter: --emulate sm_90, or a GPU")
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """Names of the kernels that a test launches."""
-    names: set[str] = set()
-    launcher = tiles.launcher
-
-    def note(kernel: Any, *arguments: Any) -> None:
-        names.add(kernel.__name__)
-        launcher(kernel, *arguments)
-
-    monkeypatch.setattr(tiles, "launcher", note)
-    return names
 
 
 CASES: dict[str, dict[str, Any]] = {

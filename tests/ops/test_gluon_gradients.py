@@ -11,6 +11,7 @@ from dydila_kernels.ops import tiles
 from dydila_kernels.testing import TOKENS
 from tests.ops.helpers import (
     DEVICE,
+    HALF,
     assert_core_within_twice_plain,
     assert_repeats,
     assert_same_bits,
@@ -22,21 +23,6 @@ from tests.ops.helpers import (
 )
 
 pytestmark = pytest.mark.skipif(tiles.INTERPRETED, reason="Gluon has no interpreter: run with --emulate, or on a GPU")
-HALF = [torch.bfloat16, torch.float16]
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """Names of the kernels that a test launches."""
-    names: set[str] = set()
-    launcher = tiles.launcher
-
-    def note(kernel: Any, *arguments: Any) -> None:
-        names.add(kernel.__name__)
-        launcher(kernel, *arguments)
-
-    monkeypatch.setattr(tiles, "launcher", note)
-    return names
 
 
 CASES: dict[str, dict[str, Any]] = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -40,14 +39,8 @@ CONFIGURATIONS: list[dict[str, Any]] = [
     {"differential": "map", "qkv_bias": True, "router_gradient": "straight_through"},
     {"differential": "off", "num_projectors": 0, "dwc_branches": ()},
 ]
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 every_kind = pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def arguments_of(

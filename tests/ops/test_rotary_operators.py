@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -28,14 +27,8 @@ CALLS: dict[str, dict[str, Any]] = {
     "map, mask": {"differential": "map", "mask": torch.arange(12).view(2, 6).to(DEVICE) % 3 != 0},
     "scores, packed": {"batch": 1, "length": 9, "cu_seqlens": [0, 1, 1, 9], "learned": True},
 }
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 every_call = pytest.mark.parametrize("name", list(CALLS))
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def arguments_of(

@@ -139,37 +139,39 @@ def store(pointers, words, rows, c: gl.constexpr, D: gl.constexpr, WARPS: gl.con
         gl.store(pointers, words)
 
 
-@gluon.constexpr_function
-def words_shared(warps):
-    """(R, 16 W) words in shared memory: 16 bytes of each lane, one lane after the other."""
-    lanes = [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0], [8, 0]]
-    return gl.SharedLinearLayout([[0, 1], [0, 2], *lanes, *([0, 16 << i] for i in bits(warps))])
-
-
 # Two channels at a time -----------------------------------------------------------------------------------------------
 
 
 @gluon.constexpr_function
 def measuring(dtype, positive):
-    """Assembly: s = ReLU(z) / m twice, p = s^gamma twice, p in f16; from z, 1/m, gamma.
+    """Assembly: s s + s' s', p p + p' p', and both p = s^gamma in f16 and what that lacks; from z, 1/m, gamma.
 
     Results below the smallest normal number are zeros (ftz), and log2 0 = -inf: so 0^gamma = 0 for gamma > 0
     (``positive``), and is made so for others.
     """
     powers = ""
-    for p, s in (("$2", "$0"), ("$3", "$1")):
-        powers += f"lg2.approx.ftz.f32 x, {s}; mul.ftz.f32 x, x, $7; ex2.approx.ftz.f32 {p}, x;"
+    for p, s in (("p", "x"), ("q", "y")):
+        powers += f"lg2.approx.ftz.f32 {p}, {s}; mul.ftz.f32 {p}, {p}, $6; ex2.approx.ftz.f32 {p}, {p};"
         powers += "" if positive else f"setp.eq.f32 test, {s}, 0f00000000; selp.f32 {p}, 0f00000000, {p}, test;"
-    ratios = "mul.ftz.f32 $0, x, $6; mul.ftz.f32 $1, y, $6;"
-    return REGISTERS + RELU[dtype].format(z="$5") + ratios + powers + "cvt.rn.f16x2.f32 $4, $3, $2; }"
+    ratios = "mul.ftz.f32 x, x, $5; mul.ftz.f32 y, y, $5;"
+    squares = "mul.f32 $0, x, x; fma.rn.f32 $0, y, y, $0; mul.f32 $1, p, p; fma.rn.f32 $1, q, q, $1;"
+    rounded = "cvt.rn.f16x2.f32 $2, q, p;"
+    # 11 leading bits, by a product with 2^13 + 1: from the word itself ptxas would keep both halves for later.
+    lacking = "".join(
+        f"mul.rn.f32 x, {p}, 0f46000400; sub.rn.f32 y, x, {p}; sub.rn.f32 x, x, y; sub.rn.f32 {p}, {p}, x;"
+        for p in ("p", "q")
+    )
+    lacking += "cvt.rn.f16x2.f32 $3, q, p; }"
+    return REGISTERS + ".reg .f32 p, q;" + RELU[dtype].format(z="$4") + ratios + powers + squares + rounded + lacking
 
 
 @gluon.jit
 def measured(words, inv_max, gamma, dtype: gl.constexpr, POSITIVE: gl.constexpr):
-    """Words (R, C) of z, 1/m and gamma (R, 1) -> float32 s, s', p, p' of both channels, and words of p in float16."""
+    """Words (R, C) of z, 1/m and gamma (R, 1) -> float32 sums of the squares of both s and of both p; words of p in
+    float16, and of what these lack."""
     return gl.inline_asm_elementwise(
-        measuring(dtype, POSITIVE), "=&f,=&f,=&f,=&f,=r,r,f,f", [words, inv_max, gamma],
-        dtype=(gl.float32, gl.float32, gl.float32, gl.float32, gl.int32), is_pure=True, pack=1,
+        measuring(dtype, POSITIVE), "=&f,=&f,=&r,=&r,r,f,f", [words, inv_max, gamma],
+        dtype=(gl.float32, gl.float32, gl.int32, gl.int32), is_pure=True, pack=1,
     )  # fmt: skip
 
 

@@ -49,12 +49,8 @@ from dydila_kernels.ops.gluon.rows import (
     unpacked,
     word_pointers,
     words_of,
-    words_shared,
 )
 from dydila_kernels.ops.tiles import TINY, launch, padded
-
-SPARE = gl.constexpr(768)
-"""Channels up to which there is shared memory for the logits of one branch while the other is routed."""
 
 
 @gluon.constexpr_function
@@ -69,9 +65,10 @@ def router_layout(options, warps):
 
 
 @gluon.jit
-def route(words, router, c: gl.constexpr, logits, dtype: gl.constexpr, N: gl.constexpr, PARTS: gl.constexpr,
+def route(words, rest, router, c: gl.constexpr, logits, dtype: gl.constexpr, N: gl.constexpr, PARTS: gl.constexpr,
           WARPS: gl.constexpr):  # fmt: skip
-    """logits (W, n, R) + of each warp the parts of a router (d / 32, PARTS, 32 n) times the words of chunk c."""
+    """logits (W, n, R) + of each warp the parts of a router (d / 32, PARTS, 32 n) times the words of chunk c, and the
+    largest part times what these lack, where given."""
     SIZE: gl.constexpr = padded(N) * 32
     layout: gl.constexpr = router_layout(padded(N), WARPS)
     warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, layout))[:, None]
@@ -83,6 +80,8 @@ def route(words, router, c: gl.constexpr, logits, dtype: gl.constexpr, N: gl.con
         x = gl.reshape(gl.permute(x, (0, 1, 6, 3, 2, 5, 4, 7)), (WARPS, padded(N), 32))
         x = gl.convert_layout(x, gl.DotOperandLayout(0, products(WARPS), 2), assert_trivial=True)
         logits = mma_v2(x, z, logits)
+        if part == PARTS - 1 and rest is not None:
+            logits = mma_v2(x, as_right(rest, dtype, WARPS), logits)
     return logits
 
 
@@ -114,27 +113,16 @@ def lane_largest(most, dtype: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def routed(z, y, router, k, dtype: gl.constexpr, WARPS: gl.constexpr):
-    """Of what each warp has of both branches, as words: their logits, shared, and largest entries (R, W)."""
+def routed(words, router, k, dtype: gl.constexpr, WARPS: gl.constexpr):
+    """Of what each warp has of a branch, as words: its logits and largest entries (R, W), shared."""
     PARTS: gl.constexpr = 3 if dtype == gl.bfloat16 else 2
-    other = router + len(z) * WARPS * 32 * PARTS * padded(k.N_F)
     logits = gl.zeros([WARPS, padded(k.N_F), R], gl.float32, products(WARPS))
-    other_logits = logits
-    most = largest(z[0], dtype, WARPS)
-    other_most = largest(y[0], dtype, WARPS)
-    for c in gl.static_range(len(z)):
-        logits = route(z[c], router, c, logits, dtype, k.N_F, PARTS, WARPS)
-    if k.D <= SPARE:
-        logits = share_logits(logits, WARPS)
-    for c in gl.static_range(len(z)):
-        other_logits = route(y[c], other, c, other_logits, dtype, k.N_F, PARTS, WARPS)
+    most = largest(words[0], dtype, WARPS)
+    for c in gl.static_range(len(words)):
+        logits = route(words[c], None, router, c, logits, dtype, k.N_F, PARTS, WARPS)
         if c > 0:
-            most = larger(most, largest(z[c], dtype, WARPS), dtype)
-            other_most = larger(other_most, largest(y[c], dtype, WARPS), dtype)
-    if k.D > SPARE:
-        logits = share_logits(logits, WARPS)
-    other_logits = share_logits(other_logits, WARPS)
-    return logits, other_logits, lane_largest(most, dtype, WARPS), lane_largest(other_most, dtype, WARPS)
+            most = larger(most, largest(words[c], dtype, WARPS), dtype)
+    return share_logits(logits, WARPS), share(lane_largest(most, dtype, WARPS), WARPS)
 
 
 class Powers(NamedTuple):
@@ -149,13 +137,13 @@ class Powers(NamedTuple):
 def add_powers(found, words, router, c: gl.constexpr, inv_max, gamma, k, dtype: gl.constexpr, WARPS: gl.constexpr,
                POSITIVE: gl.constexpr):  # fmt: skip
     """Words of the powers of chunk c in float16, and ``found`` with what they add."""
-    s, t, p, q, half = measured(words, inv_max[:, None], gamma[:, None], dtype, POSITIVE)
-    squares = found.squares + fold(s * s + t * t, WARPS)
-    norms = found.norms + fold(p * p + q * q, WARPS)
-    dots = route(half, router, c, found.dots, gl.float16, k.N_D, 2, WARPS)
+    square, norm, half, rest = measured(words, inv_max[:, None], gamma[:, None], dtype, POSITIVE)
+    squares = found.squares + fold(square, WARPS)
+    norms = found.norms + fold(norm, WARPS)
     if dtype == gl.float16:  # as exact as float16 tokens are
-        high, low = halves(half)
-        dots = route(packed(p - high, q - low, gl.float16), router, c, dots, gl.float16, k.N_D, 2, WARPS)
+        dots = route(half, rest, router, c, found.dots, gl.float16, k.N_D, 2, WARPS)
+    else:
+        dots = route(half, None, router, c, found.dots, gl.float16, k.N_D, 2, WARPS)
     return half, Powers(dots, squares, norms)
 
 
@@ -172,60 +160,61 @@ def tokens_tile(z, y, tables, routers, stats, scaling, out, place, there, k, WAR
                 MASKED: gl.constexpr, POSITIVE: gl.constexpr, dtype: gl.constexpr):  # fmt: skip
     """What :func:`gluon_tokens_kernel` does with the words z, y of both branches; POSITIVE: all gamma are."""
     CHUNKS: gl.constexpr = len(z)
-    logits, other, most, other_most = routed(z, y, routers.kernel, k, dtype, WARPS)
-    most, other_most = share(most, WARPS), share(other_most, WARPS)
+    PARTS: gl.constexpr = 3 if dtype == gl.bfloat16 else 2
+    logits, most = routed(z, routers.kernel, k, dtype, WARPS)
+    other = routers.kernel + CHUNKS * WARPS * 32 * PARTS * padded(k.N_F)
+    other, other_most = routed(y, other, k, dtype, WARPS)
     index, gamma = choose(summed_logits(logits, WARPS), tables.gamma, k.N_F)
     other_index, other_gamma = choose(summed_logits(other, WARPS), tables.gamma, k.N_F)
     gamma, other_gamma = spread(gamma, WARPS), spread(other_gamma, WARPS)
     inv_max = inverse_of(as_row(gl.max(most.load(numbers_of_rows(WARPS)), 1), WARPS))
-    other_inv = inverse_of(as_row(gl.max(other_most.load(numbers_of_rows(WARPS)), 1), WARPS))
-    gamma, other_gamma = gamma.load(row(WARPS)), other_gamma.load(row(WARPS))
+    gamma = gamma.load(row(WARPS))
+
+    column: gl.constexpr = index.type.layout
+    n = place.token + gl.arange(0, R, layout=column)
+    counts = place.first + gl.arange(0, R, layout=column) < place.end
+    gl.store(stats.index + n, index.to(gl.int8), mask=counts)
+    gl.store(stats.index + place.T + n, other_index.to(gl.int8), mask=counts)
+    rows = place.token + gl.arange(0, R, layout=row(WARPS))
+    gl.store(stats.norms + rows, inv_max, mask=there)
 
     none = fold(gl.zeros([R, 16 * WARPS], gl.float32, words_of(WARPS)), WARPS)
     first = Powers(gl.zeros([WARPS, padded(k.N_D), R], gl.float32, products(WARPS)), none, none)
     second = first
     other = routers.differential + CHUNKS * WARPS * 32 * 2 * padded(k.N_D)
-    if out is not None:
-        kept = gl.allocate_shared_memory(gl.int32, [CHUNKS, R, 16 * WARPS], words_shared(WARPS))
-        other_kept = gl.allocate_shared_memory(gl.int32, [CHUNKS, R, 16 * WARPS], words_shared(WARPS))
+    kept = ()
+    other_kept = ()
     for c in gl.static_range(CHUNKS):
         half, first = add_powers(first, z[c], routers.differential, c, inv_max, gamma, k, dtype, WARPS, POSITIVE)
-        if out is not None:
-            kept.index(c).store(half)
+        kept += (half,)
+    other_inv = inverse_of(as_row(gl.max(other_most.load(numbers_of_rows(WARPS)), 1), WARPS))
+    other_gamma = other_gamma.load(row(WARPS))
+    gl.store(stats.norms + 3 * place.T + rows, other_inv, mask=there)
     for c in gl.static_range(CHUNKS):
         half, second = add_powers(second, y[c], other, c, other_inv, other_gamma, k, dtype, WARPS, POSITIVE)
-        if out is not None:
-            other_kept.index(c).store(half)
+        other_kept += (half,)
     squares, norms = share(lane_sums(first.squares, WARPS), WARPS), share(lane_sums(first.norms, WARPS), WARPS)
     other_squares = share(lane_sums(second.squares, WARPS), WARPS)
     other_norms = share(lane_sums(second.norms, WARPS), WARPS)
     dots = summed_logits(share_logits(first.dots, WARPS), WARPS)
     other = summed_logits(share_logits(second.dots, WARPS), WARPS)
-    column: gl.constexpr = gl.SliceLayout(1, dots.type.layout)
     renorm, norm = norms_of(most, squares, norms, column, WARPS)
     other_renorm, other_norm = norms_of(other_most, other_squares, other_norms, column, WARPS)
     choice, lam = choose(dots * renorm[:, None] + other * other_renorm[:, None], tables.lam, k.N_D)
 
-    n = place.token + gl.arange(0, R, layout=column)
-    counts = place.first + gl.arange(0, R, layout=column) < place.end
     gl.store(stats.norms + place.T + n, renorm, mask=counts)
     gl.store(stats.norms + 2 * place.T + n, norm, mask=counts)
     gl.store(stats.norms + 4 * place.T + n, other_renorm, mask=counts)
     gl.store(stats.norms + 5 * place.T + n, other_norm, mask=counts)
     gl.store(stats.lam_index + n, choice.to(gl.int8), mask=counts)
-    gl.store(stats.index + n, index.to(gl.int8), mask=counts)
-    gl.store(stats.index + place.T + n, other_index.to(gl.int8), mask=counts)
-    n = place.token + gl.arange(0, R, layout=row(WARPS))
-    gl.store(stats.norms + n, inv_max, mask=there)
-    gl.store(stats.norms + 3 * place.T + n, other_inv, mask=there)
     if out is not None:
         scale = scale_of(scaling, place.segment)
         weight, other_weight = spread(renorm * scale, WARPS), spread(-lam * other_renorm * scale, WARPS)
         weight, other_weight = weight.load(row(WARPS))[:, None], other_weight.load(row(WARPS))[:, None]
         at = word_pointers(out, place.token * k.D, k.D, WARPS)
         for c in gl.static_range(CHUNKS):
-            low, high = halves(kept.index(c).load(words_of(WARPS)))
-            other_low, other_high = halves(other_kept.index(c).load(words_of(WARPS)))
+            low, high = halves(kept[c])
+            other_low, other_high = halves(other_kept[c])
             low = low * weight + other_low * other_weight
             found = packed(low, high * weight + other_high * other_weight, dtype)
             store(at + c * 16 * WARPS, found, there, c, k.D, WARPS, MASKED)

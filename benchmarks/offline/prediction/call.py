@@ -54,14 +54,19 @@ class Kernel:
 
 
 def predictions(shape: Shape, spread: bool = True) -> list[Kernel]:
-    """Of all launches of a forward and a backward call, in order; each binary is compiled once."""
+    """Of all launches of a forward and a backward call, in order."""
     size = Size(shape.images, shape.rows, shape.columns, shape.factors, shape.convolution)
 
     def call() -> None:
         variant = {"rotary_pairing": "interleaved"} if shape.rotary else {}
         attend(DTYPES[shape.dtype], shape.d, shape.d // shape.heads, size, **variant)
 
-    jobs, found = record(call, {}, TARGET, TARGETS[TARGET]), dict[str, Kernel]()
+    return predictions_of(record(call, {}, TARGET, TARGETS[TARGET]), spread)
+
+
+def predictions_of(jobs: Iterable[Job], spread: bool = True) -> list[Kernel]:
+    """Of launches, in their order; each binary is compiled once."""
+    jobs, found = list(jobs), dict[str, Kernel]()
     for job in jobs:
         if job.identity not in found:
             found[job.identity] = predicted(job, spread)

@@ -1,0 +1,115 @@
+"""Predicts every launch of the steps that :mod:`benchmarks.kernels` times: ``python -m benchmarks.offline.prediction``.
+
+Writes the rows that a run on a GPU is held against, benchmarks/results/predictions.jsonl, and the tables of
+benchmarks/QUESTIONS.md.  Kernels are compiled and their machine code simulated; nothing is launched or measured.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import triton
+
+from benchmarks import harness
+from benchmarks.harness import Row
+from benchmarks.kernels import PREDICTIONS
+from benchmarks.offline.compiling import TARGETS, Job, record
+from benchmarks.offline.prediction.call import NOTICE, Kernel, predictions_of
+from benchmarks.offline.prediction.machine import TARGET
+from benchmarks.offline.prediction.steps import SETTINGS, Setting, built, in_form, noting, step_of, title
+
+QUESTIONS = harness.REPOSITORY / "benchmarks" / "QUESTIONS.md"
+BEGIN, END = "<!-- written by python -m benchmarks.offline.prediction -->\n", "<!-- end -->\n"
+
+
+def launches(setting: Setting) -> dict[str, list[Job]]:
+    """What a step launches, by mode and in order."""
+    found = {}
+    with in_form(setting.form), noting(lambda *_: None):
+        for mode, call in step_of(built(setting, "meta", torch.bfloat16), setting).items():
+            found[mode] = record(call, {}, TARGET, TARGETS[TARGET])
+    return found
+
+
+def named(job: Job) -> Row:
+    """What tells launches apart without compiling them."""
+    assert job.launch is not None
+    return {"kernel": job.kernel[1], "grid": list(job.launch.grid), "config": job.config}
+
+
+def rows_of(setting: Setting) -> Iterator[Row]:
+    """One for each launch."""
+    facts = {key: harness.environment("cpu")[key] for key in ("commit", "dydila_kernels", "date")}
+    labels = {"suite": "predictions", "kind": "prediction by a model, not a measurement", **facts}
+    for mode, jobs in launches(setting).items():
+        for number, (job, kernel) in enumerate(zip(jobs, predictions_of(jobs), strict=True)):
+            of = {**labels, "triton": triton.__version__, **setting._asdict(), "mode": mode, "number": number}
+            yield {**of, **named(job), **figures(kernel)}
+
+
+def figures(kernel: Kernel) -> Row:
+    """Microseconds; with ``lower_bound`` some loop ends by data, and is taken to run once."""
+    p = kernel.prediction
+    return {
+        "predicted_us": round(p.microseconds, 1),
+        "fast_us": round(kernel.fast, 1),
+        "slow_us": round(kernel.slow, 1),
+        "floor_us": round(p.floor, 1),
+        "binds": p.binds,
+        "busiest": f"{p.busiest} {p.pipes[p.busiest]:.0f}",
+        "lower_bound": p.loops > 0,
+    }
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """In Markdown: the kernels of the first setting, and the sums of all."""
+    first = [row for row in rows if SETTINGS[0].has(row, row["mode"])]
+    lines = [
+        NOTICE, "", f"{title(first[0])}, bf16, in microseconds:", "",
+        "| | kernel | predicted | spread | floor | binds | busiest |", "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in first:
+        least = "at least " if row["lower_bound"] else ""
+        lines.append(
+            f"| {row['mode']} {row['number'] + 1} | `{row['kernel']}` | {least}{row['predicted_us']:.0f} | "
+            f"{row['fast_us']:.0f}-{row['slow_us']:.0f} | {row['floor_us']:.0f} | {row['binds']} | {row['busiest']} |"
+        )
+    lines += ["", "Sums, of the core alone and with the routed projections (lower bounds backward):", ""]
+    lines += ["| step | core: predicted | spread | floor | all |", "|---|---|---|---|---|"]
+    for setting in SETTINGS:
+        for mode in ("forward", "backward"):
+            found = [row for row in rows if setting.has(row, mode)]
+            core = [row for row in found if not row["kernel"].startswith(PROJECTION)]
+            sums = {key: sum(row[key] for row in core) for key in ("predicted_us", "fast_us", "slow_us", "floor_us")}
+            lines.append(
+                "| {}, {} | {predicted_us:.0f} | {fast_us:.0f}-{slow_us:.0f} | {floor_us:.0f} | {:.0f} |".format(
+                    title(found[0]), mode, sum(row["predicted_us"] for row in found), **sums
+                )
+            )
+    return "\n".join(lines) + "\n"
+
+
+PROJECTION = ("route_", "count_", "rank_", "project_", "weight_gradient_", "sum_partials_")
+
+
+def written(page: str, rows: Sequence[Row]) -> str:
+    """The page with the tables of these rows."""
+    found = re.subn(f"(?<={re.escape(BEGIN)}).*?(?={re.escape(END)})", lambda _: tables(rows), page, flags=re.DOTALL)
+    if found[1] != 1:
+        raise ValueError(f"the page must have one place for the tables, between {BEGIN!r} and {END!r}")
+    return found[0]
+
+
+def main(rows: Path = PREDICTIONS, page: Path = QUESTIONS) -> None:
+    """Writes both."""
+    found = [row for setting in SETTINGS for row in rows_of(setting)]
+    harness.write_rows(rows, found)
+    page.write_text(written(page.read_text(), found))
+    print(tables(found))
+
+
+if __name__ == "__main__":
+    main()

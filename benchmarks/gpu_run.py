@@ -71,17 +71,14 @@ def of_suite(name: str, *runs: str, smoke: str = "", stores: bool = True, on_cpu
     return commands
 
 
-def pytests(*runs: str, smoke: tuple[str, ...]) -> Commands:
-    """Runs of pytest, each with its options; "alone" is for what fills the memory."""
+def pytests(*runs: str, smoke: str) -> Commands:
+    """Runs of pytest with their options, several tests at a time but for a run that begins with "alone"."""
+    pytest = f"env OMP_NUM_THREADS=1 {sys.executable} -m pytest -q --tb=short -p no:cacheprovider".split()
+    parallel = ["-n", "auto", "--maxprocesses", "12"] if find_spec("xdist") else []
 
     def commands(device: str, small: bool, out: object) -> list[list[str]]:
-        pytest = f"env OMP_NUM_THREADS=1 {sys.executable} -m pytest -q --tb=short -p no:cacheprovider".split()
-        parallel = ["-n", "8"] if find_spec("xdist") and not small else []
-        chosen = smoke if small else runs
-        return [
-            [*pytest, *([] if words[0] == "alone" else parallel), *(word for word in words if word != "alone")]
-            for words in map(shlex.split, chosen)
-        ]
+        words = [shlex.split(run) for run in ([f"alone {smoke}"] if small else runs)]
+        return [[*pytest, *run[1:]] if run[0] == "alone" else [*pytest, *parallel, *run] for run in words]
 
     return commands
 
@@ -138,31 +135,30 @@ LAYER = (
     f"--dims 768 --heads 12 {SIZES} --modes forward+backward --rivals softmax sana --repeats 3 --budget-seconds 0.5",
     *(f"--dims {d} --heads {h} {SIZES} {BOTH} --rivals 'sana compiled' {QUICK}" for d, h in ((768, 12), (1152, 16))),
 )
-GLUON = "tests/ops/test_forms.py tests/ops/test_gluon_gradients.py"
 IMAGES = f"--sizes 256 1024 4096 {QUICK}"
-EXAMPLES = ("examples.dydi_lit",)
+EXAMPLES, TESTING = ("examples.dydi_lit",), ("pytest", "hypothesis")
 PARTS = (
     # What the emulator cannot know: sizes past 2^31, CUDA graphs, asynchronous copies, three dtypes, compilation.  Some
-    # 150 tests of about ten small kernels, a second each to compile, by 8 processes at once.
-    Part("device", 110, pytests(
-        f"tests/ops/test_device.py {GLUON} -k 'not last_image'",
+    # 130 tests of about ten small kernels, a second each to compile, most of them by 12 processes at once.
+    Part("device", 130, pytests(
         "alone tests/ops/test_device.py -k last_image",
+        "tests/ops/test_device.py tests/ops/test_forms.py tests/ops/test_gluon_gradients.py -k 'not last_image'",
         "tests/ops/test_layer.py tests/ops/test_operators.py -k 'plain_pytorch or same_bits or give_the_bits'",
-        smoke=("alone tests/ops/test_device.py -k last_image",),
-    ), ("pytest", "hypothesis")),
+        smoke="tests/ops/test_device.py",
+    ), TESTING),
     # Seven settings: 60 kernels to compile, a second each; a check and 12 steps of some milliseconds take the rest.
-    Part("kernels", 100, of_suite("kernels", "", on_cpu=INTERPRETER), ("triton",)),
+    Part("kernels", 95, of_suite("kernels", "", on_cpu=INTERPRETER), ("triton",)),
     # 81 layers of a second each, 24 with a rival that is compiled in ten, and five starts of a process.
-    Part("layer", 260, of_suite("layer", *LAYER, smoke=BOTH)),
+    Part("layer", 255, of_suite("layer", *LAYER, smoke=BOTH)),
     # A second for each configuration, most of it compiling; a row each, so it may end anywhere.
     Part("sweep", 60, sweeps, ("triton",)),
-    # Several hundred kernels are compiled, by 8 processes at once.
+    # Several hundred kernels are compiled, by 12 processes at once.
     Part("tests", 400, pytests(
         "tests/ops --ignore=tests/ops/test_device.py",
         "alone tests/ops/test_device.py",
         "tests --ignore=tests/ops --ignore=tests/benchmarks -m 'not slow'",
-        smoke=("tests/test_tokens.py",),
-    ), ("pytest", "hypothesis"), by_default=False),
+        smoke="tests/test_tokens.py",
+    ), TESTING, by_default=False),
     # 60 copies and products, and the start of a process.  All suites measure them, too.
     Part("ceilings", 15, of_suite("roofline", "", stores=False), by_default=False),
     # Three forms of our kernels to compile, heads of 64, of 72 and one; torch.compile at one size only.
@@ -283,8 +279,8 @@ def state_of(command: Sequence[str], limit: float, output: int) -> str:
         return "passed" if code == 0 else f"killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
     except subprocess.TimeoutExpired:
         return "out of time"
-    finally:  # of what is left, politely at first, so that rows and locks are whole
-        for number in (signal.SIGTERM, signal.SIGKILL):
+    finally:  # of what is left, politely at first: pytest then says what failed, and rows and locks are whole
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
             with suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, number)
                 process.wait(5)

@@ -20,14 +20,11 @@ import tyro
 
 from benchmarks import harness, suite
 from benchmarks.harness import Call, Row
-from benchmarks.offline.prediction.steps import SETTINGS, Setting, built, in_form, launched, step_of, title
+from benchmarks.offline.prediction import steps
+from benchmarks.offline.prediction.steps import Setting
 from dydila_kernels.functional import choose_backend
 from dydila_kernels.testing import layer_error_ratio
 
-PREDICTIONS = harness.RESULTS / "predictions.jsonl"
-PREDICTED_FOR = "NVIDIA H200"
-NOTICE = f"Predictions are of a model of the machine code for one {PREDICTED_FOR}; times are of this device."
-OPTIMISM = 1.4  # by which the model was too fast, at most, on kernels of known speed
 Span = tuple[str, float]
 """What ran on the device, and for how many seconds."""
 
@@ -42,19 +39,19 @@ class Config(harness.Options):
 def main(config: Config) -> list[Row]:
     """Measures and stores; RuntimeError where the kernels cannot run."""
     dtype = torch.bfloat16 if config.on_gpu else torch.float32
-    settings = SETTINGS if config.on_gpu and not config.smoke else (Setting(1, 64, 32, 2),)
+    settings = steps.SETTINGS if config.on_gpu and not config.smoke else (Setting(1, 64, 32, 2),)
     choose_backend("triton", torch.device(config.device), dtype)
-    predictions = harness.read_rows(PREDICTIONS)
+    predictions = harness.read_rows(steps.PREDICTIONS)
     rows = (row for setting in settings for row in attempted(setting, config, dtype, predictions))
     found = harness.stored("kernels", rows, config.device, dtype, config.out)
-    print(report(found), NOTICE, sep="\n\n")
+    print(report(found), steps.NOTICE, sep="\n\n")
     return found
 
 
 def attempted(setting: Setting, config: Config, dtype: torch.dtype, predictions: Sequence[Row]) -> Iterator[Row]:
     """As :func:`rows_of`; a row that says what went wrong, so that the other settings have theirs."""
     try:
-        with in_form(setting.form):
+        with steps.in_form(setting.form):
             yield from rows_of(setting, config, dtype, predictions)
     except Exception as error:
         failure = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
@@ -63,10 +60,10 @@ def attempted(setting: Setting, config: Config, dtype: torch.dtype, predictions:
 
 def rows_of(setting: Setting, config: Config, dtype: torch.dtype, predictions: Sequence[Row]) -> Iterator[Row]:
     """One for each launch of a step, in order, with the median of its times."""
-    attn = built(setting, config.device, dtype)
+    attn = steps.built(setting, config.device, dtype)
     ratio = layer_error_ratio(attn, length=min(setting.tokens, suite.CHECKED_TOKENS))
     harness.require_correct(ratio)
-    step = step_of(attn, setting)
+    step = steps.step_of(attn, setting)
     for _ in range(2):
         for call in step.values():
             call()
@@ -76,7 +73,7 @@ def rows_of(setting: Setting, config: Config, dtype: torch.dtype, predictions: S
         for mode, call in step.items():
             flushed.add_(1)  # so that what is saved comes from memory
             samples[mode].append(timed(call, config.device))
-    ours = {name for names in launched(setting, dtype).values() for name in names}
+    ours = {name for names in steps.launched(setting, dtype).values() for name in names}
     for mode, runs in samples.items():
         todo = [row for row in predictions if setting.has(row, mode)]
         names = [name for name, _ in runs[-1]]
@@ -88,47 +85,31 @@ def rows_of(setting: Setting, config: Config, dtype: torch.dtype, predictions: S
             row |= {"clock": clock_of(config.device), "error_ratio": ratio}
             if names[number] in ours:
                 us, device = 1e3 * row["median_ms"], harness.device_name(config.device)
-                row |= compared(us, todo.pop(0), device) if known else {"verdict": "not predicted"}
+                row |= steps.compared(us, todo.pop(0), device) if known else {"verdict": "not predicted"}
             yield row
 
 
-def compared(us: float, predicted: Row, device: str) -> Row:
-    """The prediction of a launch, and what is to be thought of it after ``us`` microseconds on the device."""
-    fields = ("predicted_us", "fast_us", "slow_us", "floor_us", "binds", "lower_bound")
-    row = {"predicted_for": PREDICTED_FOR, "predicted_commit": predicted["commit"], **{f: predicted[f] for f in fields}}
-    if PREDICTED_FOR not in device:
-        verdict = "another device"
-    elif us < row["fast_us"]:
-        verdict = "faster"
-    elif us <= row["slow_us"]:
-        verdict = "within the spread"
-    elif row["lower_bound"]:
-        verdict = "above a lower bound"
-    else:
-        verdict = f"at most {OPTIMISM} above" if us <= OPTIMISM * row["predicted_us"] else "slower"
-    return {**row, "verdict": verdict}
-
-
 def report(rows: Iterable[Row]) -> str:
-    """Tables, one for each setting and mode, in microseconds; below, the sum of what was predicted."""
+    """Tables, one for each setting and mode, in microseconds; below, the sums of what was predicted."""
     tables = []
-    for (setting, mode), group in groupby(rows, lambda row: (title(row), row["mode"])):
-        lines = [line(row) for row in group]
-        total = {key: sum(each[key] for each in lines if each["predicted"]) for key in ("us", "predicted", "floor")}
-        lines.append({"kernel": "those predicted", **total})
-        tables.append(f"{setting}, {mode}\n{suite.table(map(rounded, lines))}")
+    for (setting, mode), group in groupby(rows, lambda row: (steps.title(row), row["mode"])):
+        lines, sums = [], {"median_ms": 0.0, "predicted_us": 0.0, "fast_us": 0.0, "slow_us": 0.0, "floor_us": 0.0}
+        for row in group:
+            lines.append(line(row, row["name"][:50], row.get("failure", row.get("verdict", ""))))
+            sums = {key: value + row[key] for key, value in sums.items()} if "predicted_us" in row else sums
+        lines += [line(sums, "those predicted", "")] if sums["predicted_us"] else []
+        tables.append(f"{setting}, {mode}\n{suite.table(lines)}")
     return "\n\n".join(tables)
 
 
-def line(row: Row) -> Row:
+def line(row: Row, name: str, verdict: str) -> Row:
     """Of a table."""
-    spread = f"{row['fast_us']:.0f}-{row['slow_us']:.0f}" if "predicted_us" in row else ""
-    found = {"kernel": row["name"][:50], "us": 1e3 * row["median_ms"], "predicted": row.get("predicted_us", 0.0)}
-    return {**found, "spread": spread, "floor": row.get("floor_us", 0.0), "": row.get("failure", row.get("verdict"))}
-
-
-def rounded(row: Row) -> Row:
-    return {key: (f"{value:.1f}" if value else "") if isinstance(value, float) else value for key, value in row.items()}
+    us = f"{1e3 * row['median_ms']:.1f}"
+    found = {"kernel": name, "us": us, "predicted": "", "spread": "", "floor": "", "": verdict}
+    if "predicted_us" in row:
+        found |= {"predicted": f"{row['predicted_us']:.1f}", "floor": f"{row['floor_us']:.1f}"}
+        found["spread"] = f"{row['fast_us']:.0f}-{row['slow_us']:.0f}"
+    return found
 
 
 # Clocks ---------------------------------------------------------------------------------------------------------------

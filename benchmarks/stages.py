@@ -129,7 +129,7 @@ def why_missing(case: Case) -> str | None:
         return "missing: the torch backend shows its stages on a CPU only"
     if stage == "convolution" and is_fused(case):
         return "missing: it is part of the readout"
-    by_torch = here and stage in ("state", "readout") and {*launched(case, "forward")}.isdisjoint(KERNELS[stage])
+    by_torch = stage in ("state", "readout") and {*launched(case, "forward")}.isdisjoint(KERNELS[stage])
     if by_torch and shape.tokens < shape.dim // shape.heads:
         return "missing: the products come in the order (Q K^T) V, which is cheaper here"
     return None

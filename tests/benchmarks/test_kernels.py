@@ -13,9 +13,8 @@ import torch
 
 from benchmarks import harness, kernels, stages
 from benchmarks.harness import Row
-from benchmarks.kernels import PREDICTIONS
 from benchmarks.offline.prediction import steps
-from benchmarks.offline.prediction.steps import SETTINGS, Setting
+from benchmarks.offline.prediction.steps import PREDICTIONS, SETTINGS, Setting
 from tests import interpreter
 
 needs_triton = pytest.mark.skipif(not interpreter.AVAILABLE, reason="Triton is not installed")
@@ -93,7 +92,7 @@ PREDICTED: Row = {
     ],
 )
 def test_verdicts(us: float, change: Row, device: str, verdict: str) -> None:
-    found = kernels.compared(us, PREDICTED | change, device)
+    found = steps.compared(us, PREDICTED | change, device)
     assert found["verdict"] == verdict and found["predicted_for"] == "NVIDIA H200"
     assert found["predicted_us"] == 100 and found["predicted_commit"] == "0123456"
 
@@ -118,7 +117,7 @@ def test_a_step_in_the_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         for number, name in enumerate(names[mode][mode == "backward" :], 1)
     ]
     harness.write_rows(tmp_path / "predictions.jsonl", predicted)
-    monkeypatch.setattr(kernels, "PREDICTIONS", tmp_path / "predictions.jsonl")
+    monkeypatch.setattr(steps, "PREDICTIONS", tmp_path / "predictions.jsonl")
     monkeypatch.setattr(harness, "device_name", lambda device: DEVICE)
     rows = [row for row in kernels.main(config) if row["name"] != "torch"]
     forward = [row for row in rows if row["mode"] == "forward"]
@@ -131,7 +130,7 @@ def test_a_setting_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch)
     def fail(*_: Any) -> Any:
         raise RuntimeError("no such kernel\nand more")
 
-    monkeypatch.setattr(kernels, "built", fail)
+    monkeypatch.setattr(steps, "built", fail)
     (row,) = kernels.attempted(SETTINGS[0], kernels.Config(device="cpu"), torch.float32, [])
     assert row["failure"] == "RuntimeError: no such kernel" and row["tokens"] == 4096
     assert "no such kernel" in kernels.report([row])

@@ -15,8 +15,14 @@ from unittest.mock import patch
 
 import torch
 
+from benchmarks import harness
 from benchmarks.harness import Call, Row
 from dydila_kernels import DyDiLAttention
+
+PREDICTIONS = harness.RESULTS / "predictions.jsonl"
+PREDICTED_FOR = "NVIDIA H200"
+NOTICE = f"Predictions are of a model of the machine code for one {PREDICTED_FOR}; times are of this device."
+OPTIMISM = 1.4  # by which the model was too fast, at most, on kernels of known speed
 
 
 class Setting(NamedTuple):
@@ -51,6 +57,23 @@ def title(row: Row) -> str:
     words = "B={batch} N={tokens} d={dim} H={heads}".format(**row)
     form = "" if row["form"] == "auto" else f", in {row['form'].title()}"
     return words + form + ("" if row["convolution"] else ", no convolution")
+
+
+def compared(us: float, predicted: Row, device: str) -> Row:
+    """The prediction of a launch, and what is to be thought of it after ``us`` microseconds on the device."""
+    fields = ("predicted_us", "fast_us", "slow_us", "floor_us", "binds", "lower_bound")
+    row = {"predicted_for": PREDICTED_FOR, "predicted_commit": predicted["commit"], **{f: predicted[f] for f in fields}}
+    if PREDICTED_FOR not in device:
+        verdict = "another device"
+    elif us < row["fast_us"]:
+        verdict = "faster"
+    elif us <= row["slow_us"]:
+        verdict = "within the spread"
+    elif row["lower_bound"]:
+        verdict = "above a lower bound"
+    else:
+        verdict = f"at most {OPTIMISM} above" if us <= OPTIMISM * row["predicted_us"] else "slower"
+    return {**row, "verdict": verdict}
 
 
 @contextmanager

@@ -95,7 +95,7 @@ def report(rows: Iterable[Row]) -> str:
     for (setting, mode), group in groupby(rows, lambda row: (steps.title(row), row["mode"])):
         lines, sums = [], {"median_ms": 0.0, "predicted_us": 0.0, "fast_us": 0.0, "slow_us": 0.0, "floor_us": 0.0}
         for row in group:
-            lines.append(line(row, row["name"][:50], row.get("failure", row.get("verdict", ""))))
+            lines.append(line(row, row["name"][:50], str(row.get("failure") or row.get("verdict") or "")))
             sums = {key: value + row[key] for key, value in sums.items()} if "predicted_us" in row else sums
         lines += [line(sums, "those predicted", "")] if sums["predicted_us"] else []
         tables.append(f"{setting}, {mode}\n{suite.table(lines)}")

@@ -32,9 +32,7 @@ from benchmarks.offline.prediction.steps import SETTINGS
 MINUTES = 9  # for all parts together: the time of a GPU is dear
 SMOKE_MINUTES = 20  # a limit for what hangs; on two cores all parts take two
 TESTS, ROWS, LOG = "tests.txt", "rows.jsonl", "log.txt"
-Name = Literal[
-    "device", "kernels", "layer", "sweep", "tests", "ceilings", "core", "stages", "model", "latency", "training"
-]
+Name = Literal["device", "kernels", "layer", "sweep", "tests", "core", "stages", "model", "latency", "training"]
 Commands = Callable[[str, bool, object], list[list[str]]]  # of device, smoke and folder
 
 
@@ -59,13 +57,13 @@ class Part:
         return None
 
 
-def of_suite(name: str, *runs: str, smoke: str = "", stores: bool = True, on_cpu: tuple[str, ...] = ()) -> Commands:
+def of_suite(name: str, *runs: str, smoke: str = "", on_cpu: tuple[str, ...] = ()) -> Commands:
     """A suite with the options of each of its runs on a GPU; on a CPU it takes its own defaults, in one run."""
 
     def commands(device: str, small: bool, out: object) -> list[list[str]]:
         options = [f"--smoke {smoke}"] if small else [""] if device == "cpu" else runs
         python = [*(on_cpu if device == "cpu" else ()), sys.executable, "-m"]
-        where = ["--device", device, *(["--out", str(out)] if stores else [])]
+        where = ["--device", device, "--out", str(out)]
         return [[*python, f"benchmarks.{name}", *where, *shlex.split(each)] for each in options]
 
     return commands
@@ -107,16 +105,17 @@ def sweeps(device: str, small: bool, out: object) -> list[list[str]]:
 
 
 def figure(text: str, rows: Sequence[Row]) -> str:
-    """The key figure of a part: what pytest counted, the rates of the ceilings, or what became of rows and goals."""
+    """The key figure of a part: what pytest counted, or what became of rows and goals."""
     last_lines = "\n".join(re.findall(r"^.*\b\d+ \w+.* in [\d.]+s.*$", text, re.MULTILINE))
     sums: Counter[str] = Counter()
     for number, kind in re.findall(r"(\d+) (passed|failed|error|skipped|xfailed|deselected)s?\b", last_lines):
         sums[kind] += int(number)
-    sums.update((row.get("verdict") or row.get("skipped") or "timed").split(":")[0] for row in rows)
+    for row in rows:
+        state = "failed" if row.get("failure") else row.get("verdict") or row.get("skipped") or "timed"
+        sums[state.split(":")[0]] += 1
     met = Counter(verdict.met for verdict in goals([row for row in rows if "skipped" in row and "mode" in row]))
     sums |= {"goals met": met[True], "goals missed": met[False]}
-    rates = [f"{name} {float(rate):.4g}" for name, rate in re.findall(r'"(\w+_s)": ([\d.]+)', text)]
-    return ", ".join([*rates, *(f"{number} {kind}" for kind, number in sums.items() if number)])
+    return ", ".join(f"{number} {kind}" for kind, number in sums.items() if number)
 
 
 QUICK = "--repeats 10 --budget-seconds 0.5"
@@ -159,8 +158,6 @@ PARTS = (
         "tests --ignore=tests/ops --ignore=tests/benchmarks -m 'not slow'",
         smoke="tests/test_tokens.py",
     ), TESTING, by_default=False),
-    # 60 copies and products, and the start of a process.  All suites measure them, too.
-    Part("ceilings", 15, of_suite("roofline", "", stores=False), by_default=False),
     # Three forms of our kernels to compile, heads of 64, of 72 and one; torch.compile at one size only.
     Part("core", 80, of_suite("core", *CORE, smoke="--dim 128 --modes forward"), by_default=False),
     # Two sizes: a stage grows with N as its bytes do.

@@ -169,9 +169,10 @@ def test_key_figures() -> None:
     assert gpu_run.figure("", rows) == "3 timed, 1 out of memory, 1 goals met"
     rows[1]["median_ms"] = 1.0
     assert gpu_run.figure("", rows) == "3 timed, 1 out of memory, 1 goals missed"
-    assert gpu_run.figure('$ python\n{"copy_gb_s": 4300.0}\n', []) == "copy_gb_s 4300"
     tried = [{"suite": "sweep", "stage": "state", "mode": "forward", "median_ms": ms} for ms in (1.5, None)]
     assert gpu_run.figure("2 in 1s", tried) == "2 timed"
+    kernels = [{"suite": "kernels", "verdict": verdict} for verdict in ("slower", "faster", "slower", None)]
+    assert gpu_run.figure("", [*kernels, {"failure": "RuntimeError: no"}]) == "2 slower, 1 faster, 1 timed, 1 failed"
 
 
 def test_rows_go_where_they_are_committed(tmp_path: Path) -> None:

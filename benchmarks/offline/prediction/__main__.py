@@ -17,7 +17,7 @@ import triton
 from benchmarks import harness, roofline
 from benchmarks.harness import Row
 from benchmarks.offline.compiling import TARGETS, Job, record
-from benchmarks.offline.prediction.call import NOTICE, Kernel, predictions_of
+from benchmarks.offline.prediction.call import NOTICE, Kernel, Known, predictions_of
 from benchmarks.offline.prediction.machine import H200, TARGET
 from benchmarks.offline.prediction.steps import PREDICTIONS, SETTINGS, Setting, built, in_form, noting, step_of, title
 
@@ -40,12 +40,12 @@ def named(job: Job) -> Row:
     return {"kernel": job.kernel[1], "grid": list(job.launch.grid), "config": job.config}
 
 
-def rows_of(setting: Setting) -> Iterator[Row]:
+def rows_of(setting: Setting, known: Known) -> Iterator[Row]:
     """One for each launch."""
     facts = {key: harness.environment("cpu")[key] for key in ("commit", "dydila_kernels", "date")}
     labels = {"suite": "predictions", "kind": "prediction by a model, not a measurement", **facts}
     for mode, jobs in launches(setting).items():
-        for number, (job, kernel) in enumerate(zip(jobs, predictions_of(jobs), strict=True)):
+        for number, (job, kernel) in enumerate(zip(jobs, predictions_of(jobs, known=known), strict=True)):
             of = {**labels, "triton": triton.__version__, **setting._asdict(), "mode": mode, "number": number}
             yield {**of, **named(job), **figures(kernel)}
 
@@ -117,7 +117,8 @@ def written(page: str, rows: Sequence[Row]) -> str:
 
 def main(rows: Path = PREDICTIONS, page: Path = QUESTIONS) -> None:
     """Writes both."""
-    found = [row for setting in SETTINGS for row in rows_of(setting)]
+    known: Known = {}
+    found = [row for setting in SETTINGS for row in rows_of(setting, known)]
     harness.write_rows(rows, found)
     page.write_text(written(page.read_text(), found))
     print(tables(found))

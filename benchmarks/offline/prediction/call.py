@@ -64,13 +64,19 @@ def predictions(shape: Shape, spread: bool = True) -> list[Kernel]:
     return predictions_of(record(call, {}, TARGET, TARGETS[TARGET]), spread)
 
 
-def predictions_of(jobs: Iterable[Job], spread: bool = True) -> list[Kernel]:
-    """Of launches, in their order; each binary is compiled once."""
-    jobs, found = list(jobs), dict[str, Kernel]()
+Known = dict[tuple[str, tuple[int, ...]], Kernel]
+"""What was predicted of a binary and a grid."""
+
+
+def predictions_of(jobs: Iterable[Job], spread: bool = True, known: Known | None = None) -> list[Kernel]:
+    """Of launches, in their order; each binary is compiled once for a grid, and not where it is ``known``."""
+    found, kernels = {} if known is None else known, []
     for job in jobs:
-        if job.identity not in found:
-            found[job.identity] = predicted(job, spread)
-    return [found[job.identity] for job in jobs]
+        key = job.identity, job.launch.grid if job.launch else ()
+        if key not in found:
+            found[key] = predicted(job, spread)
+        kernels.append(found[key])
+    return kernels
 
 
 def predicted(job: Job, spread: bool) -> Kernel:

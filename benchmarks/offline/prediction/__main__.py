@@ -42,8 +42,9 @@ def named(job: Job) -> Row:
 
 def rows_of(setting: Setting, known: Known) -> Iterator[Row]:
     """One for each launch."""
-    facts = {key: harness.environment("cpu")[key] for key in ("commit", "dydila_kernels", "date")}
-    labels = {"suite": "predictions", "kind": "prediction by a model, not a measurement", **facts}
+    facts = harness.environment("cpu")
+    labels = {"suite": "predictions", "kind": "prediction by a model, not a measurement"}
+    labels |= {key: facts[key] for key in ("commit", "dydila_kernels", "date")}
     for mode, jobs in launches(setting).items():
         for number, (job, kernel) in enumerate(zip(jobs, predictions_of(jobs, known=known), strict=True)):
             of = {**labels, "triton": triton.__version__, **setting._asdict(), "mode": mode, "number": number}

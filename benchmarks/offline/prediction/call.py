@@ -9,7 +9,7 @@ from benchmarks.offline.cases import DTYPES, Size, attend
 from benchmarks.offline.compiling import TARGETS, Job, compiled, nvidia, record
 from benchmarks.offline.prediction.launches import conversions, prediction_of
 from benchmarks.offline.prediction.machine import H200, SPREAD, TARGET
-from benchmarks.offline.prediction.predict import Prediction
+from benchmarks.offline.prediction.predict import Launch, Prediction
 
 NOTICE = (
     "Predictions by a model of the machine code for one H200 (sm_90); not measurements. "
@@ -64,15 +64,15 @@ def predictions(shape: Shape, spread: bool = True) -> list[Kernel]:
     return predictions_of(record(call, {}, TARGET, TARGETS[TARGET]), spread)
 
 
-Known = dict[tuple[str, tuple[int, ...]], Kernel]
-"""What was predicted of a binary and a grid."""
+Known = dict[tuple[str, Launch | None], Kernel]
+"""What was predicted of a binary and a launch of it: the same grid may go over other sizes."""
 
 
 def predictions_of(jobs: Iterable[Job], spread: bool = True, known: Known | None = None) -> list[Kernel]:
-    """Of launches, in their order; each binary is compiled once for a grid, and not where it is ``known``."""
+    """Of launches, in their order; those that are alike are predicted once, and what is ``known`` is not again."""
     found, kernels = {} if known is None else known, []
     for job in jobs:
-        key = job.identity, job.launch.grid if job.launch else ()
+        key = job.identity, job.launch
         if key not in found:
             found[key] = predicted(job, spread)
         kernels.append(found[key])

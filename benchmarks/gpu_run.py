@@ -87,21 +87,16 @@ INTERPRETER = ("env", "TRITON_INTERPRET=1")
 def sweeps(device: str, small: bool, out: object) -> list[list[str]]:
     """Configurations of the three kernels that missed their prediction by most, of those that have rows in ``out``;
     where none has, of all."""
-    whole = of_suite("sweep", "", on_cpu=INTERPRETER)
-    found = harness.read_rows(Path(str(out), ROWS)) if Path(str(out), ROWS).exists() else []
-    late: dict[tuple[str, str], float] = {}
-    for row in found:
-        if row["suite"] == "kernels" and row.get("verdict") == "slower" and SETTINGS[0].has(row, row["mode"]):
-            launch = row["name"].removesuffix("_kernel"), row["mode"]
-            late[launch] = late.get(launch, 0) + 1e3 * row["median_ms"] - row["predicted_us"]
-    if device == "cpu" or small or not late:
-        return whole(device, small, out)
-    shape = " ".join(map(str, SETTINGS[0][:4]))
-    each = [
-        f"--shapes {shape} --stages {name} --modes {'forward' if mode == 'forward' else 'forward+backward'}"
-        for name, mode in sorted(late, key=lambda launch: -late[launch])[:3]
+    path, shape = Path(str(out), ROWS), SETTINGS[0]
+    rows = [row for row in (harness.read_rows(path) if path.exists() else []) if row.get("verdict") == "slower"]
+    late = [row for row in rows if row["suite"] == "kernels" and shape.has(row, row["mode"])]
+    late.sort(key=lambda row: row["predicted_us"] - 1e3 * row["median_ms"])
+    runs = [
+        f"--shapes {' '.join(map(str, shape[:4]))} --stages {name.removesuffix('_kernel')} --modes "
+        + ("forward" if mode == "forward" else "forward+backward")
+        for name, mode in dict.fromkeys((row["name"], row["mode"]) for row in late)
     ]
-    return of_suite("sweep", *each)(device, small, out)
+    return of_suite("sweep", *(runs[:3] or [""]), on_cpu=INTERPRETER)(device, small, out)
 
 
 def figure(text: str, rows: Sequence[Row]) -> str:

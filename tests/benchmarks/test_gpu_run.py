@@ -145,8 +145,8 @@ def test_those_that_missed_their_prediction_most_are_swept(tmp_path: Path) -> No
     harness.write_rows(tmp_path / "rows.jsonl", [*rows, {"suite": "gpu_run", "part": "kernels"}])
     stages = [command[command.index("--stages") + 1 :][:3] for command in swept()]
     assert stages == [
-        ["gluon_dots", "--modes", "forward+backward"], ["gluon_tokens", "--modes", "forward"],
-        ["state", "--modes", "forward"],
+        ["gluon_dots", "--modes", "forward+backward"], ["state", "--modes", "forward"],
+        ["gluon_tokens", "--modes", "forward"],
     ]  # fmt: skip
     for command in swept():
         assert tyro.cli(sweep.Config, args=command).shapes == ((8, 4096, 768, 12),)

@@ -2,7 +2,7 @@
 
 Each part is a process of its own, with its own limit of time: one that fails, hangs or runs out of memory does not take
 the others with it.  What is done so far is on disk at any moment: DIR ends up with rows.jsonl (the rows of all suites,
-and one row for each part), tests.txt, log.txt and a picture for each suite, eight files at most.  A table comes last.
+and one row for each part), log.txt, tests.txt where they ran, and a picture for each suite.  A table comes last.
 ``python -m benchmarks.store DIR`` then puts the rows where they are committed.
 """
 
@@ -156,7 +156,7 @@ PARTS = (
     # Three forms of our kernels to compile, heads of 64, of 72 and one; torch.compile at one size only.
     Part("core", 80, of_suite("core", *CORE, smoke="--dim 128 --modes forward"), by_default=False),
     # Two sizes: a stage grows with N as its bytes do.
-    Part("stages", 45, of_suite("stages", f"--sizes 4096 16384 {QUICK}", smoke="--dim 128"), by_default=False),
+    Part("stages", 45, of_suite("stages", f"--sizes 4096 16384 {QUICK}", smoke=f"--dim 128 {BOTH}"), by_default=False),
     # Three sides of images; DiT's step at 4096 pixels takes most of it.
     Part("model", 45, of_suite("model", IMAGES, smoke="--modes forward"), EXAMPLES, by_default=False),
     # Three sides, one image at a time.
@@ -171,7 +171,7 @@ PARTS = (
 class Config:
     """All that a GPU is asked, in one go."""
 
-    out: Path  # Folder for rows, pictures and logs, 8 files at most.
+    out: Path  # Folder for rows, pictures and logs, few files.
     part: tuple[Name, ...] = ()  # Parts to run; by default the first four, and with --smoke all.
     device: str = "cuda"  # Where to run: cuda or cpu.
     smoke: bool = False  # Try everything on tiny sizes: numbers of no meaning.

@@ -13,7 +13,7 @@ VERSIONS := $(TRITONS:%=test-triton-%)
 # What kernels are compiled for and emulated on.
 EMULATED := sm_80 sm_90 sm_120
 
-.PHONY: help install demo test versions emulate offline lint format docs packages bench gpu-smoke clean $(VERSIONS) $(EMULATED:%=emulate-%)
+.PHONY: help install demo test versions emulate offline lint format docs packages bench gpu-smoke wheels clean $(VERSIONS) $(EMULATED:%=emulate-%)
 
 help:
 	@echo "make demo      train and sample a small model on digits"
@@ -27,6 +27,7 @@ help:
 	@echo "make packages  build wheel and sdist into dist/, install the wheel in new environments and try it"
 	@echo "make bench     time the layer against softmax attention and Sana's on the CPU"
 	@echo "make gpu-smoke tries on the CPU, in tiny sizes, the one command that measures a GPU"
+	@echo "make wheels    downloads into build/wheels what a GPU machine without network needs for the benchmarks"
 	@echo "make clean     remove .venv, caches and build output"
 
 install: $(INSTALLED)
@@ -80,6 +81,17 @@ bench: $(INSTALLED)
 
 gpu-smoke: $(INSTALLED)
 	$(BIN)/python -m benchmarks.gpu_run --device cpu --smoke --out build/gpu-smoke
+
+# Of Python WHEELS_FOR, beside torch, triton, einops, pytest, hypothesis, accelerate, scikit-learn and matplotlib with all
+# that those need; the second line is for training and models alone.
+WHEELS_FOR := 3.12
+WHEELS := docstring-parser execnet pytest-xdist tabulate tqdm typeguard tyro \
+  absl-py certifi charset-normalizer diffusers grpcio importlib-metadata lightning-utilities markdown protobuf regex \
+  requests tensorboard tensorboard-data-server torchmetrics urllib3 werkzeug zipp
+
+wheels: $(INSTALLED)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: -c requirements-dev.txt \
+	  --python-version $(WHEELS_FOR) --dest build/wheels $(WHEELS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

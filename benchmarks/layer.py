@@ -23,7 +23,7 @@ from dydila_kernels import DyDiLAttention
 from dydila_kernels.testing import equations, layer_error_ratio
 from dydila_kernels.testing import error_ratio as error_ratio_of
 
-Rival = Literal["softmax", "sana", "sana compiled", "dydila eager", "dydila compiled"]
+Rival = Literal["softmax", "softmax flash", "softmax cudnn", "sana", "sana compiled", "dydila eager", "dydila compiled"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def comparisons(config: Config) -> Iterator[Comparison]:
     for dim, mode, tokens in product(dims, config.modes, sizes):
         ours, of_softmax = suite.heads_of(config.heads, dim), (max(dim // 64, 1),)
         names = ("dydila", *config.rivals)
-        who = [(name, h) for name in names for h in (of_softmax if name == "softmax" else ours)]
+        who = [(name, h) for name in names for h in (of_softmax if name.startswith("softmax") else ours)]
         yield [contender(case) for case in suite.cases(config, mode, tokens, dim, who)]
 
 
@@ -55,6 +55,7 @@ def contender(case: Case) -> Contender:
         case.labels,
         cost(case),
         partial(error_ratio, case.checked) if checks else None,
+        rivals.missing(case.name, case.shape, case.device) if case.name in rivals.RIVALS else None,
         # What the backward pass alone adds to memory says nothing without what the forward pass has left there.
         warm_up=None if case.mode == "backward" else suite.warm_up(prepare, case),
         graph=True,
@@ -94,8 +95,8 @@ def prepare(case: Case) -> Call:
 
 def layer_of(case: Case) -> Any:
     """The module with random weights, in train mode where there will be gradients."""
-    name, _, form = case.name.partition(" ")
-    kind = DyDiLAttention if name == "dydila" else partial(rivals.Layer, rivals.RIVALS[name].attend)
+    rival, form = rivals.RIVALS.get(case.name), case.name.rpartition(" ")[-1]
+    kind = partial(rivals.Layer, rival.attend) if rival else DyDiLAttention
     with torch.device(case.device):
         layer: Any = kind(case.shape.dim, case.shape.heads).to(case.shape.dtype)
     layer.train(case.mode != "forward")

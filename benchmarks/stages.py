@@ -4,29 +4,29 @@
                          on all tokens
     tokens               Eqs. 5-7: route and measure; of the keys alone where the queries' part belongs to the readout
     state, readout       Eq. 8: Kh^T V and Qh S; against bmm, which is given Kh and Qh
-    gradients of queries, gradients of keys      of Eqs. 5-8, from dO and V; against autograd, which is given dQh or dKh
+    gradients            of Eqs. 5-8, from dO and V; against autograd, which is given dQh and dKh
     convolution          Eq. 9, added to what is there; against conv2d on channels-last images
 
 "dydila" is a call of the layer, of which the stage alone is timed: its kernels on a GPU, its functions of the torch
-backend elsewhere.  KERNELS and FUNCTIONS say which those are; nothing else here knows how the backends work.
+backend elsewhere.  KERNELS and FUNCTIONS say which those are, in whatever form; which of them a call takes is found by
+:func:`benchmarks.offline.prediction.steps.launched`, and nothing else here knows how the backends work.
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from cProfile import Profile
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import product, takewhile
 from math import isqrt
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import core, harness, layer, rivals, roofline, suite
+from benchmarks import core, harness, kernels, layer, rivals, roofline, suite
 from benchmarks.harness import Call
+from benchmarks.offline.prediction import steps
 from benchmarks.roofline import Cost, passes
 from benchmarks.suite import Case, Comparison, Contender
 from dydila_kernels import reference
@@ -40,28 +40,19 @@ from dydila_kernels.torch_backend.tokens import tokens_of
 HEADLESS = ("projection", "convolution")  # stages without heads, which have all modes
 PROJECTORS = 3  # as in the layer by default
 
-
-class Launches(NamedTuple):
-    """Kernels of a stage by name."""
-
-    kernels: tuple[str, ...]
-    number: int | None = None  # of their launches in a call, that which counts; by default all
-    then: bool = False  # whether the stage is what torch does between that launch and the next
-
-
+ROUTED = ("prepare_kernel", "tokens_kernel", "gluon_tokens_kernel")
 KERNELS = {
-    "projection": Launches((
+    "projection": (
         "route_kernel", "count_kernel", "rank_kernel", "project_kernel", "weight_gradient_kernel", "sum_partials_kernel"
-    )),
-    "tokens": Launches(("tokens_kernel",)),
-    "state": Launches(("state_kernel",)),
-    "readout": Launches(("readout_kernel",)),
-    "gradients of queries": Launches(("gradients_kernel",), 0),
-    "gradients of keys": Launches(("gradients_kernel",), 1),
-    "convolution": Launches(("depthwise_kernel", "depthwise_weight_kernel")),
+    ),
+    "tokens": ROUTED,
+    "state": ("state_kernel",),
+    "readout": ("readout_kernel", "product_kernel"),
+    "gradients": ("gluon_dots_kernel", "state_kernel", "gradients_kernel", "gluon_gradients_kernel"),
+    "convolution": ("depthwise_kernel", "depthwise_weight_kernel"),
 }  # fmt: skip
-WIDE = {"state": Launches(("tokens_kernel",), 0, then=True), "readout": Launches(("tokens_kernel",), 1, then=True)}
-"""What a stage launches, and for heads too wide for those kernels: keys, torch's K^T V, queries, torch's Q S."""
+"""What a stage launches, in the mode that it is of.  Where there is no such launch, state and readout are what torch
+does after the tokens of the keys, and of the queries."""
 FUNCTIONS: dict[str, tuple[Callable[..., Any], ...]] = {
     "projection": (choices_of_each, projection_logits, project_block, backward),
     "tokens": (tokens_of,),
@@ -86,24 +77,33 @@ def runs_kernels(case: Case) -> bool:
     return harness.is_gpu(case.device) and why_not_triton(torch.device(case.device), case.shape.dtype) is None
 
 
-def is_fused(case: Case) -> bool:
-    """Whether kernels make Qh and Kh where they need them; else these are written once, and torch multiplies."""
-    from dydila_kernels.ops import configs
+def launched(case: Case, mode: str) -> list[str]:
+    """The kernels of a call of the layer in this mode, in order; none where the torch backend takes it."""
+    if not runs_kernels(case):
+        return []
+    from dydila_kernels.ops import forms
 
-    return runs_kernels(case) and case.shape.dim // case.shape.heads <= configs.LARGEST_HEAD
+    shape = case.shape
+    setting = steps.Setting(shape.batch, shape.tokens, shape.dim, shape.heads, form=forms.wanted())
+    return steps.launched(setting, shape.dtype)[mode]
+
+
+def is_fused(case: Case) -> bool:
+    """Whether the readout makes Qh as it goes, and convolves; else Qh and Kh are written once."""
+    return "readout_kernel" in launched(case, "forward")
 
 
 def sides_of(case: Case) -> str:
     """Whose tokens the stage is about: "q", "k" or both."""
-    if case.stage == "tokens" and not is_fused(case):
-        return "qk"
-    return "q" if case.stage in ("readout", "gradients of queries") else "k"
+    if case.stage == "readout":
+        return "q"
+    return "k" if case.stage == "state" or (case.stage == "tokens" and is_fused(case)) else "qk"
 
 
 def comparisons(config: Config) -> Iterator[Comparison]:
     sizes = config.lengths(cpu=(256, 1024, 4096), gpu=(256, 1024, 4096, 16384, 65536))
     for stage, mode, tokens in product(config.stages, config.modes, sizes):
-        if stage in HEADLESS or mode == ("backward" if stage.startswith("gradients") else "forward"):
+        if stage in HEADLESS or mode == ("backward" if stage == "gradients" else "forward"):
             heads = (1,) if stage in HEADLESS else suite.heads_of(config.heads, config.dim)
             who = [(name, h) for h in heads for name in ("dydila", *RIVALS[stage])]
             yield [contender(case) for case in suite.cases(config, mode, tokens, config.dim, who, stage)]
@@ -122,14 +122,15 @@ def contender(case: Case) -> Contender:
 
 def why_missing(case: Case) -> str | None:
     """Why a call of the layer does not show the stage; None: it does."""
-    stage, shape, kernels, fused = case.stage, case.shape, runs_kernels(case), is_fused(case)
-    if not kernels and stage not in FUNCTIONS:
+    stage, shape, here = case.stage, case.shape, runs_kernels(case)
+    if not here and stage not in FUNCTIONS:
         return "missing: the kernels need a GPU, and for the torch backend this is no stage of its own"
-    if not kernels and harness.is_gpu(case.device):
+    if not here and harness.is_gpu(case.device):
         return "missing: the torch backend shows its stages on a CPU only"
-    if fused and stage == "convolution":
+    if stage == "convolution" and is_fused(case):
         return "missing: it is part of the readout"
-    if not fused and stage in ("state", "readout") and shape.tokens < shape.dim // shape.heads:
+    by_torch = stage in ("state", "readout") and {*launched(case, "forward")}.isdisjoint(KERNELS[stage])
+    if by_torch and shape.tokens < shape.dim // shape.heads:
         return "missing: the products come in the order (Q K^T) V, which is cheaper here"
     return None
 
@@ -144,18 +145,17 @@ def cost(case: Case) -> Cost:
         return (roofline.linear(shape.rows, d, d, mode, shape.dtype, weights=PROJECTORS) + route) * 2
     if stage == "convolution":  # what is there is read, too, and the weight has a gradient of its own
         return roofline.by_mode(mode, passes(shape, 3, taps), passes(shape, 5, 2 * taps))
+    if stage == "gradients":
+        by_torch = case.name != "dydila" or {*launched(case, "backward")}.isdisjoint(KERNELS["gradients"][:2])
+        return passes(shape, 10, 0) if by_torch else roofline.core(shape, "backward")
     if case.name == "dydila" and is_fused(case):
         return {
             "tokens": passes(shape, 2, routing),
             "state": passes(shape, 3, 2 * d * e),
             "readout": passes(shape, 4, 2 * d * e + routing + taps),
-            "gradients of queries": passes(shape, 5, 4 * d * e),
-            "gradients of keys": passes(shape, 7, 6 * d * e + taps),
         }[stage]
     if stage == "tokens":
         return passes(shape, 3, routing) * len(sides_of(case))
-    if stage.startswith("gradients"):
-        return passes(shape, 5, 0)
     return passes(shape, 2, 2 * d * e) + Cost(shape.batch * d * e * shape.dtype.itemsize, 0)
 
 
@@ -163,8 +163,7 @@ def clock_of(case: Case) -> Callable[[Call], float]:
     """Times what a call spends in the stage; it raises RuntimeError where the call has no such part."""
     if not runs_kernels(case):
         return partial(profiled_seconds, FUNCTIONS.get(case.stage, ()))
-    launches = KERNELS if is_fused(case) else KERNELS | WIDE
-    return partial(launched_seconds, launches[case.stage], harness.is_gpu(case.device))
+    return partial(launched_seconds, case.stage, case.device)
 
 
 def profiled_seconds(functions: Sequence[Callable[..., Any]], call: Call) -> float:
@@ -178,42 +177,22 @@ def profiled_seconds(functions: Sequence[Callable[..., Any]], call: Call) -> flo
     return sum(seconds)
 
 
-def launched_seconds(stage: Launches, on_gpu: bool, call: Call) -> float:
-    """By marks around each launch, on the device behind work that lets the host run ahead of it."""
-    from dydila_kernels.ops import tiles
-
-    names: list[str] = []
-    marks: list[Any] = []
-    launch = tiles.launcher
-
-    def mark() -> None:
-        marks.append(torch.cuda.Event(enable_timing=True) if on_gpu else time.perf_counter())
-        if on_gpu:
-            marks[-1].record()
-
-    def marked(kernel: Any, *arguments: Any) -> None:
-        names.append(kernel.__name__)
-        mark()
-        launch(kernel, *arguments)
-        mark()
-
-    with mock.patch.object(tiles, "launcher", marked):
-        if on_gpu:
-            torch.cuda._sleep(20_000_000)  # cycles, 10 ms or more: else a mark may be of the host that is late
-        call()
-    mark()
-    if on_gpu:
-        torch.cuda.synchronize()
-    spans = [marks[at : at + 2] for at in places(stage, names)]
-    return sum(start.elapsed_time(stop) / 1e3 if on_gpu else stop - start for start, stop in spans)
+def launched_seconds(stage: str, device: str, call: Call) -> float:
+    """What the launches of a stage take on the device; RuntimeError where the call has none."""
+    return seconds_of(stage, kernels.timed(call, device))
 
 
-def places(stage: Launches, names: Sequence[str]) -> list[int]:
-    """Where the parts of the stage begin, in a list of two marks for each launch of a call, and one for its end."""
-    found = [2 * i + stage.then for i, name in enumerate(names) if name in stage.kernels]
-    if len(found) <= (stage.number or 0):
-        raise RuntimeError(f"the call launched {len(found)} of {', '.join(stage.kernels)}")
-    return found if stage.number is None else [found[stage.number]]
+def seconds_of(stage: str, spans: Sequence[kernels.Span]) -> float:
+    """Of what ran during a call, that of the stage."""
+    found = [seconds for name, seconds in spans if name in KERNELS[stage]]
+    if not found and stage in ("state", "readout"):
+        ours = {name for names in KERNELS.values() for name in names}
+        ends = [i for i, (name, _) in enumerate(spans) if name in ROUTED[1:]]
+        after = spans[ends[0 if stage == "state" else -1] + 1 :] if ends else ()
+        found = [seconds for _, seconds in takewhile(lambda span: span[0] not in ours, after)]
+    if not found:
+        raise RuntimeError(f"the call launched none of {', '.join(KERNELS[stage])}")
+    return sum(found)
 
 
 def products(case: Case) -> Call:
@@ -228,7 +207,8 @@ def equations(case: Case) -> Call:
     """Eqs. 5-8 up to Zh in plain PyTorch, routing and all; the gradients are given that of Zh."""
     inputs, sides = core.random_inputs(case.shape, case.device), sides_of(case)
     leaves = [inputs[key] for side in sides for key in (side, f"{side}_redundant")] + [inputs["gamma"], inputs["lam"]]
-    return suite.call_of(case.mode, lambda: [z_hat(side, inputs) for side in sides], leaves, inputs["v"])
+    incoming = [inputs["v"]] * len(sides)
+    return suite.call_of(case.mode, lambda: [z_hat(side, inputs) for side in sides], leaves, *incoming)
 
 
 def z_hat(side: str, inputs: dict[str, Tensor]) -> Tensor:
@@ -279,8 +259,7 @@ RIVALS: dict[str, dict[str, Callable[[Case], Call]]] = {
     "tokens": {"dydila eager": equations},
     "state": {"bmm": products},
     "readout": {"bmm": products},
-    "gradients of queries": {"dydila eager": equations},
-    "gradients of keys": {"dydila eager": equations},
+    "gradients": {"dydila eager": equations},
     "convolution": {"conv2d": convolve},
 }
 """Who else is measured, by stage and name."""

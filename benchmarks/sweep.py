@@ -25,7 +25,8 @@ class Config(harness.Options):
 
     shapes: tuple[tuple[int, int, int, int], ...] = ((16, 4096, 384, 6), (16, 4096, 384, 1), (16, 4096, 1152, 16))
     """B N d H of each: the width of the speed table with heads of 64, with one head, and the odd heads of DiT-XL."""
-    stages: tuple[str, ...] = ()  # Stages to vary, by their names in ops.configs; by default all that the layer uses.
+    stages: tuple[str, ...] = ()
+    """Stages to vary, by words in their names in ops.configs; by default all that the layer uses."""
     modes: tuple[str, ...] = ("forward", "forward+backward")  # What is timed.
     repeats: int = 20  # Timed calls of each configuration.
 
@@ -54,7 +55,11 @@ def measured(config: Config, dtype: torch.dtype) -> Iterator[Row]:
         call = tuning.step_of(attn, x, x.requires_grad)
         table = 1e3 * tuning.duration(call, device, config.repeats)
         facts = {"mode": mode, "batch": batch, "tokens": tokens, "dim": dim, "heads": heads, "table_ms": table}
-        for trial in tuning.trials(call, device, config.repeats, config.stages):
+        asked = [stage for stage, *_ in tuning.asked_by(call)]
+        stages = [stage for stage in asked if any(word in stage for word in config.stages or ("",))]
+        if not stages:
+            raise ValueError(f"stages must have words of the layer's, {', '.join(asked)}; got {config.stages}")
+        for trial in tuning.trials(call, device, config.repeats, stages):
             yield {
                 **facts, **dict(zip(("stage", "precision", "width"), trial.key, strict=True)),
                 "before": asdict(trial.before), "tried": asdict(trial.tried), "kept": trial.accepted,

@@ -11,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import layer, stages, suite
+from benchmarks.offline.prediction import steps
 from benchmarks.roofline import Shape
 from dydila_kernels import DyDiLAttention
 from tests import interpreter
@@ -23,7 +24,7 @@ def test_all_stages_run_on_the_torch_backend(capsys: pytest.CaptureFixture[str])
     assert suite.exit_code(rows) == 0
     ours = [row for row in rows if row["name"] == "dydila"]
     missing = {row["stage"] for row in ours if row["skipped"]}
-    assert missing == {"gradients of queries", "gradients of keys"}
+    assert missing == {"gradients"}
     assert all(row["skipped"].startswith("missing: the kernels need a GPU") for row in ours if row["skipped"])
     failed = {(row["stage"], row["name"]): row["skipped"] for row in rows if row["skipped"] and row not in ours}
     assert not failed
@@ -44,6 +45,7 @@ def test_all_kernels_run_in_the_interpreter(wide: bool, monkeypatch: pytest.Monk
         monkeypatch.setattr(core, "LARGEST_HEAD", 8)
         monkeypatch.setattr(configs, "LARGEST_HEAD", 8)
     layer.error_ratio.cache_clear()
+    steps.launched.cache_clear()
     left_out = set()
     for comparison in stages.comparisons(SMALL):
         for contender in comparison:
@@ -59,6 +61,7 @@ def test_all_kernels_run_in_the_interpreter(wide: bool, monkeypatch: pytest.Monk
             if contender.error_ratio is not None:
                 assert contender.error_ratio() <= 4, where  # of 16 tokens
     layer.error_ratio.cache_clear()
+    steps.launched.cache_clear()
     # Narrow heads are convolved in the readout; one wide head of 32 channels is more than 16 tokens.
     assert left_out == ({("state", 1), ("readout", 1)} if wide else {("convolution", None)})
 
@@ -76,21 +79,34 @@ def test_what_is_timed_is_the_part_of_the_stage() -> None:
     assert all(part > 0 for part in parts) and 0.2 * whole < sum(parts) < 5 * whole
 
 
-def test_launches_are_told_by_name_and_number() -> None:
-    names, marks = ["tokens", "tokens", "add"], [0, 1, 3, 5, 9, 10, 12]
+WRITTEN = ["prepare_kernel", "gluon_tokens_kernel", "state_kernel", "sum", "prepare_kernel", "gluon_tokens_kernel",
+           "product_kernel", "depthwise_kernel", "gemm"]  # fmt: skip
+FUSED = ["tokens_kernel", "state_kernel", "sum", "readout_kernel", "gemm"]
+WIDE = ["prepare_kernel", "gluon_tokens_kernel", "gemm", "copy", "prepare_kernel", "gluon_tokens_kernel", "gemm",
+        "depthwise_kernel", "gemm"]  # fmt: skip
+BACKWARD = ["gemm", "gluon_dots_kernel", "sum", "gluon_gradients_kernel", "gluon_gradients_kernel", "depthwise_kernel"]
 
-    def seconds(*launches: object, **options: bool) -> float:
-        places = stages.places(stages.Launches(*launches, **options), names)  # type: ignore[arg-type]
-        return sum(marks[at + 1] - marks[at] for at in places)
 
-    assert seconds(("tokens", "other")) == 3 and seconds(("tokens",), 1) == 2
-    assert seconds(("tokens",), 0, then=True) == 2 and seconds(("tokens",), 1, then=True) == 4
-    assert seconds(("add",), 0, then=True) == 2  # until the call ends
-    for number in (None, 1):
-        with pytest.raises(RuntimeError, match="launched 0 of other"):
-            seconds(("other",), number)
-    with pytest.raises(RuntimeError, match="launched 2 of tokens"):
-        seconds(("tokens",), 2)
+@pytest.mark.parametrize(
+    ("names", "stage", "places"),
+    [
+        (WRITTEN, "tokens", [0, 1, 4, 5]), (WRITTEN, "state", [2]), (WRITTEN, "readout", [6]),
+        (WRITTEN, "convolution", [7]),
+        (FUSED, "tokens", [0]), (FUSED, "state", [1]), (FUSED, "readout", [3]),
+        (WIDE, "tokens", [0, 1, 4, 5]), (WIDE, "state", [2, 3]), (WIDE, "readout", [6]), (WIDE, "convolution", [7]),
+        (BACKWARD, "gradients", [1, 3, 4]),
+        (["state_kernel", "gradients_kernel", "gradients_kernel"], "gradients", [0, 1, 2]),
+    ],
+)  # fmt: skip
+def test_launches_of_a_stage_in_each_form(names: list[str], stage: str, places: list[int]) -> None:
+    spans = [(name, 2.0**i) for i, name in enumerate(names)]
+    assert stages.seconds_of(stage, spans) == sum(2.0**i for i in places)
+
+
+@pytest.mark.parametrize("stage", stages.KERNELS)
+def test_a_stage_without_launches_is_no_time(stage: str) -> None:
+    with pytest.raises(RuntimeError, match=f"launched none of {stages.KERNELS[stage][0]}"):
+        stages.seconds_of(stage, [("gemm", 1.0)])
 
 
 def test_a_stage_that_a_call_does_not_have_is_no_time() -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from benchmarks.harness import Row
+from benchmarks.offline import compiling as compiling_jobs
+from benchmarks.offline.prediction import call
 from benchmarks.offline.prediction.code import Instruction, parse
 from benchmarks.offline.prediction.machine import H200, TARGET, cost, passes
 from benchmarks.offline.prediction.predict import Binary, Launch, predict
@@ -148,6 +151,25 @@ def test_a_prediction_may_not_get_worse(change: Row, expected: list[str]) -> Non
     assert losses({**row, **change}, row) == expected
     without = {name: value for name, value in row.items() if name not in PREDICTED}
     assert losses({**row, **change}, without) == losses(without, row) == []
+
+
+def test_a_binary_is_predicted_for_each_of_its_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of programs that share a sum, one grid goes over any number of tokens."""
+    job = compiling_jobs.Job({}, ("module", "kernel"), {}, {}, {}, {"num_warps": 4}, compiling_jobs.TARGETS[TARGET])
+    sizes = (64, 4096, 64)
+    jobs = [replace(job, launch=Launch((8,), b"", (Tensor(0, size),))) for size in sizes]
+    done: list[int] = []
+
+    def predicted(job: compiling_jobs.Job, spread: bool) -> str:
+        assert job.launch is not None
+        done.append(job.launch.tensors[0].stop)
+        return f"of {done[-1]}"
+
+    monkeypatch.setattr(call, "predicted", predicted)
+    known: call.Known = {}
+    for _ in range(2):
+        assert call.predictions_of(jobs, known=known) == [f"of {size}" for size in sizes]
+    assert done == [64, 4096]
 
 
 @pytest.mark.slow

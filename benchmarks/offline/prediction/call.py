@@ -9,7 +9,7 @@ from benchmarks.offline.cases import DTYPES, Size, attend
 from benchmarks.offline.compiling import TARGETS, Job, compiled, nvidia, record
 from benchmarks.offline.prediction.launches import conversions, prediction_of
 from benchmarks.offline.prediction.machine import H200, SPREAD, TARGET
-from benchmarks.offline.prediction.predict import Prediction
+from benchmarks.offline.prediction.predict import Launch, Prediction
 
 NOTICE = (
     "Predictions by a model of the machine code for one H200 (sm_90); not measurements. "
@@ -54,18 +54,29 @@ class Kernel:
 
 
 def predictions(shape: Shape, spread: bool = True) -> list[Kernel]:
-    """Of all launches of a forward and a backward call, in order; each binary is compiled once."""
+    """Of all launches of a forward and a backward call, in order."""
     size = Size(shape.images, shape.rows, shape.columns, shape.factors, shape.convolution)
 
     def call() -> None:
         variant = {"rotary_pairing": "interleaved"} if shape.rotary else {}
         attend(DTYPES[shape.dtype], shape.d, shape.d // shape.heads, size, **variant)
 
-    jobs, found = record(call, {}, TARGET, TARGETS[TARGET]), dict[str, Kernel]()
+    return predictions_of(record(call, {}, TARGET, TARGETS[TARGET]), spread)
+
+
+Known = dict[tuple[str, Launch | None], Kernel]
+"""What was predicted of a binary and a launch of it: the same grid may go over other sizes."""
+
+
+def predictions_of(jobs: Iterable[Job], spread: bool = True, known: Known | None = None) -> list[Kernel]:
+    """Of launches, in their order; those that are alike are predicted once, and what is ``known`` is not again."""
+    found, kernels = {} if known is None else known, []
     for job in jobs:
-        if job.identity not in found:
-            found[job.identity] = predicted(job, spread)
-    return [found[job.identity] for job in jobs]
+        key = job.identity, job.launch
+        if key not in found:
+            found[key] = predicted(job, spread)
+        kernels.append(found[key])
+    return kernels
 
 
 def predicted(job: Job, spread: bool) -> Kernel:

@@ -1,0 +1,123 @@
+"""What a call of the layer costs the host: ``python -m benchmarks.offline.host``.
+
+A default layer, so small that torch's arithmetic on the CPU takes no time, is called as it would be on a GPU, up to
+the launches: those bind their arguments and look the kernel up, as Triton does, and reach no device.  What a driver
+takes to queue a kernel is not in it, nor CUDA's allocator; ``torch_kernels`` says how many kernels torch itself would
+queue beside ours.
+"""
+
+import gc
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import tyro
+from torch.profiler import ProfilerActivity, profile
+from triton.runtime.jit import compute_cache_key, create_function_from_signature
+
+from benchmarks import harness, suite
+from benchmarks.harness import Call, Row
+from benchmarks.offline.binder import BACKEND
+from dydila_kernels import DyDiLAttention, functional
+from dydila_kernels.ops import tiles
+
+PATH = harness.REPOSITORY / "benchmarks" / "results" / "host.jsonl"
+COMPUTING = {
+    "copy_", "fill_", "cat", "add", "add_", "sum", "cumsum", "mm", "addmm", "mul", "zero_", "addcmul", "addcmul_",
+}  # fmt: skip
+"""The operations of torch, among those of these calls, that queue a kernel."""
+
+
+class Binder:
+    """A launcher that does what Triton does before it calls the driver."""
+
+    def __init__(self) -> None:
+        self.binders: dict[int, tuple[Callable[..., Any], dict[Any, str]]] = {}
+        self.launches = 0
+
+    def __call__(self, kernel: Any, grid: tiles.Grid, config: Any, arguments: dict[str, Any]) -> None:
+        found = self.binders.get(id(kernel))
+        if found is None:
+            bind = create_function_from_signature(kernel.signature, kernel.params, BACKEND)
+            found = self.binders[id(kernel)] = bind, {}
+        _, specialization, options = found[0](**arguments, **config.options)
+        compute_cache_key(found[1], specialization, options)
+        self.launches += 1
+
+
+def ignore(kernel: Any, grid: tiles.Grid, config: Any, arguments: dict[str, Any]) -> None:
+    """A launcher that does nothing."""
+
+
+def calls(dim: int, tokens: int) -> dict[str, Call]:
+    """Of layers with two heads, in bfloat16, on CPU tensors."""
+    attn = DyDiLAttention(dim, 2, backend="triton", dtype=torch.bfloat16)
+    fused = DyDiLAttention(dim, 2, backend="triton", dtype=torch.bfloat16).fuse()
+    x = torch.randn(1, tokens, dim, dtype=torch.bfloat16)
+    learned = x.clone().requires_grad_()
+
+    def training() -> None:
+        attn(learned, HW=(1, tokens)).backward(x)
+
+    return {
+        "fused inference": lambda: fused(x, HW=(1, tokens)),
+        "inference": torch.no_grad()(lambda: attn(x, HW=(1, tokens))),
+        "forward": lambda: attn(learned, HW=(1, tokens)),
+        "forward and backward": training,
+    }
+
+
+def seconds_of(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def row_of(name: str, call: Call, repeats: int) -> Row:
+    """Times with the binder and without, in turn: the least of each, which other work on the machine lengthens least."""
+    binder, found = Binder(), {}
+    for launcher in (binder, ignore):
+        with mock.patch.object(tiles, "launcher", launcher):
+            call()
+    launches = binder.launches
+    with mock.patch.object(tiles, "launcher", ignore), profile(activities=[ProfilerActivity.CPU]) as profiler:
+        call()
+    operations = [event.name.removeprefix("aten::") for event in profiler.events() if event.name.startswith("aten::")]
+    gc.collect()
+    for launcher in [binder, ignore] * repeats:
+        with mock.patch.object(tiles, "launcher", launcher):
+            found[launcher] = min(seconds_of(call), found.get(launcher, float("inf")))
+    whole, rest = 1e6 * found[binder], 1e6 * found[ignore]
+    return {
+        "call": name,
+        "launches": launches,
+        "torch_operations": len(operations),
+        "torch_kernels": sum(operation in COMPUTING for operation in operations),
+        "host_us": round(whole, 1),
+        "binder_us": round(whole - rest, 1),
+        "binder_share": round(1 - rest / whole, 3),
+    }
+
+
+def main(dim: int = 64, tokens: int = 16, repeats: int = 1000, out: Path = PATH) -> None:
+    """Times what calls of a layer cost the host, without a GPU, prints and stores it.
+
+    Args:
+        dim: channels of a token, in two heads.
+        tokens: of one image, in one row.
+        repeats: calls of each, of which the fastest counts.
+        out: where the rows go.
+    """
+    why_not = functional.why_not_triton
+    facts = {"suite": "host", **harness.environment("cpu"), "repeats": repeats, "d": dim, "N": tokens}
+    with mock.patch.object(functional, "why_not_triton", lambda device, *rest: why_not(torch.device("meta"), *rest)):
+        rows = [row_of(name, call, repeats) for name, call in calls(dim, tokens).items()]
+    print(suite.table(rows))
+    harness.write_rows(out, [facts | row for row in rows])
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -188,11 +188,11 @@ class DyDiLAttention(nn.Module):
         checks.unused(others, is_causal)
         call = self._checked(x, checks.mask_of(mask, attn_mask), HW, cu_seqlens, rotary, rotary_pairing)
         backend = self._backend(call)
-        weights = None if self._convolves_apart(call, backend) else self._plain_weights(call)
+        weights = self._plain_weights(call) if backend is torch_backend else None
         if weights is None:
             y = self.proj(self._attention(call, backend))
         else:
-            y = backend.layer(call.x, weights, self._options(call), mask=call.mask, cu_seqlens=call.cu_seqlens)
+            y = torch_backend.layer(call.x, weights, self._options(call), mask=call.mask, cu_seqlens=call.cu_seqlens)
         return call.visible(self.proj_drop(y))
 
     def routing(self, x: Tensor, mask: Tensor | None = None) -> Routing:
@@ -323,8 +323,10 @@ class DyDiLAttention(nn.Module):
 
     def _plain_weights(self, call: CheckedArgs) -> LayerWeights | None:
         """All weights, where nothing asks for the tensors in between: no gradient, autocast, tracer, or module whose
-        call is more than its equation."""
+        call is more than its equation; nor "denominator", whose scale of the keys takes a pass over all of them."""
         x, linears = call.x, (self.qkv, self.proj)
+        if self.normalization == "denominator":
+            return None
         if torch.is_grad_enabled() or autocast_dtype(x.device) is not None or takes_plain_path(x):
             return None
         projections = [p for p in (self.projection_q, self.projection_k) if p is not None]

@@ -1,13 +1,12 @@
-"""The layer without gradients, stage after stage, on the functions of either backend."""
+"""What the projections of the layer hand to the core."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from dydila_kernels.types import CoreInputs, LayerWeights, Norms, Options, Tables
+from dydila_kernels.types import CoreInputs, Norms, Tables
 
 
 def core_inputs(
@@ -25,26 +24,3 @@ def core_inputs(
     elif norms:
         q, k = (norm(t) for norm, t in zip(norms, (q, k), strict=True))
     return CoreInputs(q, k, v, q_redundant, k_redundant, *tables)
-
-
-def layer_in_stages(
-    route: Callable[..., Tensor],
-    project: Callable[..., Tensor],
-    attend: Callable[..., Tensor],
-    x: Tensor,
-    weights: LayerWeights,
-    options: Options,
-    mask: Tensor | None,
-    cu_seqlens: Sequence[int] | None,
-) -> Tensor:
-    """Eqs. 1-9 and the output projection: x (B, N, d) -> (B, N, d).  The functions are those of a backend."""
-    redundant: list[Tensor] = []
-    if weights.projectors:
-        indices = route(x, [p.router for p in weights.projectors])
-        redundant = [project(x, p.weight, index) for p, index in zip(weights.projectors, indices, strict=True)]
-        if weights.norms:
-            redundant = [norm(t) for norm, t in zip(weights.norms, redundant, strict=True)]
-    tokens = F.linear(x, *weights.qkv).chunk(3, -1)
-    inputs = core_inputs(tokens, redundant, weights.norms, weights.tables, options.differential)
-    out = attend(inputs, options, mask=mask, cu_seqlens=cu_seqlens, convolution=weights.convolution)
-    return F.linear(out, *weights.proj)

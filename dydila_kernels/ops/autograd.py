@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -45,16 +44,11 @@ def refuse_second_derivative() -> None:
 # Attention ------------------------------------------------------------------------------------------------------------
 
 
-def attention_forward(*arguments: Any) -> tuple[Tensor, ...]:
+def attention_forward(*arguments: Any, ranks: Ranks | None = None) -> tuple[Tensor, ...]:
     """The output (B, N, d), then :class:`SavedForBackward`.
 
-    ``arguments`` are the fields of :class:`Inputs` and :class:`Settings`.
+    ``arguments`` are the fields of :class:`Inputs` and :class:`Settings`; ``ranks`` hold the other tokens.
     """
-    return attention_over_ranks(None, *arguments)
-
-
-def attention_over_ranks(ranks: Ranks | None, *arguments: Any) -> tuple[Tensor, ...]:
-    """As :func:`attention_forward`, with the processes that hold the other tokens."""
     inputs, settings = Inputs(*arguments[:INPUTS]), Settings(*arguments[INPUTS:])
     with on_device_of(inputs.q), no_autocast(inputs.q.device), torch.no_grad():
         out, saved = core.forward(inputs, settings, ranks)
@@ -73,9 +67,14 @@ def attention_backward(grad: Tensor, *arguments: Any, ranks: Ranks | None = None
 
 def save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Saves the tensors of ``inputs``, the arguments of :func:`attention_forward`, and all of ``output`` but O."""
-    ctx.save_for_backward(*inputs[:INPUTS], inputs[INPUTS], *output[1:])
+    ctx.save_for_backward(*inputs[: INPUTS + 1], *output[1:])
     ctx.settings = inputs[INPUTS + 1 :]
     ctx.set_materialize_grads(False)
+
+
+def save_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """The same of the operator, which returns what is saved."""
+    save_attention(ctx, inputs, output)
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -84,43 +83,32 @@ def differentiate_attention(
 ) -> tuple[Tensor | None, ...]:
     """A gradient, or None, for each argument of :func:`attention_forward`; grad (B, N, d) or None."""
     refuse_second_derivative()
-    saved = ctx.saved_tensors
-    inputs, mask, outputs = saved[:INPUTS], saved[INPUTS], saved[INPUTS + 1 :]
     nothing = (None,) * (1 + len(ctx.settings))
     if grad is None:
         return (None,) * INPUTS + nothing
-    function: Callable[..., tuple[Tensor | None, ...]] = torch.ops.dydila_kernels.attention_backward
+    saved = ctx.saved_tensors
+    arguments = *saved[: INPUTS + 1], *ctx.settings, *saved[INPUTS + 1 :]
     if ranks is not None or can_bypass_dispatcher(grad):
-        function = partial(attention_backward, ranks=ranks)
-    found = function(grad, *inputs, mask, *ctx.settings, *outputs)
-    settings = Settings(mask, *ctx.settings)
-    found = tuple(
-        None if t is None or not settings.differentiates(name) else g
-        for name, t, g in zip(Inputs._fields, inputs, found, strict=True)
-    )
-    return found + nothing
+        return *attention_backward(grad, *arguments, ranks=ranks), *nothing
+    found = torch.ops.dydila_kernels.attention_backward(grad, *arguments)
+    settings = Settings(saved[INPUTS], *ctx.settings)
+    # The operator returns an empty tensor where there is no gradient.
+    wanted = [t is not None and settings.differentiates(name) for name, t in zip(Inputs._fields, saved, strict=False)]
+    return *(g if w else None for g, w in zip(found, wanted, strict=True)), *nothing
 
 
 class Attention(torch.autograd.Function):
-    """What the dispatcher does with the operator ``attention``, without the dispatcher."""
-
-    forward = staticmethod(attention_forward)
-    setup_context = staticmethod(save_attention)
-    backward = staticmethod(differentiate_attention)  # type: ignore[assignment]
-
-
-class AttentionOverRanks(torch.autograd.Function):
-    """As :class:`Attention`, with tokens on several ranks, which no operator knows of."""
+    """What the dispatcher does with the operator ``attention``, without the dispatcher, and over ranks."""
 
     @staticmethod
-    def forward(ctx: Any, ranks: Ranks, *arguments: Any) -> tuple[Tensor, ...]:
-        output = attention_over_ranks(ranks, *arguments)
+    def forward(ctx: Any, ranks: Ranks | None, *arguments: Any) -> Tensor:
+        output = attention_forward(*arguments, ranks=ranks)
         ctx.ranks = ranks
         save_attention(ctx, arguments, output)
-        return output
+        return output[0]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, *differentiate_attention(ctx, grad, ranks=ctx.ranks)
 
 
@@ -169,6 +157,11 @@ def differentiate_projection(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Te
 class RoutedProjection(torch.autograd.Function):
     """What the dispatcher does with the operator ``projection``, without the dispatcher."""
 
-    forward = staticmethod(projection_forward)
-    setup_context = staticmethod(save_projection)
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+        output = projection_forward(x, weight, index)
+        ctx.save_for_backward(x, weight, *output[1:])
+        ctx.set_materialize_grads(False)
+        return output[0]
+
     backward = staticmethod(differentiate_projection)

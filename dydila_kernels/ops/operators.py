@@ -77,17 +77,17 @@ def _(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 torch.library.register_autograd(
-    "dydila_kernels::attention", autograd.differentiate_attention, setup_context=autograd.save_attention
+    "dydila_kernels::attention", autograd.differentiate_attention, setup_context=autograd.save_operator
 )
 
 
 def attention(inputs: Inputs, settings: Settings, ranks: Ranks | None = None) -> Tensor:
     """Eqs. 5-9 (or 10) for validated arguments: (B, N, d), contiguous."""
-    if ranks is not None:
-        return autograd.AttentionOverRanks.apply(ranks, *inputs, *settings)[0]
-    if can_bypass_dispatcher(inputs.q):
-        return autograd.Attention.apply(*inputs, *settings)[0]
-    return attention_op(*inputs, *settings)[0]
+    if ranks is None and not can_bypass_dispatcher(inputs.q):
+        return attention_op(*inputs, *settings)[0]
+    if torch.is_grad_enabled():
+        return autograd.Attention.apply(ranks, *inputs, *settings)
+    return autograd.attention_forward(*inputs, *settings, ranks=ranks)[0]
 
 
 def decisions(inputs: Inputs, settings: Settings) -> dict[str, Tensor]:
@@ -155,8 +155,11 @@ def route(x: Tensor, routers: Sequence[Tensor]) -> Tensor:
 
 def project(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
     """Eq. 2: x (B, N, d), weight (n_P, d, e), index (B, N) int8 -> (B, N, e), contiguous."""
-    function = autograd.RoutedProjection.apply if can_bypass_dispatcher(x) else projection_op
-    return function(x, weight, index)[0]
+    if not can_bypass_dispatcher(x):
+        return projection_op(x, weight, index)[0]
+    if torch.is_grad_enabled():
+        return autograd.RoutedProjection.apply(x, weight, index)
+    return autograd.projection_forward(x, weight, index)[0]
 
 
 for _name, _formula in flops.FORMULAS.items():

@@ -228,7 +228,12 @@ def precision_of(dtype: torch.dtype) -> str:
 def lookup(key: Key) -> Config:
     stage, precision, width = key
     tuned = TUNED.get(key)
-    return next(e.config for e in TABLE[stage, precision] if width <= e.width) if tuned is None else tuned
+    if tuned is not None:
+        return tuned
+    for entry in TABLE[stage, precision]:
+        if width <= entry.width:
+            return entry.config
+    raise KeyError(key)
 
 
 def pick(stage: str, dtype: torch.dtype, width: int = 0) -> Config:

@@ -38,7 +38,7 @@ from dydila_kernels.ops.linear_attention import readout, state, written_readout,
 from dydila_kernels.ops.rotary import rotate
 from dydila_kernels.ops.tiles import power_of_two
 from dydila_kernels.ops.tokens import tokens
-from dydila_kernels.types import DIFFERENTIAL_SIDES, Ranks
+from dydila_kernels.types import Ranks
 
 
 class Inputs(NamedTuple):
@@ -197,7 +197,8 @@ def spare(dim: int, settings: Settings) -> int:
 
 def states_of(context: LaunchContext, saved: SavedForBackward, settings: Settings) -> Tensor:
     """(products, segments, H, e, e), a view; without segments where scores pay."""
-    states = saved.states[: len(saved.states) - spare(context.dim, settings)]
+    unused = spare(context.dim, settings)
+    states = saved.states[:-unused] if unused else saved.states
     return states.view(settings.products, -1, context.heads, context.head_dim, context.head_dim)
 
 
@@ -205,25 +206,28 @@ def operands_of(
     context: LaunchContext, inputs: Inputs, settings: Settings, saved: SavedForBackward
 ) -> tuple[QKOperand, QKOperand]:
     """Queries and keys."""
-    branches = 1 if inputs.q_redundant is None else 2
+    routers: list[Tensor | None] = [router.contiguous() for router in inputs.kernel_routers.unbind()]
+    if inputs.q_redundant is None:
+        routers += [None, None]
+    differential: list[Tensor | None] = [None, None]
+    if inputs.differential_routers is not None:
+        for i, router in enumerate(inputs.differential_routers.unbind()):
+            differential[i] = router.contiguous()
+    statistics = saved.statistics.unbind()
     trained = settings.straight_through
     operands = []
     for i, (z, redundant) in enumerate(((inputs.q, inputs.q_redundant), (inputs.k, inputs.k_redundant))):
-        router = None
-        if inputs.differential_routers is not None and i < DIFFERENTIAL_SIDES[settings.differential]:
-            router = inputs.differential_routers[i].contiguous()
+        kernel, router = routers[i], differential[i]
+        assert kernel is not None
         operands.append(
             QKOperand(
                 contiguous_channels(z),
                 None if redundant is None else contiguous_channels(redundant),
-                (
-                    inputs.kernel_routers[i].contiguous(),
-                    inputs.kernel_routers[2 + i].contiguous() if branches == 2 else None,
-                ),
+                (kernel, routers[2 + i]),
                 router,
-                saved.indices[i, :branches],
-                None if router is None else saved.indices[i, branches],
-                saved.statistics[i],
+                saved.indices[i],
+                None if router is None else saved.indices[i, -1],
+                statistics[i],
                 saved.slopes[i] if trained else None,
                 saved.differential_slopes[i] if trained and router is not None else None,
                 has_denominator=i == 0 and settings.has_denominator,
@@ -274,10 +278,8 @@ def fused_product(
     out: Tensor, *, decide: bool, add: bool, convolution: Weights,
 ) -> None:  # fmt: skip
     """Product i: writes O (B, N, d) to ``out`` or adds it, and with ``convolution`` DWC(V)."""
-    if not add and all(
-        forms.why_not_gluon_tokens(context, side, decide=decide, terms=settings.has_denominator) is None
-        for side in (q, k)
-    ):
+    asked = {"decide": decide, "terms": settings.has_denominator}
+    if not (add or forms.why_not_gluon_tokens(context, q, **asked) or forms.why_not_gluon_tokens(context, k, **asked)):
         written_product(context, saved, i, q, k, v, out, convolution)
         return
     if decide:
@@ -299,12 +301,14 @@ def written_product(
     convolution: Weights,
 ) -> None:  # fmt: skip
     """As :func:`fused_product`, where each power is made once: ``out`` holds Kh, then Qh, then O."""
-    tokens(context, k, decide=True, out=out)
+    from dydila_kernels.ops.gluon.tokens import tokens as gluon_tokens
+
+    gluon_tokens(context, k, out)
     total = written_state(context, k, out, v)
     context.sum_over_ranks(total)
-    saved.states[i] = total
-    tokens(context, q, decide=True, out=out)
-    written_readout(context, out, saved.states[i])
+    state = saved.states[i].copy_(total)
+    gluon_tokens(context, q, out)
+    written_readout(context, out, state)
     weight, bias = convolution
     if weight is not None:
         depthwise.depthwise(out, v, weight.t(), bias, context.geometry, context.mask)

@@ -13,13 +13,12 @@ from dydila_kernels import checks, routing, torch_backend
 from dydila_kernels.checks import CheckedArgs, is_plain
 from dydila_kernels.depthwise import DepthwiseConv
 from dydila_kernels.differential import TokenDifferential
-from dydila_kernels.functional import agreeing, backend_of
+from dydila_kernels.functional import agreeing, backend_of, core_inputs
 from dydila_kernels.measure import DynamicMeasureKernel
 from dydila_kernels.norms import NORMS, check_norm, norm_of, normed
 from dydila_kernels.precision import autocast_dtype
 from dydila_kernels.projection import DynamicProjection
 from dydila_kernels.routing import Routing
-from dydila_kernels.stages import core_inputs
 from dydila_kernels.torch_backend import depthwise, takes_plain_path
 from dydila_kernels.types import (
     Backend,

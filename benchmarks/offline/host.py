@@ -1,12 +1,11 @@
 """What a call of the layer costs the host: ``python -m benchmarks.offline.host``.
 
-A default layer, so small that torch's arithmetic on the CPU takes no time, is called as it would be on a GPU, up to
-the launches: those bind their arguments and look the kernel up, as Triton does, and reach no device.  What a driver
-takes to queue a kernel is not in it, nor CUDA's allocator; ``torch_kernels`` says how many kernels torch itself would
-queue beside ours.
+A default layer in bfloat16, so small that torch's arithmetic on the CPU takes hardly any time, is called as it would be
+on a GPU, up to the launches: those bind their arguments and look the kernel up, as Triton does, and reach no device.
+What a driver takes to queue a kernel is not in it, nor CUDA's allocator; ``torch_kernels`` says how many kernels torch
+itself would queue beside ours.  ``linear_us`` is the time of the two linear layers by themselves.
 """
 
-import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from unittest import mock
 
 import torch
 import tyro
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from triton.runtime.jit import compute_cache_key, create_function_from_signature
 
@@ -52,45 +52,52 @@ def ignore(kernel: Any, grid: tiles.Grid, config: Any, arguments: dict[str, Any]
     """A launcher that does nothing."""
 
 
-def calls(dim: int, tokens: int) -> dict[str, Call]:
-    """Of layers with two heads, in bfloat16, on CPU tensors."""
-    attn = DyDiLAttention(dim, 2, backend="triton", dtype=torch.bfloat16)
+def calls(dim: int, tokens: int) -> dict[str, tuple[Call, Call]]:
+    """Of a layer with two heads, and of its two linear layers alone."""
     fused = DyDiLAttention(dim, 2, backend="triton", dtype=torch.bfloat16).fuse()
-    x = torch.randn(1, tokens, dim, dtype=torch.bfloat16)
-    learned = x.clone().requires_grad_()
+    attn = DyDiLAttention(dim, 2, backend="triton", dtype=torch.bfloat16)
+    x, grid = torch.randn(1, tokens, dim, dtype=torch.bfloat16), (1, tokens)
+    learned, wide = x.clone().requires_grad_(), x.repeat(1, 1, 3)
 
-    def training() -> None:
-        attn(learned, HW=(1, tokens)).backward(x)
+    def infer(layer: DyDiLAttention) -> Call:
+        return torch.no_grad()(lambda: layer(x, HW=grid))
+
+    def linears() -> tuple[Tensor, Tensor]:
+        return attn.qkv(learned), attn.proj(learned)
 
     return {
-        "fused inference": lambda: fused(x, HW=(1, tokens)),
-        "inference": torch.no_grad()(lambda: attn(x, HW=(1, tokens))),
-        "forward": lambda: attn(learned, HW=(1, tokens)),
-        "forward and backward": training,
+        "fused inference": (infer(fused), torch.no_grad()(linears)),
+        "inference": (infer(attn), torch.no_grad()(linears)),
+        "forward": (lambda: attn(learned, HW=grid), linears),
+        "forward and backward": (
+            lambda: attn(learned, HW=grid).backward(x),
+            lambda: torch.autograd.backward(linears(), (wide, x)),
+        ),
     }
 
 
-def seconds_of(call: Call) -> float:
+def microseconds_of(call: Call) -> float:
     start = time.perf_counter()
     call()
-    return time.perf_counter() - start
+    return 1e6 * (time.perf_counter() - start)
 
 
-def row_of(name: str, call: Call, repeats: int) -> Row:
-    """Times with the binder and without, in turn: the least of each, which other work on the machine lengthens least."""
-    binder, found = Binder(), {}
-    for launcher in (binder, ignore):
-        with mock.patch.object(tiles, "launcher", launcher):
-            call()
+def row_of(name: str, call: Call, linears: Call, repeats: int) -> Row:
+    """The least time of ``repeats``, which other work on the machine lengthens least; with and without binder in turn."""
+    binder = Binder()
+    with mock.patch.object(tiles, "launcher", binder):
+        call()
     launches = binder.launches
     with mock.patch.object(tiles, "launcher", ignore), profile(activities=[ProfilerActivity.CPU]) as profiler:
         call()
     operations = [event.name.removeprefix("aten::") for event in profiler.events() if event.name.startswith("aten::")]
-    gc.collect()
-    for launcher in [binder, ignore] * repeats:
-        with mock.patch.object(tiles, "launcher", launcher):
-            found[launcher] = min(seconds_of(call), found.get(launcher, float("inf")))
-    whole, rest = 1e6 * found[binder], 1e6 * found[ignore]
+    whole = rest = alone = float("inf")
+    for _ in range(repeats):
+        with mock.patch.object(tiles, "launcher", binder):
+            whole = min(whole, microseconds_of(call))
+        with mock.patch.object(tiles, "launcher", ignore):
+            rest = min(rest, microseconds_of(call))
+        alone = min(alone, microseconds_of(linears))
     return {
         "call": name,
         "launches": launches,
@@ -98,11 +105,12 @@ def row_of(name: str, call: Call, repeats: int) -> Row:
         "torch_kernels": sum(operation in COMPUTING for operation in operations),
         "host_us": round(whole, 1),
         "binder_us": round(whole - rest, 1),
+        "linear_us": round(alone, 1),
         "binder_share": round(1 - rest / whole, 3),
     }
 
 
-def main(dim: int = 64, tokens: int = 16, repeats: int = 1000, out: Path = PATH) -> None:
+def main(dim: int = 64, tokens: int = 1, repeats: int = 1000, out: Path = PATH) -> None:
     """Times what calls of a layer cost the host, without a GPU, prints and stores it.
 
     Args:
@@ -113,8 +121,9 @@ def main(dim: int = 64, tokens: int = 16, repeats: int = 1000, out: Path = PATH)
     """
     why_not = functional.why_not_triton
     facts = {"suite": "host", **harness.environment("cpu"), "repeats": repeats, "d": dim, "N": tokens}
-    with mock.patch.object(functional, "why_not_triton", lambda device, *rest: why_not(torch.device("meta"), *rest)):
-        rows = [row_of(name, call, repeats) for name, call in calls(dim, tokens).items()]
+    on_meta = mock.patch.object(functional, "why_not_triton", lambda device, *rest: why_not(torch.device("meta"), *rest))
+    with on_meta, torch.backends.mkldnn.flags(enabled=False):  # which prepares each product anew
+        rows = [row_of(name, *pair, repeats) for name, pair in calls(dim, tokens).items()]
     print(suite.table(rows))
     harness.write_rows(out, [facts | row for row in rows])
 

@@ -8,7 +8,7 @@ one is an error.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -16,15 +16,33 @@ from torch import Tensor
 
 from dydila_kernels.ops import backward, core, projection
 from dydila_kernels.ops.core import Inputs, SavedForBackward, Settings
-from dydila_kernels.precision import no_autocast
+from dydila_kernels.precision import autocast_dtype, no_autocast
 from dydila_kernels.types import Ranks
 
 INPUTS, SAVED = len(Inputs._fields), len(SavedForBackward._fields)
 
 
-def on_device_of(t: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, whatever the tensors are on."""
-    return torch.cuda.device(t.device) if t.is_cuda and t.device.index != torch.cuda.current_device() else nullcontext()
+NOTHING = nullcontext()
+
+
+def launching_for(t: Tensor) -> AbstractContextManager[Any]:
+    """Where the kernels are launched: on the device of ``t``, without autocast and gradients.
+
+    Triton launches on the current device, whatever the tensors are on.
+    """
+    changes: list[AbstractContextManager[Any]] = []
+    if t.is_cuda and t.device.index != torch.cuda.current_device():
+        changes.append(torch.cuda.device(t.device))
+    if autocast_dtype(t.device) is not None:
+        changes.append(no_autocast(t.device))
+    if torch.is_grad_enabled():
+        changes.append(torch.no_grad())
+    if len(changes) <= 1:
+        return changes[0] if changes else NOTHING
+    stack = ExitStack()
+    for change in changes:
+        stack.enter_context(change)
+    return stack
 
 
 def can_bypass_dispatcher(t: Tensor) -> bool:
@@ -50,7 +68,7 @@ def attention_forward(*arguments: Any, ranks: Ranks | None = None) -> tuple[Tens
     ``arguments`` are the fields of :class:`Inputs` and :class:`Settings`; ``ranks`` hold the other tokens.
     """
     inputs, settings = Inputs(*arguments[:INPUTS]), Settings(*arguments[INPUTS:])
-    with on_device_of(inputs.q), no_autocast(inputs.q.device), torch.no_grad():
+    with launching_for(inputs.q):
         out, saved = core.forward(inputs, settings, ranks)
     return out, *saved
 
@@ -61,7 +79,7 @@ def attention_backward(grad: Tensor, *arguments: Any, ranks: Ranks | None = None
     ``arguments`` are the fields of :class:`Inputs`, :class:`Settings` and :class:`SavedForBackward`.
     """
     inputs, settings = Inputs(*arguments[:INPUTS]), Settings(*arguments[INPUTS:-SAVED])
-    with on_device_of(grad), no_autocast(grad.device), torch.no_grad():
+    with launching_for(grad):
         return backward.backward(grad, inputs, settings, SavedForBackward(*arguments[-SAVED:]), ranks)
 
 
@@ -117,20 +135,20 @@ class Attention(torch.autograd.Function):
 
 def route_forward(x: Tensor, routers: Sequence[Tensor]) -> Tensor:
     """x (B, N, d), one or two routers (d, n_P) -> (routers, B, N) int8."""
-    with on_device_of(x), no_autocast(x.device), torch.no_grad():
+    with launching_for(x):
         return projection.route(x, routers)
 
 
 def projection_forward(x: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x (B, N, d), weight (n_P, d, e), index (B, N) int8 -> (B, N, e) and the :class:`Plan`."""
-    with on_device_of(x), no_autocast(x.device), torch.no_grad():
+    with launching_for(x):
         plan = projection.plan(index, len(weight))
         return projection.project(x, weight, plan), *plan
 
 
 def projection_backward(grad: Tensor, x: Tensor, weight: Tensor, order: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of x and weight, from that of the output (B, N, e) and the plan."""
-    with on_device_of(x), no_autocast(x.device), torch.no_grad():
+    with launching_for(x):
         plan = projection.Plan(order, ends)
         dx = projection.project_input_gradient(grad, weight, plan)
         return dx, projection.project_weight_gradient(x, grad, plan, weight.dtype)

@@ -286,11 +286,9 @@ class DyDiLAttention(nn.Module):
         checks.not_traced()
         checks.tokens("x", x, self.dim)
         # A hooked or replaced projection may have weights of any kind, or none.
-        plain = is_plain(self.proj, nn.Linear) and autocast_dtype(x.device) is None
-        if plain and x.dtype != self.proj.weight.dtype:
-            raise TypeError(
-                f"x must have the dtype of the weights, {self.proj.weight.dtype}, outside autocast; got {x.dtype}"
-            )
+        dtype = getattr(getattr(self.proj, "weight", None), "dtype", x.dtype)
+        if x.dtype != dtype and is_plain(self.proj, nn.Linear) and autocast_dtype(x.device) is None:
+            raise TypeError(f"x must have the dtype of the weights, {dtype}, outside autocast; got {x.dtype}")
         if self.fused and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             raise RuntimeError("a layer cannot train after fuse(), but some of its parameters require a gradient")
         if mask is not None:

@@ -142,7 +142,7 @@ def route_forward(x: Tensor, routers: Sequence[Tensor]) -> Tensor:
 def projection_forward(x: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x (B, N, d), weight (n_P, d, e), index (B, N) int8 -> (B, N, e) and the :class:`Plan`."""
     with launching_for(x):
-        plan = projection.plan(index, len(weight))
+        plan = projection.plan(index, weight.shape[0])
         return projection.project(x, weight, plan), *plan
 
 

@@ -221,10 +221,6 @@ asked: dict[Key, None] | None = None
 """What is looked up, while :func:`dydila_kernels.tuning.tune` wants to know."""
 
 
-def precision_of(dtype: torch.dtype) -> str:
-    return "single" if dtype == torch.float32 else "half"
-
-
 def lookup(key: Key) -> Config:
     stage, precision, width = key
     tuned = TUNED.get(key)
@@ -238,7 +234,7 @@ def lookup(key: Key) -> Config:
 
 def pick(stage: str, dtype: torch.dtype, width: int = 0) -> Config:
     """The configuration of a stage for tokens of ``dtype`` and a head (or product) of ``width`` channels."""
-    key = stage, precision_of(dtype), width
+    key = stage, "single" if dtype == torch.float32 else "half", width
     if asked is not None:
         asked[key] = None
     return lookup(key)

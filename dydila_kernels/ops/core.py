@@ -161,7 +161,7 @@ def empty_saved(inputs: Inputs, settings: Settings, ranks: Ranks | None = None) 
     # A state for each segment, or none where scores pay.
     states = segments if is_fused(dim, settings) or ranks is not None else segments * torch.sym_min(1, longest // e)
     branches = 1 if inputs.q_redundant is None else 2
-    trained, n_d = settings.straight_through, 0 if inputs.lam is None else len(inputs.lam)
+    trained, n_d = settings.straight_through, 0 if inputs.lam is None else inputs.lam.shape[0]
 
     def new(*shape: int, dtype: torch.dtype = torch.float32, wanted: bool = True) -> Tensor:
         return inputs.q.new_empty(shape if wanted else (0,), dtype=dtype)
@@ -169,7 +169,7 @@ def empty_saved(inputs: Inputs, settings: Settings, ranks: Ranks | None = None) 
     return SavedForBackward(
         new(2, branches + (settings.differential != "off"), count, dtype=torch.int8),
         new(2, branches, 3, count),
-        new(2, branches, count, len(inputs.gamma), wanted=trained),
+        new(2, branches, count, inputs.gamma.shape[0], wanted=trained),
         new(2, count, n_d, wanted=trained and n_d > 0),
         new(products * states * heads * e * e + spare(dim, settings), dtype=working_dtype(inputs, settings)),
         new(products, segments, dim, wanted=settings.has_denominator),

@@ -282,8 +282,8 @@ def vector(name: str, value: object, length: str) -> None:
 
 def same(attribute: str, tensors: Mapping[str, Tensor | None]) -> None:
     """All tensors agree in their "dtype" or "device"."""
-    found = {name: getattr(t, attribute) for name, t in tensors.items() if t is not None}
-    if len(set(found.values())) > 1:
+    if len({getattr(t, attribute) for t in tensors.values() if t is not None}) > 1:
+        found = {name: getattr(t, attribute) for name, t in tensors.items() if t is not None}
         listed = ", ".join(f"{name} {str(value).removeprefix('torch.')}" for name, value in found.items())
         raise ValueError(f"{', '.join(found)} must share one {attribute}; got {listed}")
 

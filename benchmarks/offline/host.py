@@ -121,7 +121,9 @@ def main(dim: int = 64, tokens: int = 1, repeats: int = 1000, out: Path = PATH) 
     """
     why_not = functional.why_not_triton
     facts = {"suite": "host", **harness.environment("cpu"), "repeats": repeats, "d": dim, "N": tokens}
-    on_meta = mock.patch.object(functional, "why_not_triton", lambda device, *rest: why_not(torch.device("meta"), *rest))
+    on_meta = mock.patch.object(
+        functional, "why_not_triton", lambda device, *rest: why_not(torch.device("meta"), *rest)
+    )
     with on_meta, torch.backends.mkldnn.flags(enabled=False):  # which prepares each product anew
         rows = [row_of(name, *pair, repeats) for name, pair in calls(dim, tokens).items()]
     print(suite.table(rows))

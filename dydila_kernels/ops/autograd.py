@@ -62,7 +62,7 @@ def refuse_second_derivative() -> None:
 # Attention ------------------------------------------------------------------------------------------------------------
 
 
-def attention_forward(*arguments: Any, ranks: Ranks | None = None) -> tuple[Tensor, ...]:
+def attention_forward(*arguments: Any, ranks: Ranks | None = None) -> tuple[Any, ...]:
     """The output (B, N, d), then :class:`SavedForBackward`.
 
     ``arguments`` are the fields of :class:`Inputs` and :class:`Settings`; ``ranks`` hold the other tokens.

@@ -95,7 +95,8 @@ class Settings(NamedTuple):
 
 
 class SavedForBackward(NamedTuple):
-    """What the forward pass saves, for both sides (first index) and branches; empty where there is no such thing.
+    """What the forward pass saves, for both sides (first index) and branches; None where there is no such thing, for
+    which the operators have an empty tensor.
 
     indices (2, branches + 1, T) int8, without the last where nothing is subtracted; statistics (2, branches, 3, T);
     slopes (2, branches, T, n_F), differential_slopes (2, T, n_D); states, see :func:`states_of`, in the working dtype;
@@ -105,15 +106,18 @@ class SavedForBackward(NamedTuple):
 
     indices: Tensor
     statistics: Tensor
-    slopes: Tensor
-    differential_slopes: Tensor
+    slopes: Tensor | None
+    differential_slopes: Tensor | None
     states: Tensor
-    means: Tensor
-    inverse: Tensor
+    means: Tensor | None
+    inverse: Tensor | None
 
     def denominator(self, product: int, settings: Settings) -> tuple[Tensor | None, Tensor | None]:
         """Of a product the mean terms of the keys (segments, d) and the inverse denominators (T, H), or None."""
-        return (self.means[product], self.inverse[product]) if settings.has_denominator else (None, None)
+        if not settings.has_denominator:
+            return None, None
+        assert self.means is not None and self.inverse is not None
+        return self.means[product], self.inverse[product]
 
 
 def is_fused(dim: int, settings: Settings) -> bool:
@@ -163,17 +167,17 @@ def empty_saved(inputs: Inputs, settings: Settings, ranks: Ranks | None = None) 
     branches = 1 if inputs.q_redundant is None else 2
     trained, n_d = settings.straight_through, 0 if inputs.lam is None else inputs.lam.shape[0]
 
-    def new(*shape: int, dtype: torch.dtype = torch.float32, wanted: bool = True) -> Tensor:
-        return inputs.q.new_empty(shape if wanted else (0,), dtype=dtype)
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return inputs.q.new_empty(shape, dtype=dtype)
 
     return SavedForBackward(
         new(2, branches + (settings.differential != "off"), count, dtype=torch.int8),
         new(2, branches, 3, count),
-        new(2, branches, count, inputs.gamma.shape[0], wanted=trained),
-        new(2, count, n_d, wanted=trained and n_d > 0),
+        new(2, branches, count, inputs.gamma.shape[0]) if trained else None,
+        new(2, count, n_d) if trained and n_d else None,
         new(products * states * heads * e * e + spare(dim, settings), dtype=working_dtype(inputs, settings)),
-        new(products, segments, dim, wanted=settings.has_denominator),
-        new(products, count, heads, wanted=settings.has_denominator),
+        new(products, segments, dim) if settings.has_denominator else None,
+        new(products, count, heads) if settings.has_denominator else None,
     )
 
 
@@ -213,8 +217,10 @@ def operands_of(
     if inputs.differential_routers is not None:
         for i, router in enumerate(inputs.differential_routers.unbind()):
             differential[i] = router.contiguous()
-    statistics = saved.statistics.unbind()
-    trained = settings.straight_through
+    indices, statistics = saved.indices.unbind(), saved.statistics.unbind()
+    slopes, differential_slopes = (
+        (saved.slopes, saved.differential_slopes) if settings.straight_through else (None, None)
+    )
     operands = []
     for i, (z, redundant) in enumerate(((inputs.q, inputs.q_redundant), (inputs.k, inputs.k_redundant))):
         kernel, router = routers[i], differential[i]
@@ -225,11 +231,11 @@ def operands_of(
                 None if redundant is None else contiguous_channels(redundant),
                 (kernel, routers[2 + i]),
                 router,
-                saved.indices[i],
-                None if router is None else saved.indices[i, -1],
+                indices[i],
+                None if router is None else indices[i][-1],
                 statistics[i],
-                saved.slopes[i] if trained else None,
-                saved.differential_slopes[i] if trained and router is not None else None,
+                None if slopes is None else slopes[i],
+                None if router is None or differential_slopes is None else differential_slopes[i],
                 has_denominator=i == 0 and settings.has_denominator,
                 length_scale=context.length_scale if i == 0 else None,
             )
@@ -258,7 +264,8 @@ def forward(inputs: Inputs, settings: Settings, ranks: Ranks | None = None) -> t
     if settings.differential == "map":
         # Eq. 10: the products of the two branches, the second added to the first.  The keys choose no lambda.
         saved.indices[1, -1].zero_()
-        saved.differential_slopes[1:].zero_()
+        if saved.differential_slopes is not None:
+            saved.differential_slopes[1:].zero_()
         tokens(context, q, decide=True)
         tokens(context, k, decide=True)
         (q1, q2), (k1, k2) = q.branches(), k.branches()
@@ -287,7 +294,7 @@ def fused_product(
     total, means = state(context, k, v, sums=settings.has_denominator)
     context.sum_over_ranks(total, means)
     saved.states[i] = total
-    if means is not None:
+    if means is not None and saved.means is not None:
         saved.means[i] = means
     means, inverse = saved.denominator(i, settings)
     readout(
@@ -327,7 +334,7 @@ def gemm_product(
     if not context.by_scores:
         gemm.state(context, k_hat, values, saved.states[i])
         context.sum_over_ranks(saved.states[i], means)
-    if means is not None:
+    if means is not None and saved.means is not None:
         saved.means[i] = means
     means, inverse = saved.denominator(i, settings)
     tokens(context, q, decide=decide, out=q_hat, means=means, inverse=inverse)

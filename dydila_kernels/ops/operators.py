@@ -49,14 +49,14 @@ def or_empty(like: Tensor, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ..
 )
 def attention_op(*arguments: Any) -> tuple[Tensor, ...]:
     """See :func:`autograd.attention_forward`."""
-    return autograd.attention_forward(*arguments)
+    return or_empty(arguments[0], autograd.attention_forward(*arguments))
 
 
 @torch.library.custom_op(
     "dydila_kernels::attention_backward",
     mutates_args=(),
     schema=f"(Tensor grad, {_ATTENTION}, {_SETTINGS}, "
-    f"{', '.join(f'Tensor {name}' for name in SavedForBackward._fields)}) -> ({_GRADIENTS})",
+    f"{', '.join(f'Tensor? {name}' for name in SavedForBackward._fields)}) -> ({_GRADIENTS})",
 )
 def attention_backward_op(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """See :func:`autograd.attention_backward`."""
@@ -66,7 +66,7 @@ def attention_backward_op(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 @attention_op.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, settings = Inputs(*arguments[:INPUTS]), Settings(*arguments[INPUTS:])
-    return inputs.q.new_empty(inputs.q.shape), *core.empty_saved(inputs, settings)
+    return inputs.q.new_empty(inputs.q.shape), *or_empty(inputs.q, core.empty_saved(inputs, settings))
 
 
 @attention_backward_op.register_fake

@@ -118,7 +118,10 @@ Norms = tuple[Callable[[Tensor], Tensor], ...]
 
 
 class LayerWeights(NamedTuple):
-    """All that a layer computes with, for the torch backend without gradients.  ``projectors``: of Q' and K', or none."""
+    """All that a layer computes with: what the torch backend takes where there are no gradients.
+
+    ``projectors``: of Q' and K', or none.
+    """
 
     qkv: Linear
     projectors: tuple[Projector, ...]

@@ -58,6 +58,8 @@ def calls(dim: int, tokens: int) -> dict[str, tuple[Call, Call]]:
     attn = DyDiLAttention(dim, 2, backend="triton", dtype=torch.bfloat16)
     x, grid = torch.randn(1, tokens, dim, dtype=torch.bfloat16), (1, tokens)
     learned, wide = x.clone().requires_grad_(), x.repeat(1, 1, 3)
+    trained = [learned, *(p for p in attn.parameters() if p.requires_grad)]
+    shared = [learned, *attn.qkv.parameters(), *attn.proj.parameters()]
 
     def infer(layer: DyDiLAttention) -> Call:
         return torch.no_grad()(lambda: layer(x, HW=grid))
@@ -70,8 +72,8 @@ def calls(dim: int, tokens: int) -> dict[str, tuple[Call, Call]]:
         "inference": (infer(attn), torch.no_grad()(linears)),
         "forward": (lambda: attn(learned, HW=grid), linears),
         "forward and backward": (
-            lambda: attn(learned, HW=grid).backward(x),
-            lambda: torch.autograd.backward(linears(), (wide, x)),
+            lambda: torch.autograd.grad(attn(learned, HW=grid), trained, x),
+            lambda: torch.autograd.grad(linears(), shared, (wide, x)),
         ),
     }
 
@@ -83,7 +85,8 @@ def microseconds_of(call: Call) -> float:
 
 
 def row_of(name: str, call: Call, linears: Call, repeats: int) -> Row:
-    """The least time of ``repeats``, which other work on the machine lengthens least; with and without binder in turn."""
+    """The least of ``repeats`` times, which other work on the machine lengthens least, in turn with those without binder
+    and those of ``linears``."""
     binder = Binder()
     with mock.patch.object(tiles, "launcher", binder):
         call()

@@ -210,26 +210,19 @@ def operands_of(
     context: LaunchContext, inputs: Inputs, settings: Settings, saved: SavedForBackward
 ) -> tuple[QKOperand, QKOperand]:
     """Queries and keys."""
-    routers: list[Tensor | None] = [router.contiguous() for router in inputs.kernel_routers.unbind()]
-    if inputs.q_redundant is None:
-        routers += [None, None]
-    differential: list[Tensor | None] = [None, None]
-    if inputs.differential_routers is not None:
-        for i, router in enumerate(inputs.differential_routers.unbind()):
-            differential[i] = router.contiguous()
+    routers = inputs.kernel_routers.contiguous().unbind()
+    differential = [] if inputs.differential_routers is None else inputs.differential_routers.contiguous().unbind()
     indices, statistics = saved.indices.unbind(), saved.statistics.unbind()
-    slopes, differential_slopes = (
-        (saved.slopes, saved.differential_slopes) if settings.straight_through else (None, None)
-    )
+    slopes = saved.slopes if settings.straight_through else None
+    differential_slopes = saved.differential_slopes if settings.straight_through else None
     operands = []
     for i, (z, redundant) in enumerate(((inputs.q, inputs.q_redundant), (inputs.k, inputs.k_redundant))):
-        kernel, router = routers[i], differential[i]
-        assert kernel is not None
+        router = differential[i] if i < len(differential) else None
         operands.append(
             QKOperand(
                 contiguous_channels(z),
                 None if redundant is None else contiguous_channels(redundant),
-                (kernel, routers[2 + i]),
+                (routers[i], None if redundant is None else routers[2 + i]),
                 router,
                 indices[i],
                 None if router is None else indices[i][-1],

@@ -85,8 +85,8 @@ def microseconds_of(call: Call) -> float:
 
 
 def row_of(name: str, call: Call, linears: Call, repeats: int) -> Row:
-    """The least of ``repeats`` times, which other work on the machine lengthens least, in turn with those without binder
-    and those of ``linears``."""
+    """The least of ``repeats`` times, which other work on the machine lengthens least: with and without the binder, and
+    of ``linears``, in turn."""
     binder = Binder()
     with mock.patch.object(tiles, "launcher", binder):
         call()

@@ -59,6 +59,16 @@ def refuse_second_derivative() -> None:
         raise RuntimeError("backend='triton' has no second derivatives (create_graph=True); use backend='torch'")
 
 
+def of_operator(save: Callable[..., None]) -> Callable[..., None]:
+    """As ``save``, for an operator, which returns what is saved."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        save(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[1:])
+
+    return setup_context
+
+
 # Attention ------------------------------------------------------------------------------------------------------------
 
 
@@ -88,12 +98,6 @@ def save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(*inputs[: INPUTS + 1], *output[1:])
     ctx.settings = inputs[INPUTS + 1 :]
     ctx.set_materialize_grads(False)
-
-
-def save_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """The same of the operator, which returns what is saved."""
-    save_attention(ctx, inputs, output)
-    ctx.mark_non_differentiable(*output[1:])
 
 
 def differentiate_attention(
@@ -158,7 +162,6 @@ def save_projection(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, 
     """Saves x, weight and the plan."""
     ctx.save_for_backward(*inputs[:2], *output[1:])
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
 
 
 def differentiate_projection(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -176,10 +179,9 @@ class RoutedProjection(torch.autograd.Function):
     """What the dispatcher does with the operator ``projection``, without the dispatcher."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-        output = projection_forward(x, weight, index)
-        ctx.save_for_backward(x, weight, *output[1:])
-        ctx.set_materialize_grads(False)
+    def forward(ctx: Any, *arguments: Tensor) -> Tensor:
+        output = projection_forward(*arguments)
+        save_projection(ctx, arguments, output)
         return output[0]
 
     backward = staticmethod(differentiate_projection)

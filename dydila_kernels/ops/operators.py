@@ -77,7 +77,9 @@ def _(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 torch.library.register_autograd(
-    "dydila_kernels::attention", autograd.differentiate_attention, setup_context=autograd.save_operator
+    "dydila_kernels::attention",
+    autograd.differentiate_attention,
+    setup_context=autograd.of_operator(autograd.save_attention),
 )
 
 
@@ -144,7 +146,9 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, order: Tensor, ends: Tensor) -> t
 
 
 torch.library.register_autograd(
-    "dydila_kernels::projection", autograd.differentiate_projection, setup_context=autograd.save_projection
+    "dydila_kernels::projection",
+    autograd.differentiate_projection,
+    setup_context=autograd.of_operator(autograd.save_projection),
 )
 
 

@@ -13,13 +13,12 @@ from dydila_kernels import checks, routing, torch_backend
 from dydila_kernels.checks import CheckedArgs, is_plain
 from dydila_kernels.depthwise import DepthwiseConv
 from dydila_kernels.differential import TokenDifferential
-from dydila_kernels.functional import agreeing, backend_of
+from dydila_kernels.functional import agreeing, backend_of, core_inputs
 from dydila_kernels.measure import DynamicMeasureKernel
 from dydila_kernels.norms import NORMS, check_norm, norm_of, normed
 from dydila_kernels.precision import autocast_dtype
 from dydila_kernels.projection import DynamicProjection
 from dydila_kernels.routing import Routing
-from dydila_kernels.stages import core_inputs
 from dydila_kernels.torch_backend import depthwise, takes_plain_path
 from dydila_kernels.types import (
     Backend,
@@ -188,11 +187,11 @@ class DyDiLAttention(nn.Module):
         checks.unused(others, is_causal)
         call = self._checked(x, checks.mask_of(mask, attn_mask), HW, cu_seqlens, rotary, rotary_pairing)
         backend = self._backend(call)
-        weights = None if self._convolves_apart(call, backend) else self._plain_weights(call)
+        weights = self._plain_weights(call) if backend is torch_backend else None
         if weights is None:
             y = self.proj(self._attention(call, backend))
         else:
-            y = backend.layer(call.x, weights, self._options(call), mask=call.mask, cu_seqlens=call.cu_seqlens)
+            y = torch_backend.layer(call.x, weights, self._options(call), mask=call.mask, cu_seqlens=call.cu_seqlens)
         return call.visible(self.proj_drop(y))
 
     def routing(self, x: Tensor, mask: Tensor | None = None) -> Routing:
@@ -287,11 +286,9 @@ class DyDiLAttention(nn.Module):
         checks.not_traced()
         checks.tokens("x", x, self.dim)
         # A hooked or replaced projection may have weights of any kind, or none.
-        plain = is_plain(self.proj, nn.Linear) and autocast_dtype(x.device) is None
-        if plain and x.dtype != self.proj.weight.dtype:
-            raise TypeError(
-                f"x must have the dtype of the weights, {self.proj.weight.dtype}, outside autocast; got {x.dtype}"
-            )
+        dtype = getattr(getattr(self.proj, "weight", None), "dtype", x.dtype)
+        if x.dtype != dtype and is_plain(self.proj, nn.Linear) and autocast_dtype(x.device) is None:
+            raise TypeError(f"x must have the dtype of the weights, {dtype}, outside autocast; got {x.dtype}")
         if self.fused and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             raise RuntimeError("a layer cannot train after fuse(), but some of its parameters require a gradient")
         if mask is not None:
@@ -323,8 +320,10 @@ class DyDiLAttention(nn.Module):
 
     def _plain_weights(self, call: CheckedArgs) -> LayerWeights | None:
         """All weights, where nothing asks for the tensors in between: no gradient, autocast, tracer, or module whose
-        call is more than its equation."""
+        call is more than its equation; nor "denominator", whose scale of the keys takes a pass over all of them."""
         x, linears = call.x, (self.qkv, self.proj)
+        if self.normalization == "denominator":
+            return None
         if torch.is_grad_enabled() or autocast_dtype(x.device) is not None or takes_plain_path(x):
             return None
         projections = [p for p in (self.projection_q, self.projection_k) if p is not None]

@@ -7,6 +7,7 @@ import numbers
 import operator
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -281,8 +282,8 @@ def vector(name: str, value: object, length: str) -> None:
 
 def same(attribute: str, tensors: Mapping[str, Tensor | None]) -> None:
     """All tensors agree in their "dtype" or "device"."""
-    found = {name: getattr(t, attribute) for name, t in tensors.items() if t is not None}
-    if len(set(found.values())) > 1:
+    if len({getattr(t, attribute) for t in tensors.values() if t is not None}) > 1:
+        found = {name: getattr(t, attribute) for name, t in tensors.items() if t is not None}
         listed = ", ".join(f"{name} {str(value).removeprefix('torch.')}" for name, value in found.items())
         raise ValueError(f"{', '.join(found)} must share one {attribute}; got {listed}")
 
@@ -352,6 +353,10 @@ FORWARDS: dict[type[nn.Module], Any] = {nn.Linear: nn.Linear.forward}
 """As torch has them; some tools put others in their place, for all modules."""
 
 
+PLAIN = frozenset((nn.Parameter, Tensor, type(None)))
+"""Types of parameters that are nothing but their numbers."""
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling the module does what ``kind.forward`` does with its parameters, and nothing else.
 
@@ -363,9 +368,9 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         return False
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
-    if "forward" in module.__dict__ or any(isinstance(value, Tensor) for value in module.__dict__.values()):
+    if "forward" in module.__dict__ or any(map(isinstance, module.__dict__.values(), repeat(Tensor))):
         return False
-    return all(p is None or type(p) in (nn.Parameter, Tensor) for p in module._parameters.values())
+    return PLAIN.issuperset(map(type, module._parameters.values()))
 
 
 def outliving(module: nn.Module, parameter: Tensor) -> Tensor:

@@ -86,8 +86,9 @@ class DepthwiseConv(nn.Module):
         for name, weight in branches.items():
             rows, columns = SIZES[name]
             pad = ((3 - columns) // 2, (3 - columns) // 2, (3 - rows) // 2, (3 - rows) // 2)
-            kernel = F.pad(weight.to(accumulation_dtype(weight.dtype)), pad)
-            total = kernel if total is None else total + kernel
+            kernel = F.pad(weight, pad) if any(pad) else weight
+            # The sum takes the dtype of the total.
+            total = kernel.to(accumulation_dtype(weight.dtype)) if total is None else total + kernel
         assert total is not None
         return total + F.pad(torch.ones_like(total[..., 1:2, 1:2]), (1, 1, 1, 1)) if "identity" in self.names else total
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dydila_kernels import checks, torch_backend
 from dydila_kernels.precision import autocast_dtype
-from dydila_kernels.types import DIFFERENTIAL_SIDES, Backend, CoreInputs, Options
+from dydila_kernels.types import DIFFERENTIAL_SIDES, Backend, CoreInputs, Norms, Options, Tables
 
 OLDEST_TRITON = (3, 6)
 MAX_TABLE_SIZE = 128
@@ -242,6 +242,23 @@ def validated(
     chosen = backend_of(backend, q.device, inputs.q.dtype, table_size)
     options = Options(num_heads, normalization, router_gradient, differential, tables, rotary_pairing)
     return CoreCall(chosen, inputs, options, mask, bounds)
+
+
+def core_inputs(
+    tokens: Sequence[Tensor], redundant: Sequence[Tensor], norms: Norms, tables: Tables, differential: str
+) -> CoreInputs:
+    """What the core takes of q, k, v and the norms of q and k, of Q' and K' after theirs (or none), and of the tables.
+
+    Without a difference the measured tokens are those of the routed projectors, where there are any.
+    """
+    q, k, v = tokens
+    q_redundant, k_redundant = redundant or (None, None)
+    if differential == "off" and redundant:
+        q, k = redundant
+        q_redundant, k_redundant = None, None
+    elif norms:
+        q, k = (norm(t) for norm, t in zip(norms, (q, k), strict=True))
+    return CoreInputs(q, k, v, q_redundant, k_redundant, *tables)
 
 
 def agreeing(inputs: CoreInputs, shape: Sequence[int]) -> CoreInputs:

@@ -94,7 +94,8 @@ class DynamicProjection(nn.Module):
         a token, which is what carries the router's gradient.
         """
         weight: Tensor = self.weight
-        logits = self.logits(x) if self.trainable_routers else None
+        differentiated = torch.is_grad_enabled() or torch_backend.is_transformed()
+        logits = self.logits(x) if self.trainable_routers and differentiated else None
         if index is None:
             index = backend.route(x, [self.router])[0]
         if not torch.compiler.is_compiling() and recording.decisions is not None:

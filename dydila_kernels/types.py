@@ -118,7 +118,10 @@ Norms = tuple[Callable[[Tensor], Tensor], ...]
 
 
 class LayerWeights(NamedTuple):
-    """All that a layer without gradients computes with.  ``projectors``: of Q' and K', or none."""
+    """All that a layer computes with: what the torch backend takes where there are no gradients.
+
+    ``projectors``: of Q' and K', or none.
+    """
 
     qkv: Linear
     projectors: tuple[Projector, ...]
@@ -174,17 +177,6 @@ class Backend(Protocol):
         cu_seqlens: Sequence[int] | None = None,
     ) -> dict[str, Tensor]:
         """The routing decisions that :meth:`attend` takes for the same arguments, (B, N) integers each."""
-
-    def layer(
-        self,
-        x: Tensor,
-        weights: LayerWeights,
-        options: Options,
-        *,
-        mask: Tensor | None = None,
-        cu_seqlens: Sequence[int] | None = None,
-    ) -> Tensor:
-        """Eqs. 1-9 and the output projection without gradients: x (B, N, d) -> (B, N, d), but at masked tokens."""
 
 
 def decision_names(differential: str) -> tuple[str, ...]:

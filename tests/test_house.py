@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dydila_kernels"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-SHARED = {"precision", "types", "reference", "stages"}
+SHARED = {"precision", "types", "reference"}
 """What stands below both backends."""
 MODULES = {"projection", "measure", "differential", "depthwise"}
 """The sub-modules that own the parameters."""
@@ -20,7 +20,6 @@ MAY_IMPORT = {
     "types": set(),
     "precision": set(),
     "checks": {"types"},
-    "stages": {"types"},
     "torch_backend": SHARED,
     "ops": SHARED - {"reference"},
     "functional": {"checks", "precision", "types", "torch_backend", "ops"},
@@ -37,7 +36,6 @@ MAY_IMPORT = {
         "norms",
         "precision",
         "routing",
-        "stages",
         "torch_backend",
         "types",
         *MODULES,

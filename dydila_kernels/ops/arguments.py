@@ -6,6 +6,7 @@ lower case are tensors (pointers, in the kernels) or numbers, in upper case cons
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import triton.language as tl
@@ -163,7 +164,8 @@ def strided(x: Tensor) -> Strided:
     return Strided(x, x.stride(0), x.stride(1))
 
 
-def constant(value: Any) -> Any:
+@lru_cache(maxsize=1024)
+def constant(value: int) -> Any:
     """A field that is a constant of the compilation, in a named tuple of which others are not."""
     return tl.constexpr(value)
 

@@ -8,8 +8,7 @@ one is an error.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -17,15 +16,33 @@ from torch import Tensor
 
 from dydila_kernels.ops import backward, core, projection
 from dydila_kernels.ops.core import Inputs, SavedForBackward, Settings
-from dydila_kernels.precision import no_autocast
+from dydila_kernels.precision import autocast_dtype, no_autocast
 from dydila_kernels.types import Ranks
 
 INPUTS, SAVED = len(Inputs._fields), len(SavedForBackward._fields)
 
 
-def on_device_of(t: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, whatever the tensors are on."""
-    return torch.cuda.device(t.device) if t.is_cuda and t.device.index != torch.cuda.current_device() else nullcontext()
+NOTHING = nullcontext()
+
+
+def launching_for(t: Tensor) -> AbstractContextManager[Any]:
+    """Where the kernels are launched: on the device of ``t``, without autocast and gradients.
+
+    Triton launches on the current device, whatever the tensors are on.
+    """
+    changes: list[AbstractContextManager[Any]] = []
+    if t.is_cuda and t.device.index != torch.cuda.current_device():
+        changes.append(torch.cuda.device(t.device))
+    if autocast_dtype(t.device) is not None:
+        changes.append(no_autocast(t.device))
+    if torch.is_grad_enabled():
+        changes.append(torch.no_grad())
+    if len(changes) <= 1:
+        return changes[0] if changes else NOTHING
+    stack = ExitStack()
+    for change in changes:
+        stack.enter_context(change)
+    return stack
 
 
 def can_bypass_dispatcher(t: Tensor) -> bool:
@@ -42,21 +59,26 @@ def refuse_second_derivative() -> None:
         raise RuntimeError("backend='triton' has no second derivatives (create_graph=True); use backend='torch'")
 
 
+def of_operator(save: Callable[..., None]) -> Callable[..., None]:
+    """As ``save``, for an operator, which returns what is saved."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        save(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[1:])
+
+    return setup_context
+
+
 # Attention ------------------------------------------------------------------------------------------------------------
 
 
-def attention_forward(*arguments: Any) -> tuple[Tensor, ...]:
+def attention_forward(*arguments: Any, ranks: Ranks | None = None) -> tuple[Any, ...]:
     """The output (B, N, d), then :class:`SavedForBackward`.
 
-    ``arguments`` are the fields of :class:`Inputs` and :class:`Settings`.
+    ``arguments`` are the fields of :class:`Inputs` and :class:`Settings`; ``ranks`` hold the other tokens.
     """
-    return attention_over_ranks(None, *arguments)
-
-
-def attention_over_ranks(ranks: Ranks | None, *arguments: Any) -> tuple[Tensor, ...]:
-    """As :func:`attention_forward`, with the processes that hold the other tokens."""
     inputs, settings = Inputs(*arguments[:INPUTS]), Settings(*arguments[INPUTS:])
-    with on_device_of(inputs.q), no_autocast(inputs.q.device), torch.no_grad():
+    with launching_for(inputs.q):
         out, saved = core.forward(inputs, settings, ranks)
     return out, *saved
 
@@ -67,16 +89,15 @@ def attention_backward(grad: Tensor, *arguments: Any, ranks: Ranks | None = None
     ``arguments`` are the fields of :class:`Inputs`, :class:`Settings` and :class:`SavedForBackward`.
     """
     inputs, settings = Inputs(*arguments[:INPUTS]), Settings(*arguments[INPUTS:-SAVED])
-    with on_device_of(grad), no_autocast(grad.device), torch.no_grad():
+    with launching_for(grad):
         return backward.backward(grad, inputs, settings, SavedForBackward(*arguments[-SAVED:]), ranks)
 
 
 def save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Saves the tensors of ``inputs``, the arguments of :func:`attention_forward`, and all of ``output`` but O."""
-    ctx.save_for_backward(*inputs[:INPUTS], inputs[INPUTS], *output[1:])
+    ctx.save_for_backward(*inputs[: INPUTS + 1], *output[1:])
     ctx.settings = inputs[INPUTS + 1 :]
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
 
 
 def differentiate_attention(
@@ -84,43 +105,32 @@ def differentiate_attention(
 ) -> tuple[Tensor | None, ...]:
     """A gradient, or None, for each argument of :func:`attention_forward`; grad (B, N, d) or None."""
     refuse_second_derivative()
-    saved = ctx.saved_tensors
-    inputs, mask, outputs = saved[:INPUTS], saved[INPUTS], saved[INPUTS + 1 :]
     nothing = (None,) * (1 + len(ctx.settings))
     if grad is None:
         return (None,) * INPUTS + nothing
-    function: Callable[..., tuple[Tensor | None, ...]] = torch.ops.dydila_kernels.attention_backward
+    saved = ctx.saved_tensors
+    arguments = *saved[: INPUTS + 1], *ctx.settings, *saved[INPUTS + 1 :]
     if ranks is not None or can_bypass_dispatcher(grad):
-        function = partial(attention_backward, ranks=ranks)
-    found = function(grad, *inputs, mask, *ctx.settings, *outputs)
-    settings = Settings(mask, *ctx.settings)
-    found = tuple(
-        None if t is None or not settings.differentiates(name) else g
-        for name, t, g in zip(Inputs._fields, inputs, found, strict=True)
-    )
-    return found + nothing
+        return *attention_backward(grad, *arguments, ranks=ranks), *nothing
+    found = torch.ops.dydila_kernels.attention_backward(grad, *arguments)
+    settings = Settings(saved[INPUTS], *ctx.settings)
+    # The operator returns an empty tensor where there is no gradient.
+    wanted = [t is not None and settings.differentiates(name) for name, t in zip(Inputs._fields, saved, strict=False)]
+    return *(g if w else None for g, w in zip(found, wanted, strict=True)), *nothing
 
 
 class Attention(torch.autograd.Function):
-    """What the dispatcher does with the operator ``attention``, without the dispatcher."""
-
-    forward = staticmethod(attention_forward)
-    setup_context = staticmethod(save_attention)
-    backward = staticmethod(differentiate_attention)  # type: ignore[assignment]
-
-
-class AttentionOverRanks(torch.autograd.Function):
-    """As :class:`Attention`, with tokens on several ranks, which no operator knows of."""
+    """What the dispatcher does with the operator ``attention``, without the dispatcher, and over ranks."""
 
     @staticmethod
-    def forward(ctx: Any, ranks: Ranks, *arguments: Any) -> tuple[Tensor, ...]:
-        output = attention_over_ranks(ranks, *arguments)
+    def forward(ctx: Any, ranks: Ranks | None, *arguments: Any) -> Tensor:
+        output = attention_forward(*arguments, ranks=ranks)
         ctx.ranks = ranks
         save_attention(ctx, arguments, output)
-        return output
+        return output[0]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, *differentiate_attention(ctx, grad, ranks=ctx.ranks)
 
 
@@ -129,20 +139,20 @@ class AttentionOverRanks(torch.autograd.Function):
 
 def route_forward(x: Tensor, routers: Sequence[Tensor]) -> Tensor:
     """x (B, N, d), one or two routers (d, n_P) -> (routers, B, N) int8."""
-    with on_device_of(x), no_autocast(x.device), torch.no_grad():
+    with launching_for(x):
         return projection.route(x, routers)
 
 
 def projection_forward(x: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x (B, N, d), weight (n_P, d, e), index (B, N) int8 -> (B, N, e) and the :class:`Plan`."""
-    with on_device_of(x), no_autocast(x.device), torch.no_grad():
-        plan = projection.plan(index, len(weight))
+    with launching_for(x):
+        plan = projection.plan(index, weight.shape[0])
         return projection.project(x, weight, plan), *plan
 
 
 def projection_backward(grad: Tensor, x: Tensor, weight: Tensor, order: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of x and weight, from that of the output (B, N, e) and the plan."""
-    with on_device_of(x), no_autocast(x.device), torch.no_grad():
+    with launching_for(x):
         plan = projection.Plan(order, ends)
         dx = projection.project_input_gradient(grad, weight, plan)
         return dx, projection.project_weight_gradient(x, grad, plan, weight.dtype)
@@ -152,7 +162,6 @@ def save_projection(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, 
     """Saves x, weight and the plan."""
     ctx.save_for_backward(*inputs[:2], *output[1:])
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
 
 
 def differentiate_projection(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -169,6 +178,10 @@ def differentiate_projection(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Te
 class RoutedProjection(torch.autograd.Function):
     """What the dispatcher does with the operator ``projection``, without the dispatcher."""
 
-    forward = staticmethod(projection_forward)
-    setup_context = staticmethod(save_projection)
+    @staticmethod
+    def forward(ctx: Any, *arguments: Tensor) -> Tensor:
+        output = projection_forward(*arguments)
+        save_projection(ctx, arguments, output)
+        return output[0]
+
     backward = staticmethod(differentiate_projection)

@@ -17,13 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from dydila_kernels.ops import operators
 from dydila_kernels.ops.core import Inputs, Settings
-from dydila_kernels.stages import layer_in_stages
-from dydila_kernels.types import Convolution, CoreInputs, LayerWeights, Options, Ranks
+from dydila_kernels.types import Convolution, CoreInputs, Options, Ranks
 
 
 def route(x: Tensor, routers: Sequence[Tensor]) -> Tensor:
@@ -62,19 +60,6 @@ def decisions(
 ) -> dict[str, Tensor]:
     """The routing decisions that :func:`attend` takes, (B, N) int8 each, named by ``types.decision_names``."""
     return operators.decisions(*operator_arguments(inputs, options, mask, cu_seqlens))
-
-
-@torch.no_grad()
-def layer(
-    x: Tensor,
-    weights: LayerWeights,
-    options: Options,
-    *,
-    mask: Tensor | None = None,
-    cu_seqlens: Sequence[int] | None = None,
-) -> Tensor:
-    """Eqs. 1-9 and the output projection without gradients: x (B, N, d) -> (B, N, d), but at masked tokens."""
-    return layer_in_stages(route, project, attend, x, weights, options, mask, cu_seqlens)
 
 
 def operator_arguments(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -70,9 +71,9 @@ def backward(
     context = core.context_of(inputs, settings, ranks)
     q, k = core.operands_of(context, inputs, settings, saved)
     grad, v = contiguous_channels(grad), contiguous_channels(inputs.v)
-    dq, dk, dv, dq_redundant, dk_redundant = (
-        None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs[:5]
-    )
+    dq, dk, dv, dq_redundant, dk_redundant = [
+        None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs[:5]
+    ]
     assert dq is not None and dk is not None and dv is not None
     backward_of = fused_backward if core.is_fused(context.dim, settings) else gemm_backward
     shaped = saved._replace(states=core.states_of(context, saved, settings))
@@ -92,9 +93,11 @@ def backward(
     else:
         tables = [backward_of(whole, 0, q, k, (dq, dq_redundant), (dk, dk_redundant), dv, weight=weight)]
 
-    dgamma = torch.stack([side.gamma for pair in tables for side in pair]).sum(0)
-    dlams = [side.lam for pair in tables for side in pair if side.lam is not None]
-    dlam = None if inputs.lam is None else torch.stack(dlams).sum(0).to(inputs.lam.dtype)
+    dgamma = reduce(torch.add, [side.gamma for pair in tables for side in pair])
+    dlam = None
+    if inputs.lam is not None:
+        dlams = [side.lam for pair in tables for side in pair if side.lam is not None]
+        dlam = reduce(torch.add, dlams).to(inputs.lam.dtype)
     routers = router_gradients(context, (q, k), tables, inputs) if settings.straight_through else (None, None)
     dweight = dbias = None
     if weight is not None:

@@ -221,19 +221,20 @@ asked: dict[Key, None] | None = None
 """What is looked up, while :func:`dydila_kernels.tuning.tune` wants to know."""
 
 
-def precision_of(dtype: torch.dtype) -> str:
-    return "single" if dtype == torch.float32 else "half"
-
-
 def lookup(key: Key) -> Config:
     stage, precision, width = key
     tuned = TUNED.get(key)
-    return next(e.config for e in TABLE[stage, precision] if width <= e.width) if tuned is None else tuned
+    if tuned is not None:
+        return tuned
+    for entry in TABLE[stage, precision]:
+        if width <= entry.width:
+            return entry.config
+    raise KeyError(key)
 
 
 def pick(stage: str, dtype: torch.dtype, width: int = 0) -> Config:
     """The configuration of a stage for tokens of ``dtype`` and a head (or product) of ``width`` channels."""
-    key = stage, precision_of(dtype), width
+    key = stage, "single" if dtype == torch.float32 else "half", width
     if asked is not None:
         asked[key] = None
     return lookup(key)

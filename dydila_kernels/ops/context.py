@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from dydila_kernels.ops import forms
 from dydila_kernels.ops.arguments import (
     Constants,
     Routers,
@@ -113,13 +114,17 @@ class LaunchContext:
         check_tokens(self.num_tokens)
         self.dtype, self.device = like.dtype, like.device
         self.gamma, self.lam, self.normalization = gamma, lam, normalization
+        self.tables = Tables(gamma, lam)
+        self.gammas, self.lambdas = gamma.shape[0], 0 if lam is None else lam.shape[0]
         self.mask = None if mask is None else mask.contiguous()
         self.bounds = None if cu_seqlens is None else tuple(cu_seqlens)
         self.segments = self.batch if self.bounds is None else len(self.bounds) - 1
         bounds = (0, self.length) if self.bounds is None else self.bounds
-        self.longest = max(1, *(stop - start for start, stop in zip(bounds[:-1], bounds[1:], strict=True)))
+        self.longest = max(1, *[stop - start for start, stop in zip(bounds[:-1], bounds[1:], strict=True)])
         self.geometry = geometry_of(tuple(grids), self.device)
         self.ranks, self.rotary = ranks, rotary
+        # Asked once a call: they may change between calls.
+        self.form, self.numerics = forms.wanted(), numerics(self.dtype)
         whole = self.longest if ranks is None else max(1, ranks.length)
 
         # Kept near 1 in float16: sums are means over the longest segment, and tokens, whose norm may be sqrt(d) times
@@ -186,7 +191,7 @@ class LaunchContext:
     def measured(self, side: QKOperand) -> dict[str, Any]:
         """What tells a kernel the factors of each token."""
         return {
-            "tables": Tables(self.gamma, self.lam),
+            "tables": self.tables,
             "stats": Statistics(side.indices, side.lam_index, side.statistics),
         }
 
@@ -211,12 +216,12 @@ class LaunchContext:
         return Constants(
             D=self.dim,
             H=heads or self.heads,
-            N_F=len(self.gamma),
-            N_D=1 if self.lam is None else len(self.lam),
+            N_F=self.gammas,
+            N_D=max(1, self.lambdas),
             BLOCK_N=config.block_n,
             BLOCK_D=config.block_d,
             HAS_DENOMINATOR=has_denominator,
-            **numerics(self.dtype),
+            **self.numerics,
         )
 
 

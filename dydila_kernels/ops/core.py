@@ -38,7 +38,7 @@ from dydila_kernels.ops.linear_attention import readout, state, written_readout,
 from dydila_kernels.ops.rotary import rotate
 from dydila_kernels.ops.tiles import power_of_two
 from dydila_kernels.ops.tokens import tokens
-from dydila_kernels.types import DIFFERENTIAL_SIDES, Ranks
+from dydila_kernels.types import Ranks
 
 
 class Inputs(NamedTuple):
@@ -95,7 +95,8 @@ class Settings(NamedTuple):
 
 
 class SavedForBackward(NamedTuple):
-    """What the forward pass saves, for both sides (first index) and branches; empty where there is no such thing.
+    """What the forward pass saves, for both sides (first index) and branches; None where there is no such thing, for
+    which the operators have an empty tensor.
 
     indices (2, branches + 1, T) int8, without the last where nothing is subtracted; statistics (2, branches, 3, T);
     slopes (2, branches, T, n_F), differential_slopes (2, T, n_D); states, see :func:`states_of`, in the working dtype;
@@ -105,15 +106,18 @@ class SavedForBackward(NamedTuple):
 
     indices: Tensor
     statistics: Tensor
-    slopes: Tensor
-    differential_slopes: Tensor
+    slopes: Tensor | None
+    differential_slopes: Tensor | None
     states: Tensor
-    means: Tensor
-    inverse: Tensor
+    means: Tensor | None
+    inverse: Tensor | None
 
     def denominator(self, product: int, settings: Settings) -> tuple[Tensor | None, Tensor | None]:
         """Of a product the mean terms of the keys (segments, d) and the inverse denominators (T, H), or None."""
-        return (self.means[product], self.inverse[product]) if settings.has_denominator else (None, None)
+        if not settings.has_denominator:
+            return None, None
+        assert self.means is not None and self.inverse is not None
+        return self.means[product], self.inverse[product]
 
 
 def is_fused(dim: int, settings: Settings) -> bool:
@@ -161,19 +165,19 @@ def empty_saved(inputs: Inputs, settings: Settings, ranks: Ranks | None = None) 
     # A state for each segment, or none where scores pay.
     states = segments if is_fused(dim, settings) or ranks is not None else segments * torch.sym_min(1, longest // e)
     branches = 1 if inputs.q_redundant is None else 2
-    trained, n_d = settings.straight_through, 0 if inputs.lam is None else len(inputs.lam)
+    trained, n_d = settings.straight_through, 0 if inputs.lam is None else inputs.lam.shape[0]
 
-    def new(*shape: int, dtype: torch.dtype = torch.float32, wanted: bool = True) -> Tensor:
-        return inputs.q.new_empty(shape if wanted else (0,), dtype=dtype)
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return inputs.q.new_empty(shape, dtype=dtype)
 
     return SavedForBackward(
         new(2, branches + (settings.differential != "off"), count, dtype=torch.int8),
         new(2, branches, 3, count),
-        new(2, branches, count, len(inputs.gamma), wanted=trained),
-        new(2, count, n_d, wanted=trained and n_d > 0),
+        new(2, branches, count, inputs.gamma.shape[0]) if trained else None,
+        new(2, count, n_d) if trained and n_d else None,
         new(products * states * heads * e * e + spare(dim, settings), dtype=working_dtype(inputs, settings)),
-        new(products, segments, dim, wanted=settings.has_denominator),
-        new(products, count, heads, wanted=settings.has_denominator),
+        new(products, segments, dim) if settings.has_denominator else None,
+        new(products, count, heads) if settings.has_denominator else None,
     )
 
 
@@ -197,7 +201,8 @@ def spare(dim: int, settings: Settings) -> int:
 
 def states_of(context: LaunchContext, saved: SavedForBackward, settings: Settings) -> Tensor:
     """(products, segments, H, e, e), a view; without segments where scores pay."""
-    states = saved.states[: len(saved.states) - spare(context.dim, settings)]
+    unused = spare(context.dim, settings)
+    states = saved.states[:-unused] if unused else saved.states
     return states.view(settings.products, -1, context.heads, context.head_dim, context.head_dim)
 
 
@@ -205,27 +210,25 @@ def operands_of(
     context: LaunchContext, inputs: Inputs, settings: Settings, saved: SavedForBackward
 ) -> tuple[QKOperand, QKOperand]:
     """Queries and keys."""
-    branches = 1 if inputs.q_redundant is None else 2
-    trained = settings.straight_through
+    routers = inputs.kernel_routers.contiguous().unbind()
+    differential = [] if inputs.differential_routers is None else inputs.differential_routers.contiguous().unbind()
+    indices, statistics = saved.indices.unbind(), saved.statistics.unbind()
+    slopes = saved.slopes if settings.straight_through else None
+    differential_slopes = saved.differential_slopes if settings.straight_through else None
     operands = []
     for i, (z, redundant) in enumerate(((inputs.q, inputs.q_redundant), (inputs.k, inputs.k_redundant))):
-        router = None
-        if inputs.differential_routers is not None and i < DIFFERENTIAL_SIDES[settings.differential]:
-            router = inputs.differential_routers[i].contiguous()
+        router = differential[i] if i < len(differential) else None
         operands.append(
             QKOperand(
                 contiguous_channels(z),
                 None if redundant is None else contiguous_channels(redundant),
-                (
-                    inputs.kernel_routers[i].contiguous(),
-                    inputs.kernel_routers[2 + i].contiguous() if branches == 2 else None,
-                ),
+                (routers[i], None if redundant is None else routers[2 + i]),
                 router,
-                saved.indices[i, :branches],
-                None if router is None else saved.indices[i, branches],
-                saved.statistics[i],
-                saved.slopes[i] if trained else None,
-                saved.differential_slopes[i] if trained and router is not None else None,
+                indices[i],
+                None if router is None else indices[i][-1],
+                statistics[i],
+                None if slopes is None else slopes[i],
+                None if router is None or differential_slopes is None else differential_slopes[i],
                 has_denominator=i == 0 and settings.has_denominator,
                 length_scale=context.length_scale if i == 0 else None,
             )
@@ -254,7 +257,8 @@ def forward(inputs: Inputs, settings: Settings, ranks: Ranks | None = None) -> t
     if settings.differential == "map":
         # Eq. 10: the products of the two branches, the second added to the first.  The keys choose no lambda.
         saved.indices[1, -1].zero_()
-        saved.differential_slopes[1:].zero_()
+        if saved.differential_slopes is not None:
+            saved.differential_slopes[1:].zero_()
         tokens(context, q, decide=True)
         tokens(context, k, decide=True)
         (q1, q2), (k1, k2) = q.branches(), k.branches()
@@ -274,10 +278,8 @@ def fused_product(
     out: Tensor, *, decide: bool, add: bool, convolution: Weights,
 ) -> None:  # fmt: skip
     """Product i: writes O (B, N, d) to ``out`` or adds it, and with ``convolution`` DWC(V)."""
-    if not add and all(
-        forms.why_not_gluon_tokens(context, side, decide=decide, terms=settings.has_denominator) is None
-        for side in (q, k)
-    ):
+    asked = {"decide": decide, "terms": settings.has_denominator}
+    if not (add or forms.why_not_gluon_tokens(context, q, **asked) or forms.why_not_gluon_tokens(context, k, **asked)):
         written_product(context, saved, i, q, k, v, out, convolution)
         return
     if decide:
@@ -285,7 +287,7 @@ def fused_product(
     total, means = state(context, k, v, sums=settings.has_denominator)
     context.sum_over_ranks(total, means)
     saved.states[i] = total
-    if means is not None:
+    if means is not None and saved.means is not None:
         saved.means[i] = means
     means, inverse = saved.denominator(i, settings)
     readout(
@@ -299,12 +301,14 @@ def written_product(
     convolution: Weights,
 ) -> None:  # fmt: skip
     """As :func:`fused_product`, where each power is made once: ``out`` holds Kh, then Qh, then O."""
-    tokens(context, k, decide=True, out=out)
+    from dydila_kernels.ops.gluon.tokens import tokens as gluon_tokens
+
+    gluon_tokens(context, k, out)
     total = written_state(context, k, out, v)
     context.sum_over_ranks(total)
-    saved.states[i] = total
-    tokens(context, q, decide=True, out=out)
-    written_readout(context, out, saved.states[i])
+    state = saved.states[i].copy_(total)
+    gluon_tokens(context, q, out)
+    written_readout(context, out, state)
     weight, bias = convolution
     if weight is not None:
         depthwise.depthwise(out, v, weight.t(), bias, context.geometry, context.mask)
@@ -323,7 +327,7 @@ def gemm_product(
     if not context.by_scores:
         gemm.state(context, k_hat, values, saved.states[i])
         context.sum_over_ranks(saved.states[i], means)
-    if means is not None:
+    if means is not None and saved.means is not None:
         saved.means[i] = means
     means, inverse = saved.denominator(i, settings)
     tokens(context, q, decide=decide, out=q_hat, means=means, inverse=inverse)

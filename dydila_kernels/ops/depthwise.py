@@ -269,7 +269,7 @@ class Geometry(NamedTuple):
 
     def count(self, images: int) -> int:
         """The number of tiles."""
-        return len(self.tiles) if self.tiles is not None else images * triton.cdiv(self.height * self.width, TILE)
+        return len(self.tiles) if self.tiles is not None else images * tiles.ceil_div(self.height * self.width, TILE)
 
     def grids(self) -> Grids:
         """What the kernels take of it."""
@@ -315,7 +315,7 @@ def add(
     x, d = contiguous_channels(x), x.shape[-1]
     config = pick("depthwise", x.dtype, d)
     tiles.launch(
-        depthwise_kernel, (geometry.count(len(x)) * triton.cdiv(d, config.block_d),), config,
+        depthwise_kernel, (geometry.count(x.shape[0]) * tiles.ceil_div(d, config.block_d),), config,
         out=strided(out), x=strided(x), mask=mask_argument(mask), taps=Taps(weight, bias, *weight.stride()),
         grids=geometry.grids(), k=blocks(d, config), MIRRORED=mirrored,
     )  # fmt: skip
@@ -327,12 +327,12 @@ def depthwise_weight_gradient(
     """(d, 9) and (d,) float32: the gradients of weight and bias, given v and that of DWC(V), both (B, N, d)."""
     v, grad, d = contiguous_channels(v), contiguous_channels(grad), v.shape[-1]
     config = pick("depthwise_weight", v.dtype, d)
-    count = geometry.count(len(v))
-    tiles_per_part = triton.cdiv(count, PARTS)
-    parts = triton.cdiv(count, tiles_per_part) if count else 0
+    count = geometry.count(v.shape[0])
+    tiles_per_part = tiles.ceil_div(count, PARTS)
+    parts = tiles.ceil_div(count, tiles_per_part) if count else 0
     partials = v.new_empty((parts, 10, d), dtype=torch.float32)
     tiles.launch(
-        depthwise_weight_kernel, (parts * triton.cdiv(d, config.block_d),), config,
+        depthwise_weight_kernel, (parts * tiles.ceil_div(d, config.block_d),), config,
         partials=partials, x=strided(v), grad=strided(grad), mask=mask_argument(mask), grids=geometry.grids(),
         tiles=count, tiles_per_part=tiles_per_part, k=blocks(d, config),
     )  # fmt: skip

@@ -12,13 +12,16 @@ from __future__ import annotations
 import os
 from functools import cache
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dydila_kernels.ops import tiles
 from dydila_kernels.ops.arguments import Denominator, Source
-from dydila_kernels.ops.context import LaunchContext, QKOperand
+
+if TYPE_CHECKING:
+    from dydila_kernels.ops.context import LaunchContext, QKOperand
 
 VARIABLE = "DYDILA_KERNELS_FORM"
 FORMS = ("auto", "gluon", "triton")
@@ -56,10 +59,10 @@ def why_no_gluon_here() -> str | None:
 
 def why_not_gluon(context: LaunchContext, side: QKOperand) -> str | None:
     """The reason why launches for ``side`` take the Triton form, or None where they take that in Gluon."""
-    if wanted() == "triton":
+    if context.form == "triton":
         return f"{VARIABLE} is triton"
     if missing := why_no_gluon_here():
-        if wanted() == "gluon":
+        if context.form == "gluon":
             raise RuntimeError(f"{VARIABLE} is gluon, but {missing}")
         return missing
     if context.dtype == torch.float32:
@@ -71,12 +74,13 @@ def why_not_gluon(context: LaunchContext, side: QKOperand) -> str | None:
 
 def choices(context: LaunchContext) -> int:
     """Those of the router that has most."""
-    return max(len(context.gamma), 0 if context.lam is None else len(context.lam))
+    return max(context.gammas, context.lambdas)
 
 
 def in_words(tokens: Tensor) -> bool:
     """Whether the rows of tokens (B, N, d) of 16 bits are whole words of two."""
-    return tokens.data_ptr() % 4 == 0 and not any(n % 2 for n in (*tokens.stride()[:-1], tokens.shape[-1]))
+    images, rows, _ = tokens.stride()
+    return not (tokens.data_ptr() % 4 or images % 2 or rows % 2 or tokens.shape[-1] % 2)
 
 
 def why_not_gluon_tokens(context: LaunchContext, side: QKOperand, *, decide: bool, terms: bool) -> str | None:
@@ -93,7 +97,7 @@ def why_not_gluon_tokens(context: LaunchContext, side: QKOperand, *, decide: boo
         return f"the registers hold {LARGEST} channels, not {context.dim}"
     if 384 < context.dim <= 768 and choices(context) > 16:  # beyond, a program has registers for two
         return f"logits of {choices(context)} choices would spill registers beside {context.dim} channels"
-    if any(not in_words(t) for t in (side.tokens, side.redundant) if t is not None):
+    if not in_words(side.tokens) or (side.redundant is not None and not in_words(side.redundant)):
         return "rows do not begin at even channels"
     return why_not_gluon(context, side)
 

@@ -355,5 +355,5 @@ def table_partials(
     def empty(length: int) -> Tensor:
         return torch.empty(programs, length, device=context.device, dtype=torch.float32)
 
-    dlam = None if side.lam_index is None or context.lam is None else empty(len(context.lam))
-    return Gradients(dz, dz_redundant, empty(len(context.gamma)), dlam)
+    dlam = None if side.lam_index is None or context.lam is None else empty(context.lambdas)
+    return Gradients(dz, dz_redundant, empty(context.gammas), dlam)

@@ -37,7 +37,7 @@ from dydila_kernels.ops.branches import (
 )
 from dydila_kernels.ops.context import LaunchContext, QKOperand
 from dydila_kernels.ops.depthwise import ImageGrid, Taps, convolve_tile, load_grid
-from dydila_kernels.ops.tiles import Tile, launch, padded, pin, row_pointers, tile_mask, tile_of_program
+from dydila_kernels.ops.tiles import Tile, ceil_div, launch, padded, pin, row_pointers, tile_mask, tile_of_program
 from dydila_kernels.ops.tokens import branches_of
 
 
@@ -286,7 +286,7 @@ def partial_states(
     config = configs.pick(stage, values.x.dtype, head_dim)
     partials = values.x.new_empty((context.segments, splits, heads, head_dim, width), dtype=torch.float32)
     launch(
-        state_kernel, (context.segments * splits * heads * triton.cdiv(head_dim, config.block_d),), config,
+        state_kernel, (context.segments * splits * heads * ceil_div(head_dim, config.block_d),), config,
         tokens=context.tokens(side), values=values, segments=context.whole_segments(), **context.measured(side),
         **arguments, partials=partials, SPLITS=splits, k=context.constants(config, has_denominator, heads),
         WIDTH=width, RAW=raw,

@@ -49,14 +49,14 @@ def or_empty(like: Tensor, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ..
 )
 def attention_op(*arguments: Any) -> tuple[Tensor, ...]:
     """See :func:`autograd.attention_forward`."""
-    return autograd.attention_forward(*arguments)
+    return or_empty(arguments[0], autograd.attention_forward(*arguments))
 
 
 @torch.library.custom_op(
     "dydila_kernels::attention_backward",
     mutates_args=(),
     schema=f"(Tensor grad, {_ATTENTION}, {_SETTINGS}, "
-    f"{', '.join(f'Tensor {name}' for name in SavedForBackward._fields)}) -> ({_GRADIENTS})",
+    f"{', '.join(f'Tensor? {name}' for name in SavedForBackward._fields)}) -> ({_GRADIENTS})",
 )
 def attention_backward_op(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """See :func:`autograd.attention_backward`."""
@@ -66,7 +66,7 @@ def attention_backward_op(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 @attention_op.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, settings = Inputs(*arguments[:INPUTS]), Settings(*arguments[INPUTS:])
-    return inputs.q.new_empty(inputs.q.shape), *core.empty_saved(inputs, settings)
+    return inputs.q.new_empty(inputs.q.shape), *or_empty(inputs.q, core.empty_saved(inputs, settings))
 
 
 @attention_backward_op.register_fake
@@ -77,17 +77,19 @@ def _(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 torch.library.register_autograd(
-    "dydila_kernels::attention", autograd.differentiate_attention, setup_context=autograd.save_attention
+    "dydila_kernels::attention",
+    autograd.differentiate_attention,
+    setup_context=autograd.of_operator(autograd.save_attention),
 )
 
 
 def attention(inputs: Inputs, settings: Settings, ranks: Ranks | None = None) -> Tensor:
     """Eqs. 5-9 (or 10) for validated arguments: (B, N, d), contiguous."""
-    if ranks is not None:
-        return autograd.AttentionOverRanks.apply(ranks, *inputs, *settings)[0]
-    if can_bypass_dispatcher(inputs.q):
-        return autograd.Attention.apply(*inputs, *settings)[0]
-    return attention_op(*inputs, *settings)[0]
+    if ranks is None and not can_bypass_dispatcher(inputs.q):
+        return attention_op(*inputs, *settings)[0]
+    if torch.is_grad_enabled():
+        return autograd.Attention.apply(ranks, *inputs, *settings)
+    return autograd.attention_forward(*inputs, *settings, ranks=ranks)[0]
 
 
 def decisions(inputs: Inputs, settings: Settings) -> dict[str, Tensor]:
@@ -144,7 +146,9 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, order: Tensor, ends: Tensor) -> t
 
 
 torch.library.register_autograd(
-    "dydila_kernels::projection", autograd.differentiate_projection, setup_context=autograd.save_projection
+    "dydila_kernels::projection",
+    autograd.differentiate_projection,
+    setup_context=autograd.of_operator(autograd.save_projection),
 )
 
 
@@ -155,8 +159,11 @@ def route(x: Tensor, routers: Sequence[Tensor]) -> Tensor:
 
 def project(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
     """Eq. 2: x (B, N, d), weight (n_P, d, e), index (B, N) int8 -> (B, N, e), contiguous."""
-    function = autograd.RoutedProjection.apply if can_bypass_dispatcher(x) else projection_op
-    return function(x, weight, index)[0]
+    if not can_bypass_dispatcher(x):
+        return projection_op(x, weight, index)[0]
+    if torch.is_grad_enabled():
+        return autograd.RoutedProjection.apply(x, weight, index)
+    return autograd.projection_forward(x, weight, index)[0]
 
 
 for _name, _formula in flops.FORMULAS.items():

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from dydila_kernels.ops.arguments import constant
 from dydila_kernels.ops.configs import Config, pick
-from dydila_kernels.ops.tiles import check_tokens, first_largest, launch, numerics, padded, router_dot
+from dydila_kernels.ops.tiles import ceil_div, check_tokens, first_largest, launch, numerics, padded, router_dot
 
 
 def token_rows(x: Tensor) -> Tensor:
@@ -103,13 +103,14 @@ def route_kernel(tokens, router1, router2, index, length, k: tl.constexpr):
 def route(x: Tensor, routers: Sequence[Tensor]) -> Tensor:
     """Eq. 1 for one or two routers (d, n_P) in one pass over x (B, N, d): (routers, B, N) int8."""
     rows, (d, num_options) = token_rows(x), routers[0].shape
-    check_tokens(len(rows))
+    length = rows.shape[0]
+    check_tokens(length)
     first, second = routers[0].contiguous(), routers[1].contiguous() if len(routers) == 2 else None
     index = x.new_empty((len(routers), *x.shape[:2]), dtype=torch.int8)
     config = pick("route", x.dtype, num_options)
     launch(
-        route_kernel, (triton.cdiv(len(rows), config.block_n),), config,
-        tokens=rows_argument(rows), router1=first, router2=second, index=index, length=len(rows),
+        route_kernel, (ceil_div(length, config.block_n),), config,
+        tokens=rows_argument(rows), router1=first, router2=second, index=index, length=length,
         k=blocks(config, d, 0, num_options, numerics(x.dtype)["ROUTER_PRECISION"]),
     )  # fmt: skip
     return index
@@ -159,14 +160,14 @@ def rank_kernel(index, upto, order, ends, length, NUM_OPTIONS: tl.constexpr, BLO
 
 def plan(index: Tensor, num_options: int) -> Plan:
     """The plan for index (B, N) with values in [0, num_options), made on its device without waiting for it."""
-    index = index.flatten()
-    length = len(index)
+    index = index.contiguous()
+    length = index.numel()
     order = index.new_empty(length, dtype=torch.int32)
     if not length:
         return Plan(order, index.new_zeros(num_options, dtype=torch.int32))
     ends = index.new_empty(num_options, dtype=torch.int32)
     config = pick("plan", index.dtype)
-    blocks = triton.cdiv(length, config.block_n)
+    blocks = ceil_div(length, config.block_n)
     counts = index.new_empty(num_options * blocks, dtype=torch.int32)
     sizes = {"length": length, "NUM_OPTIONS": num_options, "BLOCK_N": config.block_n}
     launch(count_kernel, (blocks,), config, index=index, counts=counts, **sizes)
@@ -257,13 +258,13 @@ def project_input_gradient(grad: Tensor, weight: Tensor, plan: Plan) -> Tensor:
 def grouped_product(x: Tensor, weight: Tensor, plan: Plan) -> Tensor:
     """x (B, N, d), weight (n_P, d, e) of any strides -> (B, N, e) contiguous, in the dtype of x."""
     rows, (num_options, d, e) = token_rows(x), weight.shape
-    y = x.new_empty((*x.shape[:2], e))
+    y, length = x.new_empty((*x.shape[:2], e)), rows.shape[0]
     config = pick("projection", x.dtype, e)
-    bound = min(len(rows), len(rows) // config.block_n + num_options)
+    bound = min(length, length // config.block_n + num_options)
     launch(
-        project_kernel, (bound * triton.cdiv(e, config.block_d),), config,
+        project_kernel, (bound * ceil_div(e, config.block_d),), config,
         tokens=rows_argument(rows), weight=Weight(weight, *map(constant, weight.stride())), y=y, order=plan.order,
-        ends=plan.ends, steps=triton.cdiv(d, config.block_k),
+        ends=plan.ends, steps=ceil_div(d, config.block_k),
         k=blocks(config, d, e, num_options, numerics(x.dtype)["PRECISION"]),
     )  # fmt: skip
     return y
@@ -335,14 +336,14 @@ def project_weight_gradient(x: Tensor, grad: Tensor, plan: Plan, dtype: torch.dt
     Each tile has a partial sum, and together they take no more than max(PROGRAMS BLOCK_D^2, d e) + n_P d e numbers,
     however the tokens are spread.
     """
-    x_rows, grad_rows, num_options = token_rows(x), token_rows(grad), len(plan.ends)
+    x_rows, grad_rows, num_options = token_rows(x), token_rows(grad), plan.ends.shape[0]
     (length, d), e = x_rows.shape, grad.shape[2]
     dweight = x.new_empty((num_options, d, e), dtype=dtype)
     if not length:
         return dweight.zero_()
     config = pick("projection_weight", x.dtype, max(d, e))
-    columns = triton.cdiv(d, config.block_d) * triton.cdiv(e, config.block_d)
-    tile_size = max(SHORTEST, triton.cdiv(length, max(1, PROGRAMS // columns)))
+    columns = ceil_div(d, config.block_d) * ceil_div(e, config.block_d)
+    tile_size = max(SHORTEST, ceil_div(length, max(1, PROGRAMS // columns)))
     bound = min(length, length // tile_size + num_options)
     partials = x.new_empty((bound, d, e), dtype=torch.float32)
     launch(
@@ -352,7 +353,7 @@ def project_weight_gradient(x: Tensor, grad: Tensor, plan: Plan, dtype: torch.dt
     )  # fmt: skip
     config = pick("projection_sum", partials.dtype)
     launch(
-        sum_partials_kernel, (triton.cdiv(d * e, config.block_d), num_options), config,
+        sum_partials_kernel, (ceil_div(d * e, config.block_d), num_options), config,
         partials=partials, dweight=dweight, ends=plan.ends, tile_size=tile_size, SIZE=d * e, NUM_OPTIONS=num_options,
         BLOCK=config.block_d,
     )  # fmt: skip

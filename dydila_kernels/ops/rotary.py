@@ -23,7 +23,7 @@ from torch import Tensor
 from dydila_kernels.ops import configs
 from dydila_kernels.ops.arguments import Segments, strided
 from dydila_kernels.ops.context import LaunchContext
-from dydila_kernels.ops.tiles import launch, row_pointers, tile_mask, tile_of_program
+from dydila_kernels.ops.tiles import ceil_div, launch, row_pointers, tile_mask, tile_of_program
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def rotate(context: LaunchContext, x: Tensor, transposed: bool = False) -> None:
     cos, sin, pairing = context.rotary
     config = configs.pick("rotary", context.dtype, context.head_dim)
     pairs = context.head_dim // 2
-    grid = (context.batch * triton.cdiv(context.length, config.block_n), triton.cdiv(pairs, config.block_d))
+    grid = (context.batch * ceil_div(context.length, config.block_n), ceil_div(pairs, config.block_d))
     # Each token is turned on its own: a packed row needs no table of its images.
     launch(
         rotate_kernel, grid, config, x=x, cos=strided(cos), sin=strided(sin), mask=context.mask,

@@ -81,6 +81,11 @@ def upload(values: Any, dtype: torch.dtype, device: torch.device | str) -> torch
     return torch.tensor(values, dtype=dtype).to(device)
 
 
+def ceil_div(n: int, size: int) -> int:
+    """n / size, rounded up.  Triton's own function is for kernels, and slow on the host."""
+    return -(-n // size)
+
+
 def power_of_two(n: int, least: int = 16) -> int:
     """The smallest power of two >= n and >= ``least``; a tile dimension of ``tl.dot`` must be 16 at least."""
     return max(least, 1 << (n - 1).bit_length())

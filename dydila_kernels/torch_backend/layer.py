@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 
 from dydila_kernels.precision import accumulation_dtype
-from dydila_kernels.stages import layer_in_stages
 from dydila_kernels.torch_backend.blocks import Workspace, choices_of_each, side_by_side, workspace
 from dydila_kernels.torch_backend.blockwise import At, Block, BlockwiseForward
-from dydila_kernels.torch_backend.core import attend
 from dydila_kernels.torch_backend.depthwise import ValueBlocks
 from dydila_kernels.torch_backend.linear_attention import states_pay
-from dydila_kernels.torch_backend.projection import project, project_block, route
+from dydila_kernels.torch_backend.projection import project_block
 from dydila_kernels.types import LayerWeights, Linear, Options
 
 
@@ -34,10 +32,8 @@ def layer(
 ) -> Tensor:
     """Eqs. 1-9 and the output projection for validated arguments, without gradients: (B, N, d), contiguous.
 
-    x (B, N, d), in the dtype of the weights and zero where the mask has no token.
+    x (B, N, d), in the dtype of the weights and zero where the mask has no token; not for "denominator".
     """
-    if options.normalization == "denominator":  # its scale of the keys takes a pass of its own over all of them
-        return layer_in_stages(route, project, attend, x, weights, options, mask, cu_seqlens)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     with workspace() as memory:
         blocks = LazyTokens(x, y, weights, options, mask, memory)

@@ -14,7 +14,7 @@ import triton.language as tl
 from dydila_kernels.ops import configs
 from dydila_kernels.ops.arguments import Routers
 from dydila_kernels.ops.context import LaunchContext, QKOperand
-from dydila_kernels.ops.tiles import launch, padded, power_of_two
+from dydila_kernels.ops.tiles import ceil_div, launch, padded, power_of_two
 
 
 class PreparedRouters(NamedTuple):
@@ -82,8 +82,8 @@ def prepared(context: LaunchContext, side: QKOperand, warps: int) -> PreparedRou
     """The routers of a side, for programs of so many warps."""
     routers = Routers(*side.routers, side.differential_router)
     parts = 3 if context.dtype == torch.bfloat16 else 2
-    n_f, n_d = len(context.gamma), len(context.gamma if context.lam is None else context.lam)
-    blocks = triton.cdiv(context.dim, 32 * warps) * warps
+    n_f, n_d = context.gammas, context.lambdas
+    blocks = ceil_div(context.dim, 32 * warps) * warps
     found = PreparedRouters(
         torch.empty(2, blocks, parts, 32 * power_of_two(n_f), device=context.device, dtype=context.dtype),
         torch.empty(2, blocks, 2, 32 * power_of_two(n_d), device=context.device, dtype=torch.float16),

@@ -204,12 +204,11 @@ TABLE |= {
 
 # Depth-wise convolution (depthwise.py) --------------------------------------------------------------------------------
 
-CONVOLVE = "lines of 128 bytes; 16 results a thread at most: fewer load the weights too often, more leave too few warps"
-SUMS = "ten running sums for each element of a tile: one 16-byte vector a thread is what the registers hold"
-TABLE["depthwise", "half"] = (Entry(ANY, Config(32, 64, 4, reason=CONVOLVE)),)
-TABLE["depthwise", "single"] = (Entry(ANY, Config(32, 32, 4, reason=CONVOLVE)),)
-TABLE["depthwise_weight", "half"] = (Entry(ANY, Config(32, 32, 4, reason=SUMS)),)
-TABLE["depthwise_weight", "single"] = (Entry(ANY, Config(16, 32, 4, reason=SUMS)),)
+CONVOLVE = "two channels a thread: their nine weights and three rows of a strip fit in registers; half warps do not pay"
+TABLE["depthwise", "half"] = TABLE["depthwise", "single"] = (Entry(ANY, Config(1, 128, 2, reason=CONVOLVE)),)
+TABLE["depthwise_gradients", "half"] = TABLE["depthwise_gradients", "single"] = (
+    Entry(ANY, Config(1, 128, 2, reason=CONVOLVE)),
+)
 
 Key = tuple[str, str, int]
 """Stage, precision and exact width."""

@@ -204,11 +204,12 @@ TABLE |= {
 
 # Depth-wise convolution (depthwise.py) --------------------------------------------------------------------------------
 
-CONVOLVE = "two channels a thread: their nine weights and three rows of a strip fit in registers; half warps do not pay"
-TABLE["depthwise", "half"] = TABLE["depthwise", "single"] = (Entry(ANY, Config(1, 128, 2, reason=CONVOLVE)),)
-TABLE["depthwise_gradients", "half"] = TABLE["depthwise_gradients", "single"] = (
-    Entry(ANY, Config(1, 128, 2, reason=CONVOLVE)),
-)
+STRIP = "two channels a thread, whose weights and three rows fit its registers; 128 divide 384, 768, 1152"
+TABLE |= {
+    (stage, precision): (Entry(ANY, Config(1, 128, 2, reason=STRIP)),)
+    for stage in ("depthwise", "depthwise_gradients")
+    for precision in ("half", "single")
+}
 
 Key = tuple[str, str, int]
 """Stage, precision and exact width."""

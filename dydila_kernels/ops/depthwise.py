@@ -9,9 +9,9 @@ n - columns, so nothing is transposed.  The image of each row of the batch lies 
 ``start + rows * columns``.  Tokens outside of every grid (prefix tokens) get nothing.  Masked tokens count as zeros
 and get nothing.  Arithmetic is float32, whatever the tokens are.
 
-A grid is cut into strips of :data:`ROWS` by :data:`COLUMNS` tokens.  A program walks down a strip with three rows of it
-in registers, each as wide as the strip and its two neighbours, so that it loads a row once for all taps.  A thread has a
-few channels, and of them all that the strip needs: no thread waits for another, and sums stay where they are.
+A grid is cut into strips of :data:`ROWS` by :data:`COLUMNS` tokens.  A program walks down a strip with three rows in
+its registers, as wide as the strip and its neighbours: a row is loaded once for all taps, while the step before is at
+work.  A thread has two channels, and of them all that the strip needs, so that none waits for another.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from dydila_kernels.ops.configs import Config, pick
 ROWS, COLUMNS = 16, 4
 """Of a strip.  Longer ones leave too few programs to small images, wider ones too few registers to hold three rows."""
 
-PARTS = 256
-"""The most parts of a weight gradient: with three blocks of channels (d = 384) more programs than run at a time."""
+PROGRAMS = 2048
+"""The most programs that sum up a weight gradient: twice as many as run at a time, with 10 MiB of partial sums."""
 
 
 class Taps(NamedTuple):
@@ -77,11 +77,12 @@ class Blocks(NamedTuple):
 
 
 class Strip(NamedTuple):
-    """Its image of the batch (int64), the :class:`ImageGrid` of that, the first row and column of the strip."""
+    """Its image of the batch (int64) with its grid, and first row, end row and first column of the strip."""
 
     image: Any
     grid: ImageGrid
     top: Any
+    bottom: Any
     left: Any
 
 
@@ -96,15 +97,17 @@ class Channels(NamedTuple):
 def strip_of(number, grids, k):
     """The :class:`Strip` of a number."""
     if grids.strips is None:
-        across = tl.cdiv(grids.grid.width, k.COLUMNS)
-        per_image = tl.cdiv(grids.grid.height, k.ROWS) * across
-        image = number // per_image
-        number -= image * per_image
-        return Strip(image.to(tl.int64), grids.grid, number // across * k.ROWS, number % across * k.COLUMNS)
+        grid = grids.grid
+        across = tl.cdiv(grid.width, k.COLUMNS)
+        per_image = tl.cdiv(grid.height, k.ROWS) * across
+        image = (number // per_image).to(tl.int64)
+        top, left = number % per_image // across * k.ROWS, number % across * k.COLUMNS
     else:
         entry = grids.strips + number * 5
         grid = ImageGrid(tl.load(entry), tl.load(entry + 1), tl.load(entry + 2))
-        return Strip(tl.cast(0, tl.int64), grid, tl.load(entry + 3), tl.load(entry + 4))
+        image = tl.cast(0, tl.int64)
+        top, left = tl.load(entry + 3), tl.load(entry + 4)
+    return Strip(image, grid, top, tl.minimum(top + k.ROWS, grid.height), left)
 
 
 @triton.jit
@@ -115,28 +118,50 @@ def channels_of(block, k):
 
 
 @triton.jit
-def places(x, mask, strip, row, column, channels, i: tl.constexpr):
-    """Pointers (C,) to the token of x that lies in a row and i columns beside another, and which (C,) of them to access.
+def place_of(x, mask, strip, row, end, column, i: tl.constexpr, channels):
+    """Pointers (C,) to the token of x in a row and i beside a column of the grid, and which (C,) of them to access.
 
-    x: :class:`Strided`; mask: :class:`Mask`.  Those outside of the grid, and masked ones, are not.
+    x: :class:`Strided`; mask: :class:`Mask`.  Tokens outside of the grid, masked ones and rows from ``end`` on are not
+    accessed.
     """
-    grid = strip.grid
-    n = (grid.start + row * grid.width + column).to(tl.int64)
-    exists = (row >= 0) & (row < grid.height) & (column + i >= 0) & (column + i < grid.width)
+    n = (strip.grid.start + row * strip.grid.width + column).to(tl.int64)
+    width = tl.where((row >= 0) & (row < end), strip.grid.width, 0)
+    exists = (column + i).to(tl.uint32) < width.to(tl.uint32)
     if mask.x is not None:
         exists &= tl.load(mask.x + strip.image * mask.stride_xb + n + i, mask=exists, other=0).to(tl.int1)
-    # With strides that are constants, all tokens of a row of a strip have one address, and the offsets are immediate.
+    # As strides are constants, all tokens of a row of a strip have one address, and their offsets are immediate.
     pointers = x.x + strip.image * x.stride_xb + n * x.stride_xn + channels.ids
     return pointers + i * x.stride_xn, channels.exist & exists
 
 
 @triton.jit
-def load_row(x, mask, strip, row, column, channels, WIDTH: tl.constexpr):
-    """WIDTH neighbouring tokens of a row of the grid, from a column on, as (C,) float32 each; zeros where none does."""
+def load_row(x, mask, strip, row, end, column, channels, WIDTH: tl.constexpr):
+    """WIDTH neighbouring tokens of a row, from a column on, (C,) each as they are; zeros where none is accessed."""
     found = ()
     for i in tl.static_range(WIDTH):
-        pointers, exist = places(x, mask, strip, row, column, channels, i)
-        found = found + (tl.load(pointers, mask=exist, other=0).to(tl.float32),)  # noqa: RUF005  Triton knows no stars
+        pointers, exist = place_of(x, mask, strip, row, end, column, i, channels)
+        found = found + (tl.load(pointers, mask=exist, other=0),)  # noqa: RUF005  Triton knows no stars
+    return found
+
+
+@triton.jit
+def load_step(out, x, v, mask, strip, row, channels, k):
+    """What the walk needs at a row and has not got: x of the row below, out and, where given, v of the row itself."""
+    COLUMNS: tl.constexpr = k.COLUMNS
+    end = tl.minimum(strip.bottom + 1, strip.grid.height)
+    below = load_row(x, mask, strip, row + 1, end, strip.left - 1, channels, COLUMNS + 2)
+    before, values = load_row(out, mask, strip, row, strip.bottom, strip.left, channels, COLUMNS), ()
+    if v is not None:
+        values = load_row(v, mask, strip, row, strip.bottom, strip.left, channels, COLUMNS)
+    return below, before, values
+
+
+@triton.jit
+def widened(row):
+    """A row, in float32."""
+    found = ()
+    for i in tl.static_range(len(row)):
+        found = found + (row[i].to(tl.float32),)  # noqa: RUF005
     return found
 
 
@@ -151,10 +176,9 @@ def load_taps(taps, channels, k, MIRRORED: tl.constexpr):
 
 
 @triton.jit
-def convolve(rows, weight, i: tl.constexpr):
-    """sum_t w_t x[t] (C,) over the neighbours of token i in the middle one of three rows."""
-    y = weight[0] * rows[0][i]
-    for t in tl.static_range(1, 9):
+def convolve(y, rows, weight, i: tl.constexpr):
+    """y (C,) plus sum_t w_t x[t] over the neighbours of token i in the middle one of three rows."""
+    for t in tl.static_range(9):
         y += weight[t] * rows[t // 3][i + t % 3]
     return y
 
@@ -176,22 +200,19 @@ def walk(out, x, mask, weight, bias, v, sums, strip, channels, k):
     None.
     """
     COLUMNS: tl.constexpr = k.COLUMNS
-    upper = load_row(x, mask, strip, strip.top - 1, strip.left - 1, channels, COLUMNS + 2)
-    middle = load_row(x, mask, strip, strip.top, strip.left - 1, channels, COLUMNS + 2)
-    for row in range(strip.top, tl.minimum(strip.top + k.ROWS, strip.grid.height)):
-        lower = load_row(x, mask, strip, row + 1, strip.left - 1, channels, COLUMNS + 2)
-        before = load_row(out, mask, strip, row, strip.left, channels, COLUMNS)
-        values = before
-        if v is not None:
-            values = load_row(v, mask, strip, row, strip.left, channels, COLUMNS)
+    upper = widened(load_row(x, mask, strip, strip.top - 1, strip.bottom, strip.left - 1, channels, COLUMNS + 2))
+    middle = widened(load_row(x, mask, strip, strip.top, strip.bottom, strip.left - 1, channels, COLUMNS + 2))
+    ahead = load_step(out, x, v, mask, strip, strip.top, channels, k)
+    for row in range(strip.top, strip.bottom):
+        lower, before, values = widened(ahead[0]), widened(ahead[1]), widened(ahead[2])
+        ahead = load_step(out, x, v, mask, strip, row + 1, channels, k)
         for i in tl.static_range(COLUMNS):
-            y = convolve((upper, middle, lower), weight, i)
-            if bias is not None:
-                y += bias
+            y = before[i] if bias is None else before[i] + bias
+            y = convolve(y, (upper, middle, lower), weight, i)
             if v is not None:
                 sums = correlate(sums, values[i], (upper, middle, lower), i)
-            pointers, exist = places(out, mask, strip, row, strip.left, channels, i)
-            tl.store(pointers, (before[i] + y).to(out.x.dtype.element_ty), mask=exist)
+            pointers, exist = place_of(out, mask, strip, row, strip.bottom, strip.left, i, channels)
+            tl.store(pointers, y.to(out.x.dtype.element_ty), mask=exist)
         upper, middle = middle, lower
     return sums
 
@@ -309,11 +330,12 @@ def depthwise_gradients(
     v, grad, d = contiguous_channels(v), contiguous_channels(grad), v.shape[-1]
     config = pick("depthwise_gradients", v.dtype, d)
     count = geometry.count(len(v))
-    per_part = triton.cdiv(count, PARTS)
+    across = triton.cdiv(d, config.block_d)
+    per_part = triton.cdiv(count * across, PROGRAMS)
     parts = triton.cdiv(count, per_part) if count else 0
     partials = v.new_empty((parts, 10, d), dtype=torch.float32)
     tiles.launch(
-        depthwise_gradients_kernel, (parts * triton.cdiv(d, config.block_d),), config,
+        depthwise_gradients_kernel, (parts * across,), config,
         dv=strided(dv), grad=strided(grad), v=strided(v), mask=mask_argument(mask),
         taps=Taps(weight.contiguous(), None), partials=partials, grids=geometry.grids(), strips=count,
         per_part=per_part, k=blocks(d, config),

@@ -248,7 +248,8 @@ def gradients_kernel(tokens, segments, tables, stats, scaling, source, denominat
                      ADD: tl.constexpr):  # fmt: skip
     """One program for a tile of tokens of one side, all channels.
 
-    dv (T, d), or None: source.scale Zh matrix, plus what ADD finds there.  The other arguments as in :mod:`dydila_kernels.ops.arguments`.
+    dv (T, d), or None: source.scale Zh matrix, plus what ADD finds there.  The other arguments as in
+    :mod:`dydila_kernels.ops.arguments`.
     """
     tile, branches, active_rows, neg_lam, row_scale = load_tile(tokens, segments, tables, stats, scaling, k)
     sums = first_walk(branches, source, denominator, tile, active_rows, k)
@@ -322,7 +323,8 @@ def gradients(
 ) -> TableGradients:
     """Writes the gradients of the tokens to ``dz`` and ``dz_redundant`` (B, N, d), contiguous, and returns the others.
 
-    ``dv`` (B, N, d), where given, is written or added to: the readout of ``side``.  ``dots``, see :mod:`dydila_kernels.ops.gluon.dots`, or None.
+    ``dv`` (B, N, d), where given, is written or added to: the readout of ``side``.  ``dots``: see
+    :mod:`dydila_kernels.ops.gluon.dots`, or None.
     """
     if forms.why_not_gluon_gradients(context, side, source, add) is None:
         from dydila_kernels.ops.gluon.gradients import gradients as gluon_gradients

@@ -58,7 +58,7 @@ KERNELS = {
     "readout": Launches(("readout_kernel",)),
     "gradients of queries": Launches(("gradients_kernel",), 0),
     "gradients of keys": Launches(("gradients_kernel",), 1),
-    "convolution": Launches(("depthwise_kernel", "depthwise_weight_kernel")),
+    "convolution": Launches(("depthwise_kernel", "depthwise_gradients_kernel")),
 }  # fmt: skip
 WIDE = {"state": Launches(("tokens_kernel",), 0, then=True), "readout": Launches(("tokens_kernel",), 1, then=True)}
 """What a stage launches, and for heads too wide for those kernels: keys, torch's K^T V, queries, torch's Q S."""
@@ -127,8 +127,6 @@ def why_missing(case: Case) -> str | None:
         return "missing: the kernels need a GPU, and for the torch backend this is no stage of its own"
     if not kernels and harness.is_gpu(case.device):
         return "missing: the torch backend shows its stages on a CPU only"
-    if fused and stage == "convolution":
-        return "missing: it is part of the readout"
     if not fused and stage in ("state", "readout") and shape.tokens < shape.dim // shape.heads:
         return "missing: the products come in the order (Q K^T) V, which is cheaper here"
     return None
@@ -143,14 +141,14 @@ def cost(case: Case) -> Cost:
         route = passes(shape, 0, 0 if mode == "backward" else 2 * d * PROJECTORS)
         return (roofline.linear(shape.rows, d, d, mode, shape.dtype, weights=PROJECTORS) + route) * 2
     if stage == "convolution":  # what is there is read, too, and the weight has a gradient of its own
-        return roofline.by_mode(mode, passes(shape, 3, taps), passes(shape, 5, 2 * taps))
+        return roofline.by_mode(mode, passes(shape, 3, taps), passes(shape, 4, 2 * taps))
     if case.name == "dydila" and is_fused(case):
         return {
             "tokens": passes(shape, 2, routing),
             "state": passes(shape, 3, 2 * d * e),
-            "readout": passes(shape, 4, 2 * d * e + routing + taps),
+            "readout": passes(shape, 3, 2 * d * e + routing),
             "gradients of queries": passes(shape, 5, 4 * d * e),
-            "gradients of keys": passes(shape, 7, 6 * d * e + taps),
+            "gradients of keys": passes(shape, 6, 6 * d * e),
         }[stage]
     if stage == "tokens":
         return passes(shape, 3, routing) * len(sides_of(case))

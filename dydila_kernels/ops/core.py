@@ -17,6 +17,8 @@ backward pass turns its gradient back.
     forward     tokens(K)  [gemm]  tokens(Q)  [gemm]
     backward    tokens(Q)  tokens(K)  [gemms]  gradients(Q)  gradients(K)
 
+The convolution of Eq. 9 comes after them in all forms, and so do its gradients, see :mod:`depthwise`.
+
 Saved for the backward pass are the inputs and :class:`SavedForBackward`.  Everything runs on the current device without
 waiting for it, in a fixed order, and without float atomics.  Where ranks share the tokens, they sum what is summed over
 tokens: the states and their gradients, each before it is read.

@@ -152,18 +152,14 @@ TABLE |= {
 # projection.py; the width is n_P for "route", the channels of the result for "projection"
 TABLE |= {
     ("route", "half"): (
-        Entry(16, Config(block_n=64, block_d=64, warps=4, stages=2, reason="rows of 128 bytes; 48 registers on sm_90")),
         Entry(
-            ANY, Config(block_n=32, block_d=16, warps=4, stages=2, reason="two tiles of 128 logits fit in registers")
+            16, Config(64, 32, 2, 4, reason="32 rows a warp, by mma.sync: wgmma wants each part of a router in turn")
         ),
+        Entry(ANY, Config(32, 16, 4, 2, reason="two tiles of 128 logits fit in registers")),
     ),
     ("route", "single"): (
-        Entry(
-            16, Config(block_n=64, block_d=32, warps=4, stages=2, reason="rows of 128 bytes; tf32x3 triples operands")
-        ),
-        Entry(
-            ANY, Config(block_n=32, block_d=16, warps=4, stages=2, reason="two tiles of 128 logits fit in registers")
-        ),
+        Entry(16, Config(32, 32, 2, 3, reason="rows of 128 bytes; tf32x3 triples operands")),
+        Entry(ANY, Config(32, 16, 4, 2, reason="two tiles of 128 logits fit in registers")),
     ),
     ("plan", "half"): (
         Entry(ANY, Config(block_n=1024, block_d=1, warps=4, reason="few blocks, so a short running sum")),

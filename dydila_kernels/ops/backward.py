@@ -98,8 +98,8 @@ def backward(
     routers = router_gradients(context, (q, k), tables, inputs) if settings.straight_through else (None, None)
     dweight = dbias = None
     if inputs.weight is not None:
-        found = depthwise.depthwise_gradients(dv, v, grad, inputs.weight, context.geometry, context.mask)
-        dweight, dbias = (t.clone() for t in found)  # neither a view, as an operator must return them
+        taps = depthwise.depthwise_gradients(dv, v, grad, inputs.weight, context.geometry, context.mask)
+        dweight, dbias = (t.clone() for t in taps)  # neither a view, as an operator must return them
     dcos, dsin = [total.to(t.dtype) for total, t in zip(dtables, learned, strict=True)] or (None, None)
     return InputGradients(
         dq, dk, dv, dq_redundant, dk_redundant, dgamma.to(inputs.gamma.dtype), dlam, routers[0], routers[1], dweight,

@@ -243,9 +243,8 @@ def depthwise_gradients_kernel(dv, grad, v, mask, taps, partials, grids, strips,
     blocks: tl.constexpr = (k.D + k.BLOCK_D - 1) // k.BLOCK_D
     channels, part = channels_of(tl.program_id(0) % blocks, k), tl.program_id(0) // blocks
     weight = load_taps(taps, channels, k, True)
-    sums = ()
-    for _ in tl.static_range(10):
-        sums = sums + (tl.zeros(channels.ids.shape, tl.float32),)  # noqa: RUF005
+    zero = tl.zeros(channels.ids.shape, tl.float32)
+    sums = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
     for number in range(part * per_part, tl.minimum((part + 1) * per_part, strips)):
         sums = walk(dv, grad, mask, weight, None, v, sums, strip_of(number, grids, k), channels, k)
     row = partials + part.to(tl.int64) * 10 * k.D + channels.ids

@@ -49,7 +49,7 @@ KERNELS = {
     "state": ("state_kernel",),
     "readout": ("readout_kernel", "product_kernel"),
     "gradients": ("gluon_dots_kernel", "state_kernel", "gradients_kernel", "gluon_gradients_kernel"),
-    "convolution": ("depthwise_kernel", "depthwise_weight_kernel"),
+    "convolution": ("depthwise_kernel", "depthwise_gradients_kernel"),
 }  # fmt: skip
 """What a stage launches, in the mode that it is of.  Where there is no such launch, state and readout are what torch
 does after the tokens of the keys, and of the queries."""
@@ -89,7 +89,7 @@ def launched(case: Case, mode: str) -> list[str]:
 
 
 def is_fused(case: Case) -> bool:
-    """Whether the readout makes Qh as it goes, and convolves; else Qh and Kh are written once."""
+    """Whether the readout makes Qh as it goes; else Qh and Kh are written once."""
     return "readout_kernel" in launched(case, "forward")
 
 
@@ -127,8 +127,6 @@ def why_missing(case: Case) -> str | None:
         return "missing: the kernels need a GPU, and for the torch backend this is no stage of its own"
     if not here and harness.is_gpu(case.device):
         return "missing: the torch backend shows its stages on a CPU only"
-    if stage == "convolution" and is_fused(case):
-        return "missing: it is part of the readout"
     by_torch = stage in ("state", "readout") and {*launched(case, "forward")}.isdisjoint(KERNELS[stage])
     if by_torch and shape.tokens < shape.dim // shape.heads:
         return "missing: the products come in the order (Q K^T) V, which is cheaper here"
@@ -144,7 +142,7 @@ def cost(case: Case) -> Cost:
         route = passes(shape, 0, 0 if mode == "backward" else 2 * d * PROJECTORS)
         return (roofline.linear(shape.rows, d, d, mode, shape.dtype, weights=PROJECTORS) + route) * 2
     if stage == "convolution":  # what is there is read, too, and the weight has a gradient of its own
-        return roofline.by_mode(mode, passes(shape, 3, taps), passes(shape, 5, 2 * taps))
+        return roofline.by_mode(mode, passes(shape, 3, taps), passes(shape, 4, 2 * taps))
     if stage == "gradients":
         by_torch = case.name != "dydila" or {*launched(case, "backward")}.isdisjoint(KERNELS["gradients"][:2])
         return passes(shape, 10, 0) if by_torch else roofline.core(shape, "backward")
@@ -152,7 +150,7 @@ def cost(case: Case) -> Cost:
         return {
             "tokens": passes(shape, 2, routing),
             "state": passes(shape, 3, 2 * d * e),
-            "readout": passes(shape, 4, 2 * d * e + routing + taps),
+            "readout": passes(shape, 3, 2 * d * e + routing),
         }[stage]
     if stage == "tokens":
         return passes(shape, 3, routing) * len(sides_of(case))

@@ -78,17 +78,15 @@ def project(dtype: torch.dtype, d: int) -> None:
 
 
 def convolve(dtype: torch.dtype, d: int) -> None:
-    v, weight, bias = empty(IMAGES, TOKENS, d, dtype=dtype), empty(d, 9), empty(d)
+    v, weight, bias = empty(IMAGES, TOKENS, d, dtype=dtype), empty(9, d), empty(d)
     grid = depthwise.Geometry.of([(0, ROWS, COLUMNS)], "meta")
     depthwise.depthwise(v, v, weight, bias, grid)
-    depthwise.depthwise_input_gradient(v, v, weight, grid)
-    depthwise.depthwise_weight_gradient(v, v, grid)
+    depthwise.depthwise_gradients(v, v, v, weight, grid)
     packed = depthwise.Geometry.of([(0, ROWS, COLUMNS), (TOKENS, COLUMNS, ROWS)], "meta")
     mask = empty(1, 2 * TOKENS, dtype=torch.bool)
     v = v.flatten(0, 1)[None, : 2 * TOKENS]
     depthwise.depthwise(v, v, weight, None, packed, mask)
-    depthwise.depthwise_input_gradient(v, v, weight, packed, mask)
-    depthwise.depthwise_weight_gradient(v, v, packed, mask)
+    depthwise.depthwise_gradients(v, v, v, weight, packed, mask)
 
 
 VARIANTS: tuple[dict[str, Any], ...] = (

@@ -102,23 +102,6 @@ class Denominator(NamedTuple):
     sums: Any = None
 
 
-class Stencil(NamedTuple):
-    """The convolution of x (B, N, d) that a kernel adds to what it writes; weight is None where it adds none.
-
-    mask (B, N) bool or None; weight (9, d), bias (d,) float32 or None; grids (segments, 3) int32 with start, height and
-    width of each, or None: then all images have the grid given.
-    """
-
-    x: Strided | None
-    mask: Any
-    weight: Any
-    bias: Any
-    grids: Any
-    grid_start: Any
-    grid_h: Any
-    grid_w: Any
-
-
 class Source(NamedTuple):
     """Where dy, the gradient of Zh, comes from, but for ``scale``.
 

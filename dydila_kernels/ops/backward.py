@@ -79,19 +79,19 @@ def backward(
     shaped = saved._replace(states=core.states_of(context, saved, settings))
     learned = (context.rotary.cos, context.rotary.sin) if context.rotary and settings.rotary_gradient else ()
     dtables = [t.new_zeros(t.shape, dtype=torch.float32) for t in learned]
-    whole, weight = Product(context, settings, shaped, v, grad, dtables), inputs.weight
+    whole = Product(context, settings, shaped, v, grad, dtables)
     if settings.differential == "map":
         assert dq_redundant is not None and dk_redundant is not None
         (q1, q2), (k1, k2) = q.branches(), k.branches()
         # The second branch first: it is the one to find the gradient of lambda, and of the logits of its router.
         second = backward_of(whole, 1, q2, k2, (dq_redundant, None), (dk_redundant, None), dv)
         first = backward_of(
-            whole, 0, q1, k1, (dq, None), (dk, None), dv, add=True, weight=weight,
+            whole, 0, q1, k1, (dq, None), (dk, None), dv, add=True,
             differential_logits=second[0].differential_logits,
         )  # fmt: skip
         tables = [first, second]
     else:
-        tables = [backward_of(whole, 0, q, k, (dq, dq_redundant), (dk, dk_redundant), dv, weight=weight)]
+        tables = [backward_of(whole, 0, q, k, (dq, dq_redundant), (dk, dk_redundant), dv)]
 
     dgamma = reduce(torch.add, [side.gamma for pair in tables for side in pair])
     dlam = None
@@ -100,9 +100,9 @@ def backward(
         dlam = reduce(torch.add, dlams).to(inputs.lam.dtype)
     routers = router_gradients(context, (q, k), tables, inputs) if settings.straight_through else (None, None)
     dweight = dbias = None
-    if weight is not None:
-        dweight, dbias = depthwise.depthwise_weight_gradient(v, grad, context.geometry, context.mask)
-        dweight, dbias = dweight.t().contiguous(), dbias.clone()  # neither a view, as an operator must return them
+    if inputs.weight is not None:
+        taps = depthwise.depthwise_gradients(dv, v, grad, inputs.weight, context.geometry, context.mask)
+        dweight, dbias = (t.clone() for t in taps)  # neither a view, as an operator must return them
     dcos, dsin = [total.to(t.dtype) for total, t in zip(dtables, learned, strict=True)] or (None, None)
     return InputGradients(
         dq, dk, dv, dq_redundant, dk_redundant, dgamma.to(inputs.gamma.dtype), dlam, routers[0], routers[1], dweight,
@@ -112,11 +112,11 @@ def backward(
 
 def fused_backward(
     whole: Product, i: int, q: QKOperand, k: QKOperand, dq: Pair, dk: Pair, dv: Tensor, *, add: bool = False,
-    weight: Tensor | None = None, differential_logits: Tensor | None = None,
+    differential_logits: Tensor | None = None,
 ) -> SideTables:  # fmt: skip
     """Both sides of product i: writes dq and dk, writes or ``add``s to dv.
 
-    ``weight`` (9, d): that of the convolution; ``differential_logits`` (T, n_D): their gradients where they are known.
+    ``differential_logits`` (T, n_D): their gradients where they are known.
     """
     context, settings, saved, v, grad, _ = whole
     means, inverse = saved.denominator(i, settings)
@@ -137,7 +137,7 @@ def fused_backward(
     queries = side_gradients(context, q, source, denominator, dq, differential_logits=differential_logits, dots=dots)
     matrix = total.to(context.dtype)
     values = values._replace(matrix=placed(matrix) if keys_in_gluon and dots is None else matrix)
-    keys = side_gradients(context, k, values, Denominator(dmeans), dk, dv=dv, add=add, grad=grad, weight=weight)
+    keys = side_gradients(context, k, values, Denominator(dmeans), dk, dv=dv, add=add)
     return queries, keys
 
 
@@ -149,7 +149,7 @@ def placed(matrix: Tensor) -> Tensor:
 
 def gemm_backward(
     whole: Product, i: int, q: QKOperand, k: QKOperand, dq: Pair, dk: Pair, dv: Tensor, *, add: bool = False,
-    weight: Tensor | None = None, differential_logits: Tensor | None = None,
+    differential_logits: Tensor | None = None,
 ) -> SideTables:  # fmt: skip
     """As :func:`fused_backward`.  Until they are known, dq and dk have room for Qh and Kh and for their gradients."""
     context, settings, saved, v, grad, dtables = whole
@@ -171,8 +171,6 @@ def gemm_backward(
         gemm.readout(context, dq_hat, incoming, saved.states[i], transposed=True, scale=natural)
         gemm.readout(context, dv, dk_hat, dstate, scale=context.output_scale, add=add)
         gemm.readout(context, dk_hat, values, dstate, transposed=True, scale=natural)
-    if weight is not None:
-        depthwise.depthwise_input_gradient(dv, grad, weight.t(), context.geometry, context.mask)
     if dtables:
         hat = torch.empty_like(dv)
         tokens(context, q, decide=False, out=hat, means=means, inverse=inverse)
@@ -192,15 +190,13 @@ def gemm_backward(
 
 def side_gradients(
     context: LaunchContext, side: QKOperand, source: Source, denominator: Denominator, dz: Pair, *,
-    dv: Tensor | None = None, add: bool = False, grad: Tensor | None = None, weight: Tensor | None = None,
-    differential_logits: Tensor | None = None, dots: Tensor | None = None,
+    dv: Tensor | None = None, add: bool = False, differential_logits: Tensor | None = None, dots: Tensor | None = None,
 ) -> TableGradients:  # fmt: skip
     """Of one side, by the kernel that its routers need."""
     if side.slopes is None:
-        return gradients(context, side, source, denominator, *dz, dv=dv, add=add, grad=grad, weight=weight, dots=dots)
+        return gradients(context, side, source, denominator, *dz, dv=dv, add=add, dots=dots)
     return straight_through_gradients(
-        context, side, source, denominator, *dz, dv=dv, add=add, grad=grad, weight=weight,
-        differential_logits=differential_logits,
+        context, side, source, denominator, *dz, dv=dv, add=add, differential_logits=differential_logits
     )  # fmt: skip
 
 

@@ -152,18 +152,14 @@ TABLE |= {
 # projection.py; the width is n_P for "route", the channels of the result for "projection"
 TABLE |= {
     ("route", "half"): (
-        Entry(16, Config(block_n=64, block_d=64, warps=4, stages=2, reason="rows of 128 bytes; 48 registers on sm_90")),
         Entry(
-            ANY, Config(block_n=32, block_d=16, warps=4, stages=2, reason="two tiles of 128 logits fit in registers")
+            16, Config(64, 32, 2, 4, reason="32 rows a warp, by mma.sync: wgmma wants each part of a router in turn")
         ),
+        Entry(ANY, Config(32, 16, 4, 2, reason="two tiles of 128 logits fit in registers")),
     ),
     ("route", "single"): (
-        Entry(
-            16, Config(block_n=64, block_d=32, warps=4, stages=2, reason="rows of 128 bytes; tf32x3 triples operands")
-        ),
-        Entry(
-            ANY, Config(block_n=32, block_d=16, warps=4, stages=2, reason="two tiles of 128 logits fit in registers")
-        ),
+        Entry(16, Config(32, 32, 2, 3, reason="rows of 128 bytes; tf32x3 triples operands")),
+        Entry(ANY, Config(32, 16, 4, 2, reason="two tiles of 128 logits fit in registers")),
     ),
     ("plan", "half"): (
         Entry(ANY, Config(block_n=1024, block_d=1, warps=4, reason="few blocks, so a short running sum")),
@@ -204,12 +200,12 @@ TABLE |= {
 
 # Depth-wise convolution (depthwise.py) --------------------------------------------------------------------------------
 
-CONVOLVE = "lines of 128 bytes; 16 results a thread at most: fewer load the weights too often, more leave too few warps"
-SUMS = "ten running sums for each element of a tile: one 16-byte vector a thread is what the registers hold"
-TABLE["depthwise", "half"] = (Entry(ANY, Config(32, 64, 4, reason=CONVOLVE)),)
-TABLE["depthwise", "single"] = (Entry(ANY, Config(32, 32, 4, reason=CONVOLVE)),)
-TABLE["depthwise_weight", "half"] = (Entry(ANY, Config(32, 32, 4, reason=SUMS)),)
-TABLE["depthwise_weight", "single"] = (Entry(ANY, Config(16, 32, 4, reason=SUMS)),)
+STRIP = "two channels a thread, whose weights and three rows fit its registers; 128 divide 384, 768, 1152"
+TABLE |= {
+    (stage, precision): (Entry(ANY, Config(1, 128, 2, reason=STRIP)),)
+    for stage in ("depthwise", "depthwise_gradients")
+    for precision in ("half", "single")
+}
 
 Key = tuple[str, str, int]
 """Stage, precision and exact width."""

@@ -22,7 +22,6 @@ from dydila_kernels.ops.arguments import (
     Segments,
     Slopes,
     Statistics,
-    Stencil,
     Tables,
     Tokens,
     strided,
@@ -203,13 +202,6 @@ class LaunchContext:
 
     def scaling(self, side: QKOperand) -> Scaling:
         return Scaling(self.fp16_prescale, side.length_scale)
-
-    def stencil(self, x: Tensor | None, weight: Tensor | None, bias: Tensor | None = None) -> Stencil:
-        """The convolution of x (B, N, d) by weight (9, d), or none."""
-        if x is None or weight is None:
-            return Stencil(None, None, None, None, None, 0, 0, 0)
-        grid = self.geometry
-        return Stencil(strided(x), self.mask, weight, bias, grid.table, grid.start, grid.height, grid.width)
 
     def constants(self, config: Config, has_denominator: bool = False, heads: int | None = None) -> Constants:
         """``heads``: their number where it is not that of the layer."""

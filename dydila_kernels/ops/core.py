@@ -17,6 +17,8 @@ backward pass turns its gradient back.
     forward     tokens(K)  [gemm]  tokens(Q)  [gemm]
     backward    tokens(Q)  tokens(K)  [gemms]  gradients(Q)  gradients(K)
 
+The convolution of Eq. 9 comes after them in all forms, and so do its gradients, see :mod:`depthwise`.
+
 Saved for the backward pass are the inputs and :class:`SavedForBackward`.  Everything runs on the current device without
 waiting for it, in a fixed order, and without float atomics.  Where ranks share the tokens, they sum what is summed over
 tokens: the states and their gradients, each before it is read.
@@ -253,7 +255,6 @@ def forward(inputs: Inputs, settings: Settings, ranks: Ranks | None = None) -> t
     shaped = saved._replace(states=states_of(context, saved, settings))
     product = fused_product if is_fused(context.dim, settings) else gemm_product
     v = contiguous_channels(inputs.v)
-    convolution = (inputs.weight, inputs.bias)
     if settings.differential == "map":
         # Eq. 10: the products of the two branches, the second added to the first.  The keys choose no lambda.
         saved.indices[1, -1].zero_()
@@ -262,25 +263,23 @@ def forward(inputs: Inputs, settings: Settings, ranks: Ranks | None = None) -> t
         tokens(context, q, decide=True)
         tokens(context, k, decide=True)
         (q1, q2), (k1, k2) = q.branches(), k.branches()
-        product(context, settings, shaped, 0, q1, k1, v, out, decide=False, add=False, convolution=(None, None))
-        product(context, settings, shaped, 1, q2, k2, v, out, decide=False, add=True, convolution=convolution)
+        product(context, settings, shaped, 0, q1, k1, v, out, decide=False, add=False)
+        product(context, settings, shaped, 1, q2, k2, v, out, decide=False, add=True)
     else:
-        product(context, settings, shaped, 0, q, k, v, out, decide=True, add=False, convolution=convolution)
+        product(context, settings, shaped, 0, q, k, v, out, decide=True, add=False)
+    if inputs.weight is not None:
+        depthwise.depthwise(out, v, inputs.weight, inputs.bias, context.geometry, context.mask)
     return out, saved
-
-
-Weights = tuple[Tensor | None, Tensor | None]
-"""weight (9, d) and bias (d,) of the convolution, or None."""
 
 
 def fused_product(
     context: LaunchContext, settings: Settings, saved: SavedForBackward, i: int, q: QKOperand, k: QKOperand, v: Tensor,
-    out: Tensor, *, decide: bool, add: bool, convolution: Weights,
+    out: Tensor, *, decide: bool, add: bool,
 ) -> None:  # fmt: skip
-    """Product i: writes O (B, N, d) to ``out`` or adds it, and with ``convolution`` DWC(V)."""
+    """Product i: writes O (B, N, d) to ``out`` or adds it."""
     asked = {"decide": decide, "terms": settings.has_denominator}
     if not (add or forms.why_not_gluon_tokens(context, q, **asked) or forms.why_not_gluon_tokens(context, k, **asked)):
-        written_product(context, saved, i, q, k, v, out, convolution)
+        written_product(context, saved, i, q, k, v, out)
         return
     if decide:
         tokens(context, k, decide=True)
@@ -290,16 +289,12 @@ def fused_product(
     if means is not None and saved.means is not None:
         saved.means[i] = means
     means, inverse = saved.denominator(i, settings)
-    readout(
-        context, q, saved.states[i], out, decide=decide, add=add, means=means, inverse=inverse, values=v,
-        weight=convolution[0], bias=convolution[1],
-    )  # fmt: skip
+    readout(context, q, saved.states[i], out, decide=decide, add=add, means=means, inverse=inverse)
 
 
 def written_product(
-    context: LaunchContext, saved: SavedForBackward, i: int, q: QKOperand, k: QKOperand, v: Tensor, out: Tensor,
-    convolution: Weights,
-) -> None:  # fmt: skip
+    context: LaunchContext, saved: SavedForBackward, i: int, q: QKOperand, k: QKOperand, v: Tensor, out: Tensor
+) -> None:
     """As :func:`fused_product`, where each power is made once: ``out`` holds Kh, then Qh, then O."""
     from dydila_kernels.ops.gluon.tokens import tokens as gluon_tokens
 
@@ -309,14 +304,11 @@ def written_product(
     state = saved.states[i].copy_(total)
     gluon_tokens(context, q, out)
     written_readout(context, out, state)
-    weight, bias = convolution
-    if weight is not None:
-        depthwise.depthwise(out, v, weight.t(), bias, context.geometry, context.mask)
 
 
 def gemm_product(
     context: LaunchContext, settings: Settings, saved: SavedForBackward, i: int, q: QKOperand, k: QKOperand, v: Tensor,
-    out: Tensor, *, decide: bool, add: bool, convolution: Weights,
+    out: Tensor, *, decide: bool, add: bool,
 ) -> None:  # fmt: skip
     """As :func:`fused_product`."""
     values = zero_where_masked(context, v)
@@ -336,9 +328,6 @@ def gemm_product(
         gemm.scores(context, q_hat, k_hat, values, out, add=add)
     else:
         gemm.readout(context, out, q_hat, saved.states[i], scale=context.output_scale, add=add)
-    weight, bias = convolution
-    if weight is not None:
-        depthwise.depthwise(out, v, weight.t(), bias, context.geometry, context.mask)
 
 
 def zero_where_masked(context: LaunchContext, t: Tensor) -> Tensor:

@@ -2,12 +2,16 @@
 
     DWC(V)[r, c]  = b + sum_t w_t V[r + t // 3 - 1, c + t % 3 - 1]              taps t = 0..8, row-major
     dV[r, c]      = sum_t w_(8-t) G[r + t // 3 - 1, c + t % 3 - 1]              G the gradient of DWC(V)
-    dw_t          = sum_(r, c) G[r, c] V[r + t // 3 - 1, c + t % 3 - 1],    db = sum_(r, c) G[r, c]
+    dw_(8-t)      = sum_(r, c) V[r, c] G[r + t // 3 - 1, c + t % 3 - 1],        db = sum_(r, c) G[r, c]
 
 Tokens in row-major order are an image in the channels-last layout: the neighbour a row above token n is token
 n - columns, so nothing is transposed.  The image of each row of the batch lies in a grid: tokens ``start`` to
 ``start + rows * columns``.  Tokens outside of every grid (prefix tokens) get nothing.  Masked tokens count as zeros
 and get nothing.  Arithmetic is float32, whatever the tokens are.
+
+A grid is cut into strips of :data:`ROWS` by :data:`COLUMNS` tokens.  A program walks down a strip with three rows in
+its registers, as wide as the strip and its neighbours: a row is loaded once for all taps, while the step before is at
+work.  A thread has two channels, and of them all that the strip needs, so that none waits for another.
 """
 
 from __future__ import annotations
@@ -21,20 +25,21 @@ import triton.language as tl
 from torch import Tensor
 
 from dydila_kernels.ops import tiles
-from dydila_kernels.ops.arguments import contiguous_channels, strided
+from dydila_kernels.ops.arguments import Strided, constant, contiguous_channels
 from dydila_kernels.ops.configs import Config, pick
+
+ROWS, COLUMNS = 16, 4
+"""Of a strip.  Longer ones leave too few programs to small images, wider ones too few registers to hold three rows."""
+
+PROGRAMS = 2048
+"""The most programs that sum up a weight gradient: twice as many as run at a time, with 10 MiB of partial sums."""
 
 
 class Taps(NamedTuple):
-    """weight (d, 9) float32 with its strides, and bias (d,) float32 or None.
-
-    With strides (1, d) a thread loads the weights of its channels by vectors.
-    """
+    """weight (9, d) and bias (d,) float32, contiguous; the latter may be None."""
 
     weight: Any
     bias: Any
-    stride_wd: Any
-    stride_wt: Any
 
 
 class Mask(NamedTuple):
@@ -53,232 +58,239 @@ class ImageGrid(NamedTuple):
 
 
 class Grids(NamedTuple):
-    """The grid of every image, or where there are several a table of them, and a table of the tiles that cut them up.
+    """The grid of every image, or where there are several a table of the strips that cut them up.
 
-    table (segments, 3) int32: start, height, width; tiles (tiles, 3) int32: segment, first token, end token; or None.
+    strips (strips, 5) int32: start, height and width of the grid, first row and column of the strip; or None.
     """
 
     grid: ImageGrid
-    table: Any
-    tiles: Any
+    strips: Any
 
 
 class Blocks(NamedTuple):
-    """Sizes of a program: a tile of TILE tokens, BLOCK_N at a time, and BLOCK_D of the D channels."""
+    """Sizes of a program: BLOCK_D of the D channels of a strip of ROWS by COLUMNS tokens."""
 
     D: int
-    TILE: int
-    BLOCK_N: int
     BLOCK_D: int
+    ROWS: int
+    COLUMNS: int
 
 
-class Spots(NamedTuple):
-    """Tokens n (R,), which of them (R,) get something, their row and column in the grid, and the size of that."""
+class Strip(NamedTuple):
+    """Its image of the batch (int64) with its grid, and first row, end row and first column of the strip."""
 
-    n: Any
-    active_rows: Any
-    row: Any
-    column: Any
-    height: Any
-    width: Any
-
-
-@triton.jit
-def load_grid(table, segment):
-    """The :class:`ImageGrid` of a segment from a table (segments, 3)."""
-    entry = table + segment * 3
-    return ImageGrid(tl.load(entry), tl.load(entry + 1), tl.load(entry + 2))
+    image: Any
+    grid: ImageGrid
+    top: Any
+    bottom: Any
+    left: Any
 
 
-@triton.jit
-def spots_of(mask, n, row_mask, grid):
-    """The :class:`Spots` of tokens n (R,); mask (N,) bool or None."""
-    position = n - grid.start
-    row = position // tl.maximum(grid.width, 1)
-    active_rows = row_mask & (position >= 0) & (position < grid.height * grid.width)
-    if mask is not None:
-        active_rows &= tl.load(mask + n, mask=active_rows, other=0).to(tl.int1)
-    return Spots(n, active_rows, row, position - row * grid.width, grid.height, grid.width)
+class Channels(NamedTuple):
+    """Those of a program (C,), and which of them exist (C,)."""
+
+    ids: Any
+    exist: Any
 
 
 @triton.jit
-def neighbour(x, stride_xn, mask, spots, columns, col_mask, down, right):
-    """(R, C) float32: the tokens of x that lie down rows and right columns (-1, 0, 1) away, zero where none does."""
-    n, active_rows, row, column, height, width = spots
-    exists = active_rows & (row >= -down) & (row < height - down) & (column >= -right) & (column < width - right)
-    n += down * width + right
-    if mask is not None:
-        exists &= tl.load(mask + n, mask=exists, other=0).to(tl.int1)
-    pointers = x + n.to(tl.int64)[:, None] * stride_xn + columns[None, :]
-    return tl.load(pointers, mask=exists[:, None] & col_mask[None, :], other=0).to(tl.float32)
-
-
-@triton.jit
-def convolve_tile(x, stride_xn, mask, taps, grid, n, row_mask, columns, col_mask, MIRRORED: tl.constexpr):
-    """(R, C) float32: DWC of tokens n (R,) and channels ``columns`` (C,) of one image; zero for those that get nothing.
-
-    x (N, d): the first token of the image's row of the batch, rows ``stride_xn`` elements apart; mask (N,) bool or
-    None; row_mask (R,) and col_mask (C,) say which tokens to compute and which channels exist; n counts from x.
-    MIRRORED: the taps in reverse, which makes it the gradient with respect to the input.
-    """
-    spots = spots_of(mask, n, row_mask, grid)
-    acc = tl.zeros((n.shape[0], columns.shape[0]), tl.float32)
-    # A loop that stays one: with all nine taps in flight their weights alone would take 72 registers of a thread.
-    for down in range(-1, 2):
-        for right in tl.static_range(-1, 2):
-            v = neighbour(x, stride_xn, mask, spots, columns, col_mask, down, right)
-            t = 3 * down + right + 4
-            tap = taps.weight + columns * taps.stride_wd + (8 - t if MIRRORED else t) * taps.stride_wt
-            acc += v * tl.load(tap, mask=col_mask, other=0)[None, :]
-    if taps.bias is not None:
-        bias = tl.load(taps.bias + columns, mask=col_mask, other=0)
-        acc += tl.where(spots.active_rows[:, None], bias[None, :], 0)
-    return acc
-
-
-@triton.jit
-def locate(tile, grids, TILE: tl.constexpr):
-    """Of a tile: its image of the batch (int64), first and end token, and its grid."""
-    if grids.tiles is None:
-        size = grids.grid.height * grids.grid.width
-        per_image = tl.cdiv(size, TILE)
-        image = tile // per_image
-        first = grids.grid.start + (tile - image * per_image) * TILE
-        return tl.cast(image, tl.int64), first, tl.minimum(first + TILE, grids.grid.start + size), grids.grid
+def strip_of(number, grids, k):
+    """The :class:`Strip` of a number."""
+    if grids.strips is None:
+        grid = grids.grid
+        across = tl.cdiv(grid.width, k.COLUMNS)
+        per_image = tl.cdiv(grid.height, k.ROWS) * across
+        image = (number // per_image).to(tl.int64)
+        top, left = number % per_image // across * k.ROWS, number % across * k.COLUMNS
     else:
-        entry = grids.tiles + tile * 3
-        grid = load_grid(grids.table, tl.load(entry))
-        return tl.cast(0, tl.int64), tl.load(entry + 1), tl.load(entry + 2), grid
+        entry = grids.strips + number * 5
+        grid = ImageGrid(tl.load(entry), tl.load(entry + 1), tl.load(entry + 2))
+        image = tl.cast(0, tl.int64)
+        top, left = tl.load(entry + 3), tl.load(entry + 4)
+    return Strip(image, grid, top, tl.minimum(top + k.ROWS, grid.height), left)
 
 
 @triton.jit
-def depthwise_kernel(out, x, mask, taps, grids, k: tl.constexpr, MIRRORED: tl.constexpr):
-    """out += DWC(x).  A program: a tile of TILE tokens, BLOCK_N at a time, and BLOCK_D channels.
+def channels_of(block, k):
+    """The :class:`Channels` of a block of BLOCK_D."""
+    ids = block * k.BLOCK_D + tl.arange(0, k.BLOCK_D)
+    return Channels(ids, (ids < k.D) | (k.D % k.BLOCK_D == 0))
+
+
+@triton.jit
+def place_of(x, mask, strip, row, end, column, i: tl.constexpr, channels):
+    """Pointers (C,) to the token of x in a row and i beside a column of the grid, and which (C,) of them to access.
+
+    x: :class:`Strided`; mask: :class:`Mask`.  Tokens outside of the grid, masked ones and rows from ``end`` on are not
+    accessed.
+    """
+    n = (strip.grid.start + row * strip.grid.width + column).to(tl.int64)
+    width = tl.where((row >= 0) & (row < end), strip.grid.width, 0)
+    exists = (column + i).to(tl.uint32) < width.to(tl.uint32)
+    if mask.x is not None:
+        exists &= tl.load(mask.x + strip.image * mask.stride_xb + n + i, mask=exists, other=0).to(tl.int1)
+    # As strides are constants, all tokens of a row of a strip have one address, and their offsets are immediate.
+    pointers = x.x + strip.image * x.stride_xb + n * x.stride_xn + channels.ids
+    return pointers + i * x.stride_xn, channels.exist & exists
+
+
+@triton.jit
+def load_row(x, mask, strip, row, end, column, channels, WIDTH: tl.constexpr):
+    """WIDTH neighbouring tokens of a row, from a column on, (C,) each as they are; zeros where none is accessed."""
+    found = ()
+    for i in tl.static_range(WIDTH):
+        pointers, exist = place_of(x, mask, strip, row, end, column, i, channels)
+        found = found + (tl.load(pointers, mask=exist, other=0),)  # noqa: RUF005  Triton knows no stars
+    return found
+
+
+@triton.jit
+def load_step(out, x, v, mask, strip, row, channels, k):
+    """What the walk needs at a row and has not got: x of the row below, out and, where given, v of the row itself."""
+    COLUMNS: tl.constexpr = k.COLUMNS
+    end = tl.minimum(strip.bottom + 1, strip.grid.height)
+    below = load_row(x, mask, strip, row + 1, end, strip.left - 1, channels, COLUMNS + 2)
+    before, values = load_row(out, mask, strip, row, strip.bottom, strip.left, channels, COLUMNS), ()
+    if v is not None:
+        values = load_row(v, mask, strip, row, strip.bottom, strip.left, channels, COLUMNS)
+    return below, before, values
+
+
+@triton.jit
+def widened(row):
+    """A row, in float32."""
+    found = ()
+    for i in tl.static_range(len(row)):
+        found = found + (row[i].to(tl.float32),)  # noqa: RUF005
+    return found
+
+
+@triton.jit
+def load_taps(taps, channels, k, MIRRORED: tl.constexpr):
+    """The nine weights, (C,) each; MIRRORED: in reverse."""
+    found = ()
+    for t in tl.static_range(9):
+        row = taps.weight + (8 - t if MIRRORED else t) * k.D
+        found = found + (tl.load(row + channels.ids, mask=channels.exist, other=0),)  # noqa: RUF005
+    return found
+
+
+@triton.jit
+def convolve(y, rows, weight, i: tl.constexpr):
+    """y (C,) plus sum_t w_t x[t] over the neighbours of token i in the middle one of three rows."""
+    for t in tl.static_range(9):
+        y += weight[t] * rows[t // 3][i + t % 3]
+    return y
+
+
+@triton.jit
+def correlate(sums, v, rows, i: tl.constexpr):
+    """The ten sums (C,) plus v (C,) times each neighbour of token i, and plus the token itself."""
+    found = ()
+    for t in tl.static_range(9):
+        found = found + (sums[t] + v * rows[t // 3][i + t % 3],)  # noqa: RUF005
+    return found + (sums[9] + rows[1][i + 1],)  # noqa: RUF005
+
+
+@triton.jit
+def walk(out, x, mask, weight, bias, v, sums, strip, channels, k):
+    """out += sum_t w_t x[t] + bias in a strip; returns the sums, :func:`correlate`d where v is given.
+
+    out, x, v: :class:`Strided` (B, N, D), the last may be None; mask: :class:`Mask`; weight: nine (C,); bias (C,) or
+    None.
+    """
+    COLUMNS: tl.constexpr = k.COLUMNS
+    upper = widened(load_row(x, mask, strip, strip.top - 1, strip.bottom, strip.left - 1, channels, COLUMNS + 2))
+    middle = widened(load_row(x, mask, strip, strip.top, strip.bottom, strip.left - 1, channels, COLUMNS + 2))
+    ahead = load_step(out, x, v, mask, strip, strip.top, channels, k)
+    for row in range(strip.top, strip.bottom):
+        lower, before, values = widened(ahead[0]), widened(ahead[1]), widened(ahead[2])
+        ahead = load_step(out, x, v, mask, strip, row + 1, channels, k)
+        for i in tl.static_range(COLUMNS):
+            y = before[i] if bias is None else before[i] + bias
+            y = convolve(y, (upper, middle, lower), weight, i)
+            if v is not None:
+                sums = correlate(sums, values[i], (upper, middle, lower), i)
+            pointers, exist = place_of(out, mask, strip, row, strip.bottom, strip.left, i, channels)
+            tl.store(pointers, y.to(out.x.dtype.element_ty), mask=exist)
+        upper, middle = middle, lower
+    return sums
+
+
+@triton.jit
+def depthwise_kernel(out, x, mask, taps, grids, k: tl.constexpr):
+    """out += DWC(x).  A program: BLOCK_D channels of a strip.
 
     out, x: :class:`Strided` (B, N, D); mask: :class:`Mask`; taps: :class:`Taps`; grids: :class:`Grids`;
     k: :class:`Blocks`.
     """
     blocks: tl.constexpr = (k.D + k.BLOCK_D - 1) // k.BLOCK_D
-    tile = tl.program_id(0) // blocks
-    columns = tl.program_id(0) % blocks * k.BLOCK_D + tl.arange(0, k.BLOCK_D)
-    col_mask = columns < k.D
-    image, first, end, grid = locate(tile, grids, k.TILE)
-    image_out = out.x + image * out.stride_xb
-    image_x = x.x + image * x.stride_xb
-    image_mask = None
-    if mask.x is not None:
-        image_mask = mask.x + image * mask.stride_xb
-    for step in range(first, end, k.BLOCK_N):
-        n = step + tl.arange(0, k.BLOCK_N)
-        row_mask = n < end
-        y = convolve_tile(image_x, x.stride_xn, image_mask, taps, grid, n, row_mask, columns, col_mask, MIRRORED)
-        pointers = image_out + n.to(tl.int64)[:, None] * out.stride_xn + columns[None, :]
-        store_mask = row_mask[:, None] & col_mask[None, :]
-        y += tl.load(pointers, mask=store_mask, other=0).to(tl.float32)
-        tl.store(pointers, y.to(out.x.dtype.element_ty), mask=store_mask)
+    channels = channels_of(tl.program_id(0) % blocks, k)
+    weight, bias = load_taps(taps, channels, k, False), None
+    if taps.bias is not None:
+        bias = tl.load(taps.bias + channels.ids, mask=channels.exist, other=0)
+    walk(out, x, mask, weight, bias, None, (), strip_of(tl.program_id(0) // blocks, grids, k), channels, k)
 
 
 @triton.jit
-def correlate_row(sums, grad, x, stride_xn, mask, spots, columns, col_mask, down: tl.constexpr):
-    """The sums (R, C) of the three taps in a row of the kernel, plus grad (R, C) times the neighbours of its tokens."""
-    left, middle, right = sums
-    left += grad * neighbour(x, stride_xn, mask, spots, columns, col_mask, down, -1)
-    middle += grad * neighbour(x, stride_xn, mask, spots, columns, col_mask, down, 0)
-    right += grad * neighbour(x, stride_xn, mask, spots, columns, col_mask, down, 1)
-    return left, middle, right
+def depthwise_gradients_kernel(dv, grad, v, mask, taps, partials, grids, strips, per_part, k: tl.constexpr):
+    """dv += the gradient of the input; partials[part] = what ``per_part`` of the strips contribute to that of the taps.
 
-
-@triton.jit
-def sum_over_tokens(x):
-    """(R, C) -> (C,).  Where a thread has eight neighbouring channels, neighbouring threads are eight banks of shared
-    memory apart, and collide there four at a time; with the channels of a thread put apart they do not."""
-    apart = tl.reshape(tl.permute(tl.reshape(x, (x.shape[0], x.shape[1] // 8, 8)), (0, 2, 1)), x.shape)
-    sums = tl.reshape(tl.sum(apart, axis=0), (8, x.shape[1] // 8))
-    return tl.reshape(tl.permute(sums, (1, 0)), (x.shape[1],))
-
-
-@triton.jit
-def depthwise_weight_kernel(partials, x, grad, mask, grids, tiles, tiles_per_part, k: tl.constexpr):
-    """partials[part] = the gradients that ``tiles_per_part`` of the tiles contribute.  A program: a part and BLOCK_D
-    channels.
-
-    partials (parts, 10, D) float32: of the nine taps and of the bias; x and grad (B, N, D): tokens and the gradient of
-    their convolution, both :class:`Strided`; tiles: how many; the others as in :func:`depthwise_kernel`.
+    dv, grad, v: :class:`Strided` (B, N, D), grad the gradient of DWC(v); partials (parts, 10, D) float32: of the nine
+    taps and of the bias; strips: how many; the others as in :func:`depthwise_kernel`.  A program: BLOCK_D channels of a
+    part.
     """
     blocks: tl.constexpr = (k.D + k.BLOCK_D - 1) // k.BLOCK_D
-    part = tl.program_id(0) // blocks
-    columns = tl.program_id(0) % blocks * k.BLOCK_D + tl.arange(0, k.BLOCK_D)
-    col_mask = columns < k.D
-    BLOCK_N: tl.constexpr = k.BLOCK_N
-    bias = tl.zeros((BLOCK_N, columns.shape[0]), tl.float32)
-    upper, centred, lower = (bias, bias, bias), (bias, bias, bias), (bias, bias, bias)
-    for tile in range(part * tiles_per_part, tl.minimum((part + 1) * tiles_per_part, tiles)):
-        image, first, end, grid = locate(tile, grids, k.TILE)
-        image_x = x.x + image * x.stride_xb
-        image_grad = grad.x + image * grad.stride_xb
-        image_mask = None
-        if mask.x is not None:
-            image_mask = mask.x + image * mask.stride_xb
-        for step in range(first, end, k.BLOCK_N):
-            n = step + tl.arange(0, k.BLOCK_N)
-            spots = spots_of(image_mask, n, n < end, grid)
-            g = neighbour(image_grad, grad.stride_xn, None, spots, columns, col_mask, 0, 0)
-            bias += g
-            upper = correlate_row(upper, g, image_x, x.stride_xn, image_mask, spots, columns, col_mask, -1)
-            centred = correlate_row(centred, g, image_x, x.stride_xn, image_mask, spots, columns, col_mask, 0)
-            lower = correlate_row(lower, g, image_x, x.stride_xn, image_mask, spots, columns, col_mask, 1)
-    sums = partials + part.to(tl.int64) * 10 * k.D + columns
-    for t in tl.static_range(3):
-        tl.store(sums + t * k.D, sum_over_tokens(upper[t]), mask=col_mask)
-        tl.store(sums + (3 + t) * k.D, sum_over_tokens(centred[t]), mask=col_mask)
-        tl.store(sums + (6 + t) * k.D, sum_over_tokens(lower[t]), mask=col_mask)
-    tl.store(sums + 9 * k.D, sum_over_tokens(bias), mask=col_mask)
-
-
-TILE = 128
-"""Tokens of a tile.  Long against the width of most grids, so that the rows above and below mostly come from L1."""
-
-PARTS = 128
-"""The most parts of a weight gradient: with 12 blocks of channels (d = 384) two to three waves of programs."""
+    channels, part = channels_of(tl.program_id(0) % blocks, k), tl.program_id(0) // blocks
+    weight = load_taps(taps, channels, k, True)
+    zero = tl.zeros(channels.ids.shape, tl.float32)
+    sums = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
+    for number in range(part * per_part, tl.minimum((part + 1) * per_part, strips)):
+        sums = walk(dv, grad, mask, weight, None, v, sums, strip_of(number, grids, k), channels, k)
+    row = partials + part.to(tl.int64) * 10 * k.D + channels.ids
+    for t in tl.static_range(9):
+        tl.store(row + (8 - t) * k.D, sums[t], mask=channels.exist)
+    tl.store(row + 9 * k.D, sums[9], mask=channels.exist)
 
 
 class Geometry(NamedTuple):
-    """Where the images lie: one grid for every image of the batch, or (packed) a table of those along the one row.
+    """Where the images lie: one grid for every image of the batch, or (packed) strips of those along the one row.
 
-    table (segments, 3) int32: start, height, width of each grid, and tiles (tiles, 3) int32: segment, first token, end
-    token; both None where one grid is all.
+    strips (strips, 5) int32, see :class:`Grids`; None where one grid is all.
     """
 
     start: int
     height: int
     width: int
-    table: Tensor | None = None
-    tiles: Tensor | None = None
+    strips: Tensor | None = None
 
     @classmethod
     def of(cls, grids: Sequence[tuple[int, int, int]], device: torch.device | str) -> Geometry:
         """From (start, height, width) of each grid; one stands for all images of a batch."""
         if len(grids) <= 1:
             return cls(*(grids[0] if grids else (0, 0, 0)))
-        cuts = [
-            (segment, first, min(first + TILE, start + height * width))
-            for segment, (start, height, width) in enumerate(grids)
-            for first in range(start, start + height * width, TILE)
+        strips = [
+            (start, height, width, top, left)
+            for start, height, width in grids
+            for top in range(0, height, ROWS)
+            for left in range(0, width, COLUMNS)
         ]
-        return cls(0, 0, 0, table_of(grids, device), table_of(cuts, device))
+        return cls(0, 0, 0, tiles.upload(strips, torch.int32, device).reshape(-1, 5))
 
     def count(self, images: int) -> int:
-        """The number of tiles."""
-        return len(self.tiles) if self.tiles is not None else images * tiles.ceil_div(self.height * self.width, TILE)
+        """The number of strips."""
+        if self.strips is not None:
+            return len(self.strips)
+        return images * tiles.ceil_div(self.height, ROWS) * tiles.ceil_div(self.width, COLUMNS)
 
     def grids(self) -> Grids:
         """What the kernels take of it."""
-        return Grids(ImageGrid(self.start, self.height, self.width), self.table, self.tiles)
+        return Grids(ImageGrid(self.start, self.height, self.width), self.strips)
 
 
-def table_of(rows: Sequence[tuple[int, int, int]], device: torch.device | str) -> Tensor:
-    """(n, 3) int32 on the device."""
-    return tiles.upload(rows, torch.int32, device).reshape(-1, 3)
+def strided(x: Tensor) -> Strided:
+    """The argument for x (B, N, d); the stride of its tokens is a constant."""
+    return Strided(x, x.stride(0), constant(x.stride(1)))
 
 
 def mask_argument(mask: Tensor | None) -> Mask:
@@ -288,53 +300,44 @@ def mask_argument(mask: Tensor | None) -> Mask:
 
 def blocks(d: int, config: Config) -> Blocks:
     """For d channels."""
-    return Blocks(d, TILE, config.block_n, config.block_d)
+    return Blocks(d, config.block_d, ROWS, COLUMNS)
 
 
 def depthwise(
     out: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, mask: Tensor | None = None
 ) -> None:
-    """Adds DWC(V) to ``out``: out, v (B, N, d), weight (d, 9) and bias (d,) float32, mask (B, N) bool.
+    """Adds DWC(V) to ``out``: out, v (B, N, d), weight (9, d) and bias (d,) float32, mask (B, N) bool.
 
-    ``weight`` may have any strides, and is read faster with (1, d).
+    The channels of ``out`` must be next to each other.
     """
-    add(out, v, weight, bias, geometry, mask, mirrored=False)
-
-
-def depthwise_input_gradient(
-    dv: Tensor, grad: Tensor, weight: Tensor, geometry: Geometry, mask: Tensor | None = None
-) -> None:
-    """Adds to ``dv`` the gradient with respect to V, given that of DWC(V): dv, grad (B, N, d), the others as above."""
-    add(dv, grad, weight, None, geometry, mask, mirrored=True)
-
-
-def add(
-    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, mask: Tensor | None, mirrored: bool
-) -> None:
-    """Adds the convolution of x to ``out``, of which the channels must be next to each other."""
-    x, d = contiguous_channels(x), x.shape[-1]
-    config = pick("depthwise", x.dtype, d)
+    v, d = contiguous_channels(v), v.shape[-1]
+    config = pick("depthwise", v.dtype, d)
     tiles.launch(
-        depthwise_kernel, (geometry.count(x.shape[0]) * tiles.ceil_div(d, config.block_d),), config,
-        out=strided(out), x=strided(x), mask=mask_argument(mask), taps=Taps(weight, bias, *weight.stride()),
-        grids=geometry.grids(), k=blocks(d, config), MIRRORED=mirrored,
+        depthwise_kernel, (geometry.count(v.shape[0]) * tiles.ceil_div(d, config.block_d),), config,
+        out=strided(out), x=strided(v), mask=mask_argument(mask), taps=Taps(weight.contiguous(), bias),
+        grids=geometry.grids(), k=blocks(d, config),
     )  # fmt: skip
 
 
-def depthwise_weight_gradient(
-    v: Tensor, grad: Tensor, geometry: Geometry, mask: Tensor | None = None
+def depthwise_gradients(
+    dv: Tensor, v: Tensor, grad: Tensor, weight: Tensor, geometry: Geometry, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(d, 9) and (d,) float32: the gradients of weight and bias, given v and that of DWC(V), both (B, N, d)."""
+    """Adds the gradient with respect to V to ``dv``, and returns those of weight (9, d) and bias (d,), float32.
+
+    v, and grad, that of DWC(V): (B, N, d); the others as above.
+    """
     v, grad, d = contiguous_channels(v), contiguous_channels(grad), v.shape[-1]
-    config = pick("depthwise_weight", v.dtype, d)
+    config = pick("depthwise_gradients", v.dtype, d)
     count = geometry.count(v.shape[0])
-    tiles_per_part = tiles.ceil_div(count, PARTS)
-    parts = tiles.ceil_div(count, tiles_per_part) if count else 0
+    across = tiles.ceil_div(d, config.block_d)
+    per_part = tiles.ceil_div(count * across, PROGRAMS)
+    parts = tiles.ceil_div(count, per_part) if count else 0
     partials = v.new_empty((parts, 10, d), dtype=torch.float32)
     tiles.launch(
-        depthwise_weight_kernel, (parts * tiles.ceil_div(d, config.block_d),), config,
-        partials=partials, x=strided(v), grad=strided(grad), mask=mask_argument(mask), grids=geometry.grids(),
-        tiles=count, tiles_per_part=tiles_per_part, k=blocks(d, config),
+        depthwise_gradients_kernel, (parts * across,), config,
+        dv=strided(dv), grad=strided(grad), v=strided(v), mask=mask_argument(mask),
+        taps=Taps(weight.contiguous(), None), partials=partials, grids=geometry.grids(), strips=count,
+        per_part=per_part, k=blocks(d, config),
     )  # fmt: skip
     total = partials.sum(0)
-    return total[:9].t().contiguous(), total[9]
+    return total[:9], total[9]

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dydila_kernels.ops import configs, depthwise, forms
+from dydila_kernels.ops import configs, forms
 from dydila_kernels.ops.arguments import Denominator, Gradients, Routers, Scaling, Source, strided
 from dydila_kernels.ops.branches import (
     branch_pointers,
@@ -244,12 +244,12 @@ def denominator_gradient_kernel(tokens, segments, tables, stats, scaling, source
 
 
 @triton.jit
-def gradients_kernel(tokens, segments, tables, stats, scaling, source, denominator, grads, dv, stencil, k: tl.constexpr,
+def gradients_kernel(tokens, segments, tables, stats, scaling, source, denominator, grads, dv, k: tl.constexpr,
                      ADD: tl.constexpr):  # fmt: skip
     """One program for a tile of tokens of one side, all channels.
 
-    dv (T, d), or None: source.scale Zh matrix and, with a stencil, the mirrored convolution of its x, plus what ADD
-    finds there.  The other arguments as in :mod:`dydila_kernels.ops.arguments`.
+    dv (T, d), or None: source.scale Zh matrix, plus what ADD finds there.  The other arguments as in
+    :mod:`dydila_kernels.ops.arguments`.
     """
     tile, branches, active_rows, neg_lam, row_scale = load_tile(tokens, segments, tables, stats, scaling, k)
     sums = first_walk(branches, source, denominator, tile, active_rows, k)
@@ -265,7 +265,7 @@ def gradients_kernel(tokens, segments, tables, stats, scaling, source, denominat
     if dv is not None:
         matrix = source.matrix + tile.segment * (k.D * (k.D // k.H))
         nothing = Denominator(None, None, None, None)
-        write_readout(dv, matrix, source.scale, nothing, stencil, branches, tile, active_rows, k, ADD, True)
+        write_readout(dv, matrix, source.scale, nothing, branches, tile, active_rows, k, ADD)
 
 
 def source_of(
@@ -319,30 +319,25 @@ def gradients(
     *,
     dv: Tensor | None = None,
     add: bool = False,
-    grad: Tensor | None = None,
-    weight: Tensor | None = None,
     dots: Tensor | None = None,
 ) -> TableGradients:
     """Writes the gradients of the tokens to ``dz`` and ``dz_redundant`` (B, N, d), contiguous, and returns the others.
 
-    ``dv`` (B, N, d), where given, is written or added to: the readout of ``side``, and the mirrored convolution of
-    ``grad`` (B, N, d) by ``weight`` (9, d), where given.  ``dots``, see :mod:`dydila_kernels.ops.gluon.dots`, or None.
+    ``dv`` (B, N, d), where given, is written or added to: the readout of ``side``.  ``dots``: see
+    :mod:`dydila_kernels.ops.gluon.dots`, or None.
     """
     if forms.why_not_gluon_gradients(context, side, source, add) is None:
         from dydila_kernels.ops.gluon.gradients import gradients as gluon_gradients
 
         assert dz_redundant is not None
-        found = gluon_gradients(context, side, source, denominator, dz, dz_redundant, dv=dv, dots=dots)
-        if dv is not None and grad is not None and weight is not None:
-            depthwise.depthwise_input_gradient(dv, grad, weight.t(), context.geometry, context.mask)
-        return found
+        return gluon_gradients(context, side, source, denominator, dz, dz_redundant, dv=dv, dots=dots)
     config = configs.pick(stage_of(source, side), context.dtype, context.head_dim)
     programs, k = context.programs(config.block_n), context.constants(config, side.has_denominator)
     grads = table_partials(context, side, programs, dz, dz_redundant)
     launch(
         gradients_kernel, (programs,), config, tokens=context.tokens(side), segments=context.tiles(config.block_n),
         **context.measured(side), scaling=context.scaling(side), source=source, denominator=denominator, grads=grads,
-        dv=dv, stencil=context.stencil(grad, weight), k=k, ADD=add,
+        dv=dv, k=k, ADD=add,
     )  # fmt: skip
     return TableGradients(grads.dgamma.sum(0), None if grads.dlam is None else grads.dlam.sum(0))
 

@@ -36,7 +36,6 @@ from dydila_kernels.ops.branches import (
     weigh,
 )
 from dydila_kernels.ops.context import LaunchContext, QKOperand
-from dydila_kernels.ops.depthwise import ImageGrid, Taps, convolve_tile, load_grid
 from dydila_kernels.ops.tiles import Tile, ceil_div, launch, padded, pin, row_pointers, tile_mask, tile_of_program
 from dydila_kernels.ops.tokens import branches_of
 
@@ -131,41 +130,12 @@ def head_product(branches, matrix, inverse, h, active_rows, k):
 
 
 @triton.jit
-def write_convolved(out, stencil, tile, k, ADD: tl.constexpr, MIRRORED: tl.constexpr):
-    """Writes DWC(x), see :func:`convolve_tile`, of a tile to out (T, d), plus what ADD finds there.
-
-    The grid is that of the segment in stencil.grids, or the one given.
-    """
-    if stencil.grids is None:
-        grid = ImageGrid(stencil.grid_start, stencil.grid_h, stencil.grid_w)
-    else:
-        grid = load_grid(stencil.grids, tile.segment)
-    mask = None if stencil.mask is None else stencil.mask + tile.image * tile.N
-    x = stencil.x.x + tile.image * stencil.x.stride_xb
-    for c in range(0, k.D, k.BLOCK_D):
-        columns = c + tl.arange(0, k.BLOCK_D)
-        y = convolve_tile(x, stencil.x.stride_xn, mask, Taps(stencil.weight, stencil.bias, 1, k.D), grid, tile.n,
-                          tile.row_mask, columns, columns < k.D, MIRRORED)  # fmt: skip
-        at = out + tile.token_ids[:, None] * k.D + columns[None, :]
-        store_mask = tile_mask(tile.row_mask, columns, k.D, k.BLOCK_D)
-        if ADD:
-            y += tl.load(at, mask=store_mask, other=0.0).to(tl.float32)
-        tl.store(at, y.to(out.dtype.element_ty), mask=store_mask)
-
-
-@triton.jit
-def write_readout(out, matrix, output_scale, denominator, stencil, branches, tile, active_rows, k, ADD: tl.constexpr,
-                  MIRRORED: tl.constexpr):  # fmt: skip
-    """Writes output_scale Zh_h matrix_h of a tile to out (T, d), head by head, plus what ADD finds there, plus DWC(x).
+def write_readout(out, matrix, output_scale, denominator, branches, tile, active_rows, k, ADD: tl.constexpr):
+    """Writes output_scale Zh_h matrix_h of a tile to out (T, d), head by head, plus what ADD finds there.
 
     matrix (H, e, e).
     """
     E: tl.constexpr = k.D // k.H
-    if stencil.weight is not None:
-        # Through out, which this program alone reads and writes and which stays in the caches: with the convolution
-        # of a head beside its product the registers would hold neither.
-        write_convolved(out, stencil, tile, k, ADD, MIRRORED)
-        tl.debug_barrier()
     across = tl.arange(0, padded(E))
     store_mask = tile_mask(tile.row_mask, across, E, padded(E))
     for h in range(0, k.H):
@@ -175,14 +145,14 @@ def write_readout(out, matrix, output_scale, denominator, stencil, branches, til
         acc = head_product(branches, matrix, inverse, h, active_rows, k)
         acc *= output_scale
         at = out + tile.token_ids[:, None] * k.D + h * E + across[None, :]
-        if ADD or stencil.weight is not None:
+        if ADD:
             acc += tl.load(at, mask=store_mask, other=0.0).to(tl.float32)
         tl.store(at, acc.to(out.dtype.element_ty), mask=store_mask)
 
 
 @triton.jit
 def readout_kernel(tokens, segments, tables, routers, stats, slopes, scaling, denominator, state, output_scale, out,
-                   stencil, k: tl.constexpr, DECIDE: tl.constexpr, ADD: tl.constexpr):  # fmt: skip
+                   k: tl.constexpr, DECIDE: tl.constexpr, ADD: tl.constexpr):  # fmt: skip
     """One program for a tile of queries, all heads: DECIDE as in :func:`tokens_kernel`, O_h = output_scale Qh_h S_h.
 
     state (segments, H, e, e) in the dtype of the tokens; out (T, d), to which ADD adds; the other arguments as in
@@ -191,7 +161,7 @@ def readout_kernel(tokens, segments, tables, routers, stats, slopes, scaling, de
     tile = tile_of_program(segments, k.BLOCK_N)
     branches, active_rows = branches_of(tokens, tables, routers, stats, slopes, scaling, tile, k, DECIDE)
     matrix = state + tile.segment * (k.D * (k.D // k.H))
-    write_readout(out, matrix, output_scale, denominator, stencil, branches, tile, active_rows, k, ADD, False)
+    write_readout(out, matrix, output_scale, denominator, branches, tile, active_rows, k, ADD)
 
 
 @triton.jit
@@ -304,11 +274,8 @@ def readout(
     add: bool = False,
     means: Tensor | None = None,
     inverse: Tensor | None = None,
-    values: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
 ) -> None:
-    """Writes O (B, N, d) to ``out``, contiguous, or adds it; with a convolution ``weight`` (9, d) also DWC(values).
+    """Writes O (B, N, d) to ``out``, contiguous, or adds it.
 
     state (segments, H, e, e) in the dtype of the tokens; under "denominator" ``means`` (segments, d) are those of the
     keys, and ``inverse`` (T, H), written, that of the queries, all float32.
@@ -318,8 +285,7 @@ def readout(
         readout_kernel, (context.programs(config.block_n),), config, tokens=context.tokens(side, masked=decide),
         segments=context.tiles(config.block_n), **context.measured(side), **context.deciding(side, decide),
         scaling=context.scaling(side), denominator=Denominator(means, inverse), state=state,
-        output_scale=context.output_scale, out=out, stencil=context.stencil(values, weight, bias),
-        k=context.constants(config, side.has_denominator), ADD=add,
+        output_scale=context.output_scale, out=out, k=context.constants(config, side.has_denominator), ADD=add,
     )  # fmt: skip
 
 

@@ -93,7 +93,7 @@ def gamma_gradient(sums, branch, squares, tile, active_rows, FAST: tl.constexpr)
 
 @triton.jit
 def straight_through_kernel(tokens, segments, tables, routers, stats, slopes, scaling, source, denominator, grads,
-                            dlogits, dv, stencil, k: tl.constexpr, ADD: tl.constexpr):  # fmt: skip
+                            dlogits, dv, k: tl.constexpr, ADD: tl.constexpr):  # fmt: skip
     """As :func:`gradients_kernel`, with what the routers pass on.
 
     dlogits: :class:`Slopes`, where the gradients of the logits go; that of the differential router is read where
@@ -124,7 +124,7 @@ def straight_through_kernel(tokens, segments, tables, routers, stats, slopes, sc
     if dv is not None:
         matrix = source.matrix + tile.segment * (k.D * (k.D // k.H))
         nothing = Denominator(None, None, None, None)
-        write_readout(dv, matrix, source.scale, nothing, stencil, branches, tile, active_rows, k, ADD, True)
+        write_readout(dv, matrix, source.scale, nothing, branches, tile, active_rows, k, ADD)
 
 
 def straight_through_gradients(
@@ -137,8 +137,6 @@ def straight_through_gradients(
     *,
     dv: Tensor | None = None,
     add: bool = False,
-    grad: Tensor | None = None,
-    weight: Tensor | None = None,
     differential_logits: Tensor | None = None,
 ) -> TableGradients:
     """As :func:`gradients`, with the gradients of the logits.
@@ -157,7 +155,7 @@ def straight_through_gradients(
         segments=context.tiles(config.block_n), **context.measured(side),
         routers=Routers(*side.routers, side.differential_router), slopes=Slopes(side.slopes, side.differential_slopes),
         scaling=context.scaling(side), source=source, denominator=denominator, grads=grads,
-        dlogits=Slopes(logits, differential_logits), dv=dv, stencil=context.stencil(grad, weight), k=k, ADD=add,
+        dlogits=Slopes(logits, differential_logits), dv=dv, k=k, ADD=add,
     )  # fmt: skip
     dlam = None if grads.dlam is None else grads.dlam.sum(0)
     return TableGradients(grads.dgamma.sum(0), dlam, logits, differential_logits)

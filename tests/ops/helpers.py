@@ -79,8 +79,8 @@ def operator_arguments(
 ) -> tuple[Inputs, Settings]:
     """Those of the operator ``attention``; ``convolution``: weight (d, 1, 3, 3) and bias (d,)."""
     call = validated(**inputs, **options, backend="triton")
-    stencil = None if convolution is None else Convolution(*convolution, grids)
-    return backend.operator_arguments(call.inputs, call.options, call.mask, call.cu_seqlens, stencil)
+    given = None if convolution is None else Convolution(*convolution, grids)
+    return backend.operator_arguments(call.inputs, call.options, call.mask, call.cu_seqlens, given)
 
 
 def attend(inputs: Tensors, **options: Any) -> Tensor:

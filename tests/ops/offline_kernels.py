@@ -158,17 +158,7 @@ def fused_with_another_lane(d: int, head: int, **variant: Any) -> dict[str, int]
     return found
 
 
-def lanes_of_sums() -> list[int]:
-    """By how many channels neighbouring lanes are apart where the convolution's weight gradient is summed over rows."""
-    ((_, code),) = [
-        item
-        for item in compile_code(partial(cases.convolve, torch.bfloat16, 384), "ttgir").items()
-        if "depthwise_weight" in item[0]
-    ][:1]
-    found = []
-    for layout in re.findall(r'"tt\.reduce".*?\}\) : \(tensor<\S+, (#\w+)>\)', code, re.DOTALL):
-        (definition,) = re.findall(rf"^{layout} = (.*)$", code, re.MULTILINE)
-        lane = re.search(r"lane = \[\[0, (\d+)\]", definition)
-        per_thread = re.search(r"sizePerThread = \[1, (\d+)\]", definition)
-        found.append(int((lane or per_thread)[1]))  # type: ignore[index]
-    return found
+def exchanges_of_the_convolution() -> int:
+    """How often threads of the convolution and of its gradients have something from each other."""
+    code = compile_code(partial(cases.convolve, torch.bfloat16, 384), "ttgir")
+    return sum(len(re.findall(r"tt\.reduce|convert_layout|local_alloc|barrier", ttgir)) for ttgir in code.values())

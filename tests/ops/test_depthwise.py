@@ -39,23 +39,26 @@ class Case:
         inputs = {name: t.to(dtype) for name, t in inputs.items()}
         return {
             **inputs,
-            "weight": torch.randn(self.d, 9, device=DEVICE) / 3,
+            "weight": torch.randn(9, self.d, device=DEVICE) / 3,
             "bias": torch.randn(self.d, device=DEVICE) / 3,
         }
 
 
 PACKED = (Grid(1, 4, 3), Grid(14, 10, 13), Grid(144, 0, 5), Grid(145, 1, 1), Grid(146, 5, 1))
-"""With a prefix token before each, one image of two tiles and one without pixels."""
+"""With a prefix token before each, one image of several strips and one without pixels."""
 
 CASES = {
     "square": Case((Grid(0, 4, 4),), 16),
-    "prefix tokens, tokens after, two tiles": Case((Grid(2, 19, 7),), 140),
+    "prefix tokens, tokens after, four strips": Case((Grid(2, 19, 7),), 140),
+    "three strips below each other": Case((Grid(0, 33, 2),), 66),
     "mask": Case((Grid(1, 5, 7),), 36, masked=True),
     "one row": Case((Grid(0, 1, 9),), 9),
     "one column": Case((Grid(0, 9, 1),), 9),
     "one pixel": Case((Grid(0, 1, 1),), 1),
     "d of 5": Case((Grid(0, 5, 3),), 15, d=5),
     "d of 72": Case((Grid(0, 4, 3),), 12, d=72),
+    "two blocks of channels": Case((Grid(0, 4, 9),), 36, d=136),
+    "whole blocks of channels": Case((Grid(0, 3, 5),), 15, d=128),
     "packed": Case(PACKED, 153, batch=1),
     "packed, mask": Case(PACKED, 153, batch=1, masked=True),
 }
@@ -69,7 +72,7 @@ def convolution(v: Tensor, weight: Tensor, bias: Tensor | None, case: Case, mask
     for grid in case.grids:
         if grid.start < grid.stop:
             image = v[:, grid.start : grid.stop]
-            image = reference.depthwise(image, weight.unflatten(1, (1, 3, 3)), bias, (grid.rows, grid.columns))
+            image = reference.depthwise(image, weight.t().unflatten(1, (1, 3, 3)), bias, (grid.rows, grid.columns))
             parts += [torch.zeros_like(v[:, position : grid.start]), image]
             position = grid.stop
     y = torch.cat([*parts, torch.zeros_like(v[:, position:])], 1)
@@ -88,8 +91,7 @@ def expected(inputs: Tensors, case: Case, mask: Tensor | None, dtype: torch.dtyp
 def ours(t: Tensors, geometry: ops.Geometry, mask: Tensor | None) -> Tensors:
     out, dv = t["out"].clone(), t["out"].clone()
     ops.depthwise(out, t["v"], t["weight"], t["bias"], geometry, mask)
-    ops.depthwise_input_gradient(dv, t["grad"], t["weight"], geometry, mask)
-    dweight, dbias = ops.depthwise_weight_gradient(t["v"], t["grad"], geometry, mask)
+    dweight, dbias = ops.depthwise_gradients(dv, t["v"], t["grad"], t["weight"], geometry, mask)
     assert dweight.dtype == dbias.dtype == torch.float32
     return {"output": out, "v": dv, "weight": dweight, "bias": dbias}
 
@@ -135,7 +137,7 @@ def test_the_input_gradient_is_the_adjoint(name: str) -> None:
     t, mask = case.inputs(), case.mask()
     y, dv = torch.zeros_like(t["v"]), torch.zeros_like(t["v"])
     ops.depthwise(y, t["v"], t["weight"], None, case.geometry, mask)
-    ops.depthwise_input_gradient(dv, t["grad"], t["weight"], case.geometry, mask)
+    ops.depthwise_gradients(dv, t["v"], t["grad"], t["weight"], case.geometry, mask)
     forward, backward = (y.double() * t["grad"]).sum(), (t["v"].double() * dv).sum()
     assert abs(forward - backward) < 1e-6 * y.double().norm() * t["grad"].double().norm()
 
@@ -195,14 +197,14 @@ def test_offsets_beyond_32_bits(strides: tuple[int, int]) -> None:
 )
 def test_nothing_to_do(case: Case, poisoned: None) -> None:
     t = case.inputs()
-    zeros = {"weight": torch.zeros(case.d, 9, device=DEVICE), "bias": torch.zeros(case.d, device=DEVICE)}
+    zeros = {"weight": torch.zeros(9, case.d, device=DEVICE), "bias": torch.zeros(case.d, device=DEVICE)}
     assert_same(ours(t, case.geometry, None), {"output": t["out"], "v": t["out"], **zeros})
 
 
-def test_parts_of_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case((Grid(0, 19, 7),), 133, d=8, batch=3)  # six tiles
+def test_parts_of_several_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case((Grid(0, 19, 7),), 133, d=8, batch=3)  # twelve strips
     t = case.inputs()
-    one_each = ops.depthwise_weight_gradient(t["v"], t["grad"], case.geometry)
-    monkeypatch.setattr(ops, "PARTS", 4)  # three parts of two
-    for found, other in zip(ops.depthwise_weight_gradient(t["v"], t["grad"], case.geometry), one_each, strict=True):
-        assert relative_error(found, other) < 1e-6
+    one_each = ours(t, case.geometry, None)
+    monkeypatch.setattr(ops, "PROGRAMS", 5)  # four parts of three
+    for name, found in ours(t, case.geometry, None).items():
+        assert relative_error(found, one_each[name]) < 1e-6

@@ -1,4 +1,4 @@
-"""DyDiLAttention on the kernels: every option, the convolution in the readout, routing, and what it keeps."""
+"""DyDiLAttention on the kernels: every option, the convolution, routing, and what it keeps."""
 
 from __future__ import annotations
 

@@ -96,9 +96,8 @@ def test_lanes_that_hold_the_same_sum_hold_the_same_bits(d: int, head: int) -> N
 
 
 @pytest.mark.slow
-def test_the_sums_of_the_convolution_meet_no_bank_of_shared_memory_twice() -> None:
-    """Threads hold eight channels each; neighbouring threads must put neighbouring ones down."""
-    assert result_of("lanes_of_sums") == [1] * 10
+def test_no_thread_of_the_convolution_waits_for_another() -> None:
+    assert result_of("exchanges_of_the_convolution") == 0
 
 
 def a_row(**figures: Any) -> Row:

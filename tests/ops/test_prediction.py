@@ -121,6 +121,16 @@ def test_addresses_from_data_touch_what_is_left() -> None:
     assert found.first[UNKNOWN] == 2 * 128
 
 
+def test_warps_of_small_programs_spread_over_the_quarters() -> None:
+    """Work is work, in however many programs: here 100 clocks of floating-point arithmetic for each warp."""
+    code = written(*["FFMA R1, R2, R3, R4"] * 100, "EXIT")
+    found = [
+        predict(Binary(code, 32, 0, warps), Launch((64 // warps * H200.processors,), b"", ())).microseconds
+        for warps in (1, 2, 4)
+    ]
+    assert found == pytest.approx([16 * 100 / H200.clock * 1e6] * 3, rel=0.2)
+
+
 def test_passes_over_the_banks() -> None:
     lanes = range(32)
     assert passes([[4 * lane for lane in lanes]], 1) == 1

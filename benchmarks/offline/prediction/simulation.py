@@ -62,8 +62,8 @@ class Quarter:
         """
         self.l1 = l1
         self.code, self.costs, self.steps, self.shares, self.gpu = code, costs, steps, shares, gpu
-        self.per = max(1, warps // 4)
-        self.part = 1.0 if warps >= 4 else warps / 4
+        # Of a program whose warps are fewer than the quarters, a quarter has a warp or nothing.
+        self.per, self.idle = max(1, warps // 4), max(1, 4 // warps)
         # What programs that share a multiprocessor have in common: those of one are far apart in the grid.
         self.common = {tensor for tensor, share in shares.items() if share * 2 * gpu.processors <= 1}
         self.touched = 0.0
@@ -73,6 +73,7 @@ class Quarter:
         self.found = Simulation()
 
     def run(self, programs: int, resident: int) -> Simulation:
+        programs, resident = -(-programs // self.idle), max(1, resident // self.idle)
         warps: list[Warp] = []
         ready: list[tuple[float, int]] = []
         barriers: defaultdict[int, list[tuple[float, int]]] = defaultdict(list)
@@ -163,7 +164,7 @@ class Quarter:
         gpu, kind = self.gpu, price.kind
         clocks = price.clocks
         if price.pipe == "lsu":
-            clocks *= step.passes * self.part
+            clocks *= step.passes
         read = done = self._occupy(price.pipe, clocks, now) if price.pipe != "issue" else now
         following = now + max(1, i.stall)
         if kind == "load":

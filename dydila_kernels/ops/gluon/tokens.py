@@ -11,8 +11,6 @@ Between them the W warps, each with its share of the channels, exchange a few nu
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -125,26 +123,24 @@ def routed(words, router, k, dtype: gl.constexpr, WARPS: gl.constexpr):
     return share_logits(logits, WARPS), share(lane_largest(most, dtype, WARPS), WARPS)
 
 
-class Powers(NamedTuple):
-    """Of a branch, so far: dots (W, n, R) with a router, and sums of squares of s and of p, (R, 4 W)."""
-
-    dots: Any
-    squares: Any
-    norms: Any
-
-
 @gluon.jit
-def add_powers(found, words, router, c: gl.constexpr, inv_max, gamma, k, dtype: gl.constexpr, WARPS: gl.constexpr,
-               POSITIVE: gl.constexpr):  # fmt: skip
-    """Words of the powers of chunk c in float16, and ``found`` with what they add."""
-    square, norm, half, rest = measured(words, inv_max[:, None], gamma[:, None], dtype, POSITIVE)
-    squares = found.squares + fold(square, WARPS)
-    norms = found.norms + fold(norm, WARPS)
-    if dtype == gl.float16:  # as exact as float16 tokens are
-        dots = route(half, rest, router, c, found.dots, gl.float16, k.N_D, 2, WARPS)
-    else:
-        dots = route(half, None, router, c, found.dots, gl.float16, k.N_D, 2, WARPS)
-    return half, Powers(dots, squares, norms)
+def measure(words, router, inv_max, gamma, k, dtype: gl.constexpr, WARPS: gl.constexpr, POSITIVE: gl.constexpr):
+    """Of the words of a branch: those of the powers, in float16; and shared, what each warp has of their product with a
+    router and of the squares of s and of p."""
+    dots = gl.zeros([WARPS, padded(k.N_D), R], gl.float32, products(WARPS))
+    squares = fold(gl.zeros([R, 16 * WARPS], gl.float32, words_of(WARPS)), WARPS)
+    norms = squares
+    kept = ()
+    for c in gl.static_range(len(words)):
+        square, norm, half, rest = measured(words[c], inv_max[:, None], gamma[:, None], dtype, POSITIVE)
+        squares += fold(square, WARPS)
+        norms += fold(norm, WARPS)
+        if dtype == gl.bfloat16:
+            rest = None  # float16 is more exact than the tokens
+        dots = route(half, rest, router, c, dots, gl.float16, k.N_D, 2, WARPS)
+        kept += (half,)
+    squares, norms = share(lane_sums(squares, WARPS), WARPS), share(lane_sums(norms, WARPS), WARPS)
+    return kept, share_logits(dots, WARPS), squares, norms
 
 
 @gluon.jit
@@ -178,26 +174,13 @@ def tokens_tile(z, y, tables, routers, stats, scaling, out, place, there, k, WAR
     rows = place.token + gl.arange(0, R, layout=row(WARPS))
     gl.store(stats.norms + rows, inv_max, mask=there)
 
-    none = fold(gl.zeros([R, 16 * WARPS], gl.float32, words_of(WARPS)), WARPS)
-    first = Powers(gl.zeros([WARPS, padded(k.N_D), R], gl.float32, products(WARPS)), none, none)
-    second = first
-    other = routers.differential + CHUNKS * WARPS * 32 * 2 * padded(k.N_D)
-    kept = ()
-    other_kept = ()
-    for c in gl.static_range(CHUNKS):
-        half, first = add_powers(first, z[c], routers.differential, c, inv_max, gamma, k, dtype, WARPS, POSITIVE)
-        kept += (half,)
+    kept, dots, squares, norms = measure(z, routers.differential, inv_max, gamma, k, dtype, WARPS, POSITIVE)
     other_inv = inverse_of(as_row(gl.max(other_most.load(numbers_of_rows(WARPS)), 1), WARPS))
     other_gamma = other_gamma.load(row(WARPS))
     gl.store(stats.norms + 3 * place.T + rows, other_inv, mask=there)
-    for c in gl.static_range(CHUNKS):
-        half, second = add_powers(second, y[c], other, c, other_inv, other_gamma, k, dtype, WARPS, POSITIVE)
-        other_kept += (half,)
-    squares, norms = share(lane_sums(first.squares, WARPS), WARPS), share(lane_sums(first.norms, WARPS), WARPS)
-    other_squares = share(lane_sums(second.squares, WARPS), WARPS)
-    other_norms = share(lane_sums(second.norms, WARPS), WARPS)
-    dots = summed_logits(share_logits(first.dots, WARPS), WARPS)
-    other = summed_logits(share_logits(second.dots, WARPS), WARPS)
+    other = routers.differential + CHUNKS * WARPS * 32 * 2 * padded(k.N_D)
+    other_kept, other, other_squares, other_norms = measure(y, other, other_inv, other_gamma, k, dtype, WARPS, POSITIVE)
+    dots, other = summed_logits(dots, WARPS), summed_logits(other, WARPS)
     renorm, norm = norms_of(most, squares, norms, column, WARPS)
     other_renorm, other_norm = norms_of(other_most, other_squares, other_norms, column, WARPS)
     choice, lam = choose(dots * renorm[:, None] + other * other_renorm[:, None], tables.lam, k.N_D)

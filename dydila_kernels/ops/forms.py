@@ -95,7 +95,7 @@ def why_not_gluon_tokens(context: LaunchContext, side: QKOperand, *, decide: boo
         return "routers are trained"
     if context.dim > LARGEST:
         return f"the registers hold {LARGEST} channels, not {context.dim}"
-    if context.dim > 384 and choices(context) > 16:
+    if 384 < context.dim <= 768 and choices(context) > 16:  # beyond, a program has registers for two
         return f"logits of {choices(context)} choices would spill registers beside {context.dim} channels"
     if not in_words(side.tokens) or (side.redundant is not None and not in_words(side.redundant)):
         return "rows do not begin at even channels"

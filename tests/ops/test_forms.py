@@ -167,7 +167,7 @@ def test_says_why_not(
 
 
 @pytest.mark.parametrize(
-    ("dim", "choices", "taken"), [(768, 16, True), (768, 17, False), (384, 21, True), (1152, 21, False)]
+    ("dim", "choices", "taken"), [(768, 16, True), (768, 17, False), (384, 21, True), (832, 21, True)]
 )
 def test_logits_of_many_choices_need_registers(
     dim: int, choices: int, taken: bool, monkeypatch: pytest.MonkeyPatch

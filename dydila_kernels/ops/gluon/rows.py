@@ -143,16 +143,15 @@ def store(pointers, words, rows, c: gl.constexpr, D: gl.constexpr, WARPS: gl.con
 
 
 @gluon.constexpr_function
-def measuring(dtype, positive):
+def measuring(dtype):
     """Assembly: s s + s' s', p p + p' p', and both p = s^gamma in f16 and what that lacks; from z, 1/m, gamma.
 
-    Results below the smallest normal number are zeros (ftz), and log2 0 = -inf: so 0^gamma = 0 for gamma > 0
-    (``positive``), and is made so for others.
+    Results below the smallest normal number are zeros (ftz); 0^gamma is made zero, whatever gamma.
     """
     powers = ""
     for p, s in (("p", "x"), ("q", "y")):
         powers += f"lg2.approx.ftz.f32 {p}, {s}; mul.ftz.f32 {p}, {p}, $6; ex2.approx.ftz.f32 {p}, {p};"
-        powers += "" if positive else f"setp.eq.f32 test, {s}, 0f00000000; selp.f32 {p}, 0f00000000, {p}, test;"
+        powers += f"setp.eq.f32 test, {s}, 0f00000000; selp.f32 {p}, 0f00000000, {p}, test;"
     ratios = "mul.ftz.f32 x, x, $5; mul.ftz.f32 y, y, $5;"
     squares = "mul.f32 $0, x, x; fma.rn.f32 $0, y, y, $0; mul.f32 $1, p, p; fma.rn.f32 $1, q, q, $1;"
     rounded = "cvt.rn.f16x2.f32 $2, q, p;"
@@ -166,11 +165,11 @@ def measuring(dtype, positive):
 
 
 @gluon.jit
-def measured(words, inv_max, gamma, dtype: gl.constexpr, POSITIVE: gl.constexpr):
+def measured(words, inv_max, gamma, dtype: gl.constexpr):
     """Words (R, C) of z, 1/m and gamma (R, 1) -> float32 sums of the squares of both s and of both p; words of p in
     float16, and of what these lack."""
     return gl.inline_asm_elementwise(
-        measuring(dtype, POSITIVE), "=&f,=&f,=&r,=&r,r,f,f", [words, inv_max, gamma],
+        measuring(dtype), "=&f,=&f,=&r,=&r,r,f,f", [words, inv_max, gamma],
         dtype=(gl.float32, gl.float32, gl.int32, gl.int32), is_pure=True, pack=1,
     )  # fmt: skip
 

@@ -124,7 +124,7 @@ def routed(words, router, k, dtype: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def measure(words, router, inv_max, gamma, k, dtype: gl.constexpr, WARPS: gl.constexpr, POSITIVE: gl.constexpr):
+def measure(words, router, inv_max, gamma, k, dtype: gl.constexpr, WARPS: gl.constexpr):
     """Of the words of a branch: those of the powers, in float16; and shared, what each warp has of their product with a
     router and of the squares of s and of p."""
     dots = gl.zeros([WARPS, padded(k.N_D), R], gl.float32, products(WARPS))
@@ -132,7 +132,7 @@ def measure(words, router, inv_max, gamma, k, dtype: gl.constexpr, WARPS: gl.con
     norms = squares
     kept = ()
     for c in gl.static_range(len(words)):
-        square, norm, half, rest = measured(words[c], inv_max[:, None], gamma[:, None], dtype, POSITIVE)
+        square, norm, half, rest = measured(words[c], inv_max[:, None], gamma[:, None], dtype)
         squares += fold(square, WARPS)
         norms += fold(norm, WARPS)
         if dtype == gl.bfloat16:
@@ -153,8 +153,8 @@ def norms_of(most, squares, norms, layout: gl.constexpr, WARPS: gl.constexpr):
 
 @gluon.jit
 def tokens_tile(z, y, tables, routers, stats, scaling, out, place, there, k, WARPS: gl.constexpr,
-                MASKED: gl.constexpr, POSITIVE: gl.constexpr, dtype: gl.constexpr):  # fmt: skip
-    """What :func:`gluon_tokens_kernel` does with the words z, y of both branches; POSITIVE: all gamma are."""
+                MASKED: gl.constexpr, dtype: gl.constexpr):  # fmt: skip
+    """What :func:`gluon_tokens_kernel` does with the words z, y of both branches."""
     CHUNKS: gl.constexpr = len(z)
     PARTS: gl.constexpr = 3 if dtype == gl.bfloat16 else 2
     logits, most = routed(z, routers.kernel, k, dtype, WARPS)
@@ -174,12 +174,12 @@ def tokens_tile(z, y, tables, routers, stats, scaling, out, place, there, k, WAR
     rows = place.token + gl.arange(0, R, layout=row(WARPS))
     gl.store(stats.norms + rows, inv_max, mask=there)
 
-    kept, dots, squares, norms = measure(z, routers.differential, inv_max, gamma, k, dtype, WARPS, POSITIVE)
+    kept, dots, squares, norms = measure(z, routers.differential, inv_max, gamma, k, dtype, WARPS)
     other_inv = inverse_of(as_row(gl.max(other_most.load(numbers_of_rows(WARPS)), 1), WARPS))
     other_gamma = other_gamma.load(row(WARPS))
     gl.store(stats.norms + 3 * place.T + rows, other_inv, mask=there)
     other = routers.differential + CHUNKS * WARPS * 32 * 2 * padded(k.N_D)
-    other_kept, other, other_squares, other_norms = measure(y, other, other_inv, other_gamma, k, dtype, WARPS, POSITIVE)
+    other_kept, other, other_squares, other_norms = measure(y, other, other_inv, other_gamma, k, dtype, WARPS)
     dots, other = summed_logits(dots, WARPS), summed_logits(other, WARPS)
     renorm, norm = norms_of(most, squares, norms, column, WARPS)
     other_renorm, other_norm = norms_of(other_most, other_squares, other_norms, column, WARPS)
@@ -204,13 +204,6 @@ def tokens_tile(z, y, tables, routers, stats, scaling, out, place, there, k, WAR
 
 
 @gluon.jit
-def not_positive(table, N: gl.constexpr):
-    """Whether any of the entries (N,) of a table is not above zero."""
-    entries = gl.minimum(gl.arange(0, padded(N), layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), N - 1)
-    return gl.min(gl.load(table + entries).to(gl.float32), 0) <= 0.0
-
-
-@gluon.jit
 def gluon_tokens_kernel(tokens, segments, tables, routers, stats, scaling, out, k: gl.constexpr,
                         MASKED: gl.constexpr):  # fmt: skip
     """One program for a tile of R tokens: routes and measures them, then writes Zh to out (T, d), or None.
@@ -230,10 +223,7 @@ def gluon_tokens_kernel(tokens, segments, tables, routers, stats, scaling, out, 
     for c in gl.static_range(CHUNKS):
         y = y + (load(y_pointers + c * 16 * WARPS, active, c, k.D, WARPS, MASKED),)  # noqa: RUF005
     dtype: gl.constexpr = tokens.z.x.dtype.element_ty
-    if not_positive(tables.gamma, k.N_F):
-        tokens_tile(z, y, tables, routers, stats, scaling, out, place, there, k, WARPS, MASKED, False, dtype)
-    else:
-        tokens_tile(z, y, tables, routers, stats, scaling, out, place, there, k, WARPS, MASKED, True, dtype)
+    tokens_tile(z, y, tables, routers, stats, scaling, out, place, there, k, WARPS, MASKED, dtype)
 
 
 def tokens(context: LaunchContext, side: QKOperand, out: Tensor | None) -> None:

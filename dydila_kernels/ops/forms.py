@@ -37,6 +37,8 @@ def wanted() -> str:
 
 LARGEST = 1280
 """Channels whose words the registers of a program hold."""
+MOST = 64
+"""Choices whose logits the shared memory of every GPU holds, of both branches and all warps."""
 DOTS_HEADS = (32, 64, 72, 96)
 """Widths of heads of :mod:`dydila_kernels.ops.gluon.dots`."""
 
@@ -95,6 +97,8 @@ def why_not_gluon_tokens(context: LaunchContext, side: QKOperand, *, decide: boo
         return "routers are trained"
     if context.dim > LARGEST:
         return f"the registers hold {LARGEST} channels, not {context.dim}"
+    if choices(context) > MOST:
+        return f"logits of {choices(context)} choices would take too much shared memory"
     if 384 < context.dim <= 768 and choices(context) > 16:  # beyond, a program has registers for two
         return f"logits of {choices(context)} choices would spill registers beside {context.dim} channels"
     if not in_words(side.tokens) or (side.redundant is not None and not in_words(side.redundant)):

@@ -75,10 +75,12 @@ def test_convolution(launched: set[str]) -> None:
 
 @needs_gluon
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize(("dim", "choices"), [(256, 9), (40, 21)])
-def test_decides_as_float64_but_for_rounding(dim: int, choices: int, dtype: torch.dtype, launched: set[str]) -> None:
+@pytest.mark.parametrize(("dim", "factors", "differences"), [(256, 9, 9), (40, 21, 21), (64, 21, 9), (64, 9, 21)])
+def test_decides_as_float64_but_for_rounding(
+    dim: int, factors: int, differences: int, dtype: torch.dtype, launched: set[str]
+) -> None:
     """Routers in float32; the powers of Eq. 7 are rounded to float16 for bfloat16 tokens, and are in two parts else."""
-    inputs = inputs_of(2, 150, dim, num_kernel_factors=choices, num_differential_factors=choices)
+    inputs = inputs_of(2, 150, dim, num_kernel_factors=factors, num_differential_factors=differences)
     inputs.update({name: inputs[name].to(dtype) for name in TOKENS})
     at = decisions(inputs, backend="triton")
     assert "gluon_tokens_kernel" in launched
@@ -86,7 +88,7 @@ def test_decides_as_float64_but_for_rounding(dim: int, choices: int, dtype: torc
     for name, router in zip(("q", "k", "q_redundant", "k_redundant"), t["kernel_routers"], strict=True):
         index = at[f"measure_{name}"]
         assert shortfall(t[name], router, index) < 1e-6
-        assert len(index.unique()) == choices
+        assert len(index.unique()) == factors
         measured[name] = reference.power(t[name], t["gamma"][index])
     for side, router in zip("qk", t["differential_routers"], strict=True):
         pair = torch.cat([measured[side], measured[f"{side}_redundant"]], -1)
@@ -167,7 +169,7 @@ def test_says_why_not(
 
 
 @pytest.mark.parametrize(
-    ("dim", "choices", "taken"), [(768, 16, True), (768, 17, False), (384, 21, True), (832, 21, True)]
+    ("dim", "choices", "taken"), [(768, 16, True), (768, 17, False), (384, 64, True), (384, 65, False), (832, 21, True)]
 )
 def test_logits_of_many_choices_need_registers(
     dim: int, choices: int, taken: bool, monkeypatch: pytest.MonkeyPatch

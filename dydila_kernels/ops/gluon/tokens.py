@@ -152,6 +152,13 @@ def norms_of(most, squares, norms, layout: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
+def keep(statistic, x, place):
+    """Stores x (R,) of the tokens of a tile in their places of a statistic (T,)."""
+    rows = gl.arange(0, R, layout=x.type.layout)
+    gl.store(statistic + place.token + rows, x, mask=place.first + rows < place.end)
+
+
+@gluon.jit
 def tokens_tile(z, y, tables, routers, stats, scaling, out, place, there, k, WARPS: gl.constexpr,
                 MASKED: gl.constexpr, dtype: gl.constexpr):  # fmt: skip
     """What :func:`gluon_tokens_kernel` does with the words z, y of both branches."""
@@ -166,30 +173,27 @@ def tokens_tile(z, y, tables, routers, stats, scaling, out, place, there, k, WAR
     inv_max = inverse_of(as_row(gl.max(most.load(numbers_of_rows(WARPS)), 1), WARPS))
     gamma = gamma.load(row(WARPS))
 
-    column: gl.constexpr = index.type.layout
-    n = place.token + gl.arange(0, R, layout=column)
-    counts = place.first + gl.arange(0, R, layout=column) < place.end
-    gl.store(stats.index + n, index.to(gl.int8), mask=counts)
-    gl.store(stats.index + place.T + n, other_index.to(gl.int8), mask=counts)
-    rows = place.token + gl.arange(0, R, layout=row(WARPS))
-    gl.store(stats.norms + rows, inv_max, mask=there)
+    keep(stats.index, index.to(gl.int8), place)
+    keep(stats.index + place.T, other_index.to(gl.int8), place)
+    keep(stats.norms, inv_max, place)
 
     kept, dots, squares, norms = measure(z, routers.differential, inv_max, gamma, k, dtype, WARPS)
     other_inv = inverse_of(as_row(gl.max(other_most.load(numbers_of_rows(WARPS)), 1), WARPS))
     other_gamma = other_gamma.load(row(WARPS))
-    gl.store(stats.norms + 3 * place.T + rows, other_inv, mask=there)
+    keep(stats.norms + 3 * place.T, other_inv, place)
     other = routers.differential + CHUNKS * WARPS * 32 * 2 * padded(k.N_D)
     other_kept, other, other_squares, other_norms = measure(y, other, other_inv, other_gamma, k, dtype, WARPS)
     dots, other = summed_logits(dots, WARPS), summed_logits(other, WARPS)
+    column: gl.constexpr = gl.SliceLayout(1, dots.type.layout)
     renorm, norm = norms_of(most, squares, norms, column, WARPS)
     other_renorm, other_norm = norms_of(other_most, other_squares, other_norms, column, WARPS)
     choice, lam = choose(dots * renorm[:, None] + other * other_renorm[:, None], tables.lam, k.N_D)
 
-    gl.store(stats.norms + place.T + n, renorm, mask=counts)
-    gl.store(stats.norms + 2 * place.T + n, norm, mask=counts)
-    gl.store(stats.norms + 4 * place.T + n, other_renorm, mask=counts)
-    gl.store(stats.norms + 5 * place.T + n, other_norm, mask=counts)
-    gl.store(stats.lam_index + n, choice.to(gl.int8), mask=counts)
+    keep(stats.norms + place.T, renorm, place)
+    keep(stats.norms + 2 * place.T, norm, place)
+    keep(stats.norms + 4 * place.T, other_renorm, place)
+    keep(stats.norms + 5 * place.T, other_norm, place)
+    keep(stats.lam_index, choice.to(gl.int8), place)
     if out is not None:
         scale = scale_of(scaling, place.segment)
         weight, other_weight = spread(renorm * scale, WARPS), spread(-lam * other_renorm * scale, WARPS)

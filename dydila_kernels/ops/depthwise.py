@@ -114,7 +114,10 @@ def strip_of(number, grids, k):
 def channels_of(block, k):
     """The :class:`Channels` of a block of BLOCK_D."""
     ids = block * k.BLOCK_D + tl.arange(0, k.BLOCK_D)
-    return Channels(ids, (ids < k.D) | (k.D % k.BLOCK_D == 0))
+    exist = tl.full(ids.shape, True, tl.int1)
+    if k.D % k.BLOCK_D:
+        exist &= ids < k.D
+    return Channels(ids, exist)
 
 
 @triton.jit

@@ -9,7 +9,8 @@ import torch
 
 pytest.importorskip("examples.dydi_lit")
 
-from examples.dydi_lit import ladder
+from benchmarks.harness import read_rows
+from examples.dydi_lit import ladder, throughput
 from examples.dydi_lit.configs import LADDER, TITLES
 from examples.dydi_lit.ladder import COMPARED_WITH, LadderConfig, Run
 
@@ -79,6 +80,12 @@ def test_the_table_of_twins_is_that_of_the_committed_runs() -> None:
     rows = ladder.read_runs(EXAMPLE / "results" / "twins.csv")
     assert shown_in_the_readme("twins") == ladder.table(rows)
     assert {(row.data, row.size, row.steps) for row in rows} == {("twins", "toy", 3000)}
+
+
+def test_the_table_of_throughput_is_that_of_the_committed_rows() -> None:
+    rows = read_rows(EXAMPLE / "results" / "throughput.jsonl")
+    assert shown_in_the_readme("throughput") == throughput.table(rows)
+    assert [row["model"] for row in rows] == list(throughput.MODELS)
 
 
 def test_the_table_of_the_readme_is_that_of_the_committed_runs() -> None:

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dydila_kernels.ops import tiles
-from dydila_kernels.ops.arguments import Strided, constant, contiguous_channels
+from dydila_kernels.ops.arguments import Strided, constant, contiguous_channels, strided
 from dydila_kernels.ops.configs import Config, pick
 
 ROWS, COLUMNS = 16, 4
@@ -291,9 +291,9 @@ class Geometry(NamedTuple):
         return Grids(ImageGrid(self.start, self.height, self.width), self.strips)
 
 
-def strided(x: Tensor) -> Strided:
-    """The argument for x (B, N, d); the stride of its tokens is a constant."""
-    return Strided(x, x.stride(0), constant(x.stride(1)))
+def in_rows(x: Tensor) -> Strided:
+    """The argument for x (B, N, d), the stride of whose tokens is a constant."""
+    return strided(x)._replace(stride_xn=constant(x.stride(1)))
 
 
 def mask_argument(mask: Tensor | None) -> Mask:
@@ -317,7 +317,7 @@ def depthwise(
     config = pick("depthwise", v.dtype, d)
     tiles.launch(
         depthwise_kernel, (geometry.count(v.shape[0]) * tiles.ceil_div(d, config.block_d),), config,
-        out=strided(out), x=strided(v), mask=mask_argument(mask), taps=Taps(weight.contiguous(), bias),
+        out=in_rows(out), x=in_rows(v), mask=mask_argument(mask), taps=Taps(weight.contiguous(), bias),
         grids=geometry.grids(), k=blocks(d, config),
     )  # fmt: skip
 
@@ -338,7 +338,7 @@ def depthwise_gradients(
     partials = v.new_empty((parts, 10, d), dtype=torch.float32)
     tiles.launch(
         depthwise_gradients_kernel, (parts * across,), config,
-        dv=strided(dv), grad=strided(grad), v=strided(v), mask=mask_argument(mask),
+        dv=in_rows(dv), grad=in_rows(grad), v=in_rows(v), mask=mask_argument(mask),
         taps=Taps(weight.contiguous(), None), partials=partials, grids=geometry.grids(), strips=count,
         per_part=per_part, k=blocks(d, config),
     )  # fmt: skip

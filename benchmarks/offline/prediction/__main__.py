@@ -20,6 +20,7 @@ from benchmarks.offline.compiling import TARGETS, Job, record
 from benchmarks.offline.prediction.call import NOTICE, Kernel, Known, predictions_of
 from benchmarks.offline.prediction.machine import H200, TARGET
 from benchmarks.offline.prediction.steps import PREDICTIONS, SETTINGS, Setting, built, in_form, noting, step_of, title
+from benchmarks.stages import KERNELS
 
 QUESTIONS = harness.REPOSITORY / "benchmarks" / "QUESTIONS.md"
 BEGIN, END = "<!-- written by python -m benchmarks.offline.prediction -->\n", "<!-- end -->\n"
@@ -86,7 +87,7 @@ def tables(rows: Sequence[Row]) -> str:
     ]  # fmt: skip
     for setting, mode in product(SETTINGS, ("forward", "backward")):
         found = [row for row in rows if setting.has(row, mode)]
-        core = [row for row in found if not row["kernel"].startswith(PROJECTION)]
+        core = [row for row in found if row["kernel"] not in KERNELS["projection"]]
         us, fast, slow = (sum(row[key] for row in core) for key in ("predicted_us", "fast_us", "slow_us"))
         floor, everything = floor_of(setting, mode), sum(row["predicted_us"] for row in found)
         name = f"{title(found[0])}, {mode}"
@@ -94,9 +95,6 @@ def tables(rows: Sequence[Row]) -> str:
             f"| {name} | {us:.0f} | {fast:.0f}-{slow:.0f} | {floor:.0f} | {us / floor:.1f} | {everything:.0f} |"
         )
     return "\n".join(lines) + "\n"
-
-
-PROJECTION = ("route_", "count_", "rank_", "project_", "weight_gradient_", "sum_partials_")
 
 
 def floor_of(setting: Setting, mode: str) -> float:

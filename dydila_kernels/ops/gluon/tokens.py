@@ -111,9 +111,8 @@ def lane_largest(most, dtype: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def routed(words, router, k, dtype: gl.constexpr, WARPS: gl.constexpr):
+def routed(words, router, k, PARTS: gl.constexpr, dtype: gl.constexpr, WARPS: gl.constexpr):
     """Of what each warp has of a branch, as words: its logits and largest entries (R, W), shared."""
-    PARTS: gl.constexpr = 3 if dtype == gl.bfloat16 else 2
     logits = gl.zeros([WARPS, padded(k.N_F), R], gl.float32, products(WARPS))
     most = largest(words[0], dtype, WARPS)
     for c in gl.static_range(len(words)):
@@ -164,9 +163,9 @@ def tokens_tile(z, y, tables, routers, stats, scaling, out, place, there, k, WAR
     """What :func:`gluon_tokens_kernel` does with the words z, y of both branches."""
     CHUNKS: gl.constexpr = len(z)
     PARTS: gl.constexpr = 3 if dtype == gl.bfloat16 else 2
-    logits, most = routed(z, routers.kernel, k, dtype, WARPS)
+    logits, most = routed(z, routers.kernel, k, PARTS, dtype, WARPS)
     other = routers.kernel + CHUNKS * WARPS * 32 * PARTS * padded(k.N_F)
-    other, other_most = routed(y, other, k, dtype, WARPS)
+    other, other_most = routed(y, other, k, PARTS, dtype, WARPS)
     index, gamma = choose(summed_logits(logits, WARPS), tables.gamma, k.N_F)
     other_index, other_gamma = choose(summed_logits(other, WARPS), tables.gamma, k.N_F)
     gamma, other_gamma = spread(gamma, WARPS), spread(other_gamma, WARPS)

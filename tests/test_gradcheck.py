@@ -12,6 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from dydila_kernels import dydila_attention, reference, torch_backend
 from dydila_kernels.testing import away_from_kinks, core_inputs
+from dydila_kernels.torch_backend.blocks import Workspace
 from dydila_kernels.torch_backend.tokens import Power
 from dydila_kernels.types import Convolution, Grid
 
@@ -44,7 +45,7 @@ def test_power() -> None:
         normal(2, 3, 4),
         torch.tensor([[0.7, 1.0, 3.0], [2.0, 5.0, 1.5]]).double()[..., None].requires_grad_(),
     )
-    assert gradcheck(Power.apply, (tokens, gamma))
+    assert gradcheck(lambda tokens, gamma: Power.apply(tokens, gamma, Workspace(), ""), (tokens, gamma))
 
 
 def test_reference_choose() -> None:

@@ -47,6 +47,10 @@ class Workspace:
                 buffer = self.buffers[name, dtype] = torch.empty(size, dtype=dtype, device=device)
         return buffer[:size].view(shape)
 
+    def like(self, tensor: Tensor, name: str) -> Tensor:
+        """:meth:`take`, of the shape, dtype and device of ``tensor``."""
+        return self.take(name, tensor.shape, tensor.dtype, tensor.device)
+
 
 class IdleWorkspaces(threading.local):
     """Those of this thread that no call holds: one, unless a layer was called within another's call."""

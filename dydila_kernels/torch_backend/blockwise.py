@@ -1,7 +1,10 @@
 """The attention core in blocks of rows: Eqs. 5-8 and 10 from q, k, v, q', k' to the output of the attention.
 
-Images that fit a block are attended whole.  A longer image is walked twice: over its keys, adding up the states,
-and over its queries, reading them out.
+An image is walked twice: over its keys, adding up the states, and over its queries, reading them out.  Only where an
+image has so few tokens that (Q K^T) V is cheaper is a block of whole images attended at once.
+
+Under "denominator" the output does not depend on the scale of the keys.  Each block of keys is divided by its largest
+entry, so that neither products nor sums over- or underflow, and states that are added up are brought to one scale.
 
 Where :class:`dydila_kernels.types.Ranks` share the tokens of the images, each walks its own, and the states are summed
 over the ranks between the two walks.
@@ -9,7 +12,8 @@ over the ranks between the two walks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -18,29 +22,25 @@ from torch import Tensor
 from dydila_kernels.precision import accumulation_dtype
 from dydila_kernels.torch_backend.blocks import ImageRanges, Workspace, all_blocks, block_rows
 from dydila_kernels.torch_backend.linear_attention import readout, states_of, states_pay, whole_attention
-from dydila_kernels.torch_backend.tokens import Indices, Tables, Tokens, needs_exact_zeros, tokens_of
+from dydila_kernels.torch_backend.tokens import Indices, Tables, Tokens, tokens_of
 from dydila_kernels.types import Options, Ranks, decision_names
 
 At = tuple[slice, slice]
 """Images and rows of a block."""
 INPUTS_OF = {"queries": (0, 3, 5, 6), "keys": (1, 2, 4, 5, 6), "whole": (0, 1, 2, 3, 4, 5, 6)}
 """What a block computes from which of the inputs q, k, v, q', k', cos, sin."""
-_SHARED = ("tokens", "tokens", None, "redundant", "redundant", None, None)
-WORKSPACE_NAMES = {
-    "queries": _SHARED,
-    "keys": _SHARED,
-    "whole": ("tokens q", "tokens k", None, "redundant q", "redundant k", None, None),
-}
-"""Where a block has its own copies of these in the workspace; the values are only read."""
 
 
 class Block:
-    """A range of rows of some images of a call."""
+    """A range of rows of some images of a call.
 
-    def __init__(
-        self, call: BlockwiseForward, kind: str, at: At, scale: Tensor | float, key_scales: list[Tensor]
-    ) -> None:
-        self.call, self.kind, self.at, self.scale, self.key_scales = call, kind, at, scale, key_scales
+    ``key_scales`` (b, 1, 1), of each map under "denominator": what its keys are divided by, or None for their largest
+    entries.
+    """
+
+    def __init__(self, call: BlockwiseForward, kind: str, at: At, scale: Tensor | float) -> None:
+        self.call, self.kind, self.at, self.scale = call, kind, at, scale
+        self.key_scales: list[Tensor] | None = None
 
     def cut(self) -> list[Tensor | None]:
         """Blocks of q, k, v, q', k' (b, n, d), cos and sin (b, n, e), None where this block has no use for it."""
@@ -50,29 +50,78 @@ class Block:
     def sides(self, cut: list[Tensor | None], indices: Indices) -> tuple[Tokens | None, Tokens | None, Tensor | None]:
         """Queries, keys and values.  Decisions not found in ``indices`` are taken and put there."""
         call = self.call
-        q, k, v, q_redundant, k_redundant, cos, sin = (
-            call.load(t, self.at, name) for t, name in zip(cut, WORKSPACE_NAMES[self.kind], strict=True)
-        )
-        shared = (call.tables, call.options, indices, call.workspace is not None)
-        queries = None if q is None else tokens_of("q", q, q_redundant, *shared)
-        keys = None if k is None else tokens_of("k", k, k_redundant, *shared)
-        if keys is not None and self.key_scales:
-            keys = keys.divided_by(self.key_scales)
+        q, k, v, q_redundant, k_redundant, cos, sin = (call.load(t, self.at) for t in cut)
+        places = ("queries", "keys") if self.kind == "whole" else ("side", "side")  # of one side at a time
+        queries = None if q is None else self.tokens("q", q, q_redundant, indices, places[0])
+        keys = None if k is None else self.tokens("k", k, k_redundant, indices, places[1])
+        if keys is not None and call.options.normalization == "denominator":
+            if self.key_scales is None:
+                assert k is not None
+                self.key_scales = call.largest(k, k_redundant)
+            keys = keys.divided_by([scale + (scale == 0) for scale in self.key_scales])
         if cos is not None and sin is not None:
             queries, keys = (t and t.rotated(cos, sin, call.options) for t in (queries, keys))
         return queries, keys, v
 
+    def tokens(self, side: str, z: Tensor, redundant: Tensor | None, indices: Indices, place: str) -> Tokens:
+        call = self.call
+        return tokens_of(side, z, redundant, call.tables, call.options, indices, call.memory, place)
+
     def run(self, cut: list[Tensor | None], indices: Indices, states: list[Tensor]) -> list[Tensor]:
         """The output of "queries" and "whole" blocks, what "keys" blocks add to the states."""
         queries, keys, v = self.sides(cut, indices)
-        options, workspace, dtype = self.call.options, self.call.workspace, self.call.like.dtype
+        options, memory, dtype = self.call.options, self.call.memory, self.call.like.dtype
         if queries is None:
             assert keys is not None and v is not None
-            return states_of(keys, v, self.scale, options)
+            return states_of(keys, v, self.scale, options, memory)
         if keys is None:
-            return [readout(queries, states, options, workspace).to(dtype)]
+            return [readout(queries, states, options, memory).to(dtype)]
         assert v is not None
-        return [whole_attention(queries, keys, v, self.scale, options, workspace).to(dtype)]
+        return [whole_attention(queries, keys, v, self.scale, options).to(dtype)]
+
+
+class States:
+    """The states of some images while the blocks of their keys are walked, and the scales of their keys."""
+
+    def __init__(self, states: Iterable[Tensor] = (), key_scales: Iterable[Tensor] = ()) -> None:
+        self.states, self.key_scales = list(states), list(key_scales)
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        return len(self.states), len(self.key_scales)
+
+    @classmethod
+    def of_tensors(cls, counts: Iterable[tuple[int, int]], tensors: Iterator[Tensor]) -> list[States]:
+        """Those whose states and scales follow each other in ``tensors``, so many of each."""
+        return [cls(islice(tensors, states), islice(tensors, scales)) for states, scales in counts]
+
+    def add(self, partials: list[Tensor], key_scales: list[Tensor] | None) -> None:
+        if not self.states:
+            self.states, self.key_scales = partials, key_scales or []
+        elif not key_scales:
+            self.states = [s.add_(p) for s, p in zip(self.states, partials, strict=True)]
+        else:
+            common = [torch.maximum(s, t) for s, t in zip(self.key_scales, key_scales, strict=True)]
+            mine, others = self.at_scale(common), rescaled(partials, key_scales, common)
+            self.states, self.key_scales = [s.add_(p) for s, p in zip(mine, others, strict=True)], common
+
+    def at_scale(self, common: list[Tensor]) -> list[Tensor]:
+        return rescaled(self.states, self.key_scales, common)
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Sums them over the ranks."""
+        if self.key_scales:
+            common = [scale.clone() for scale in self.key_scales]
+            ranks.reduce_(common, "max")
+            self.states, self.key_scales = self.at_scale(common), common
+        ranks.reduce_(self.states, "sum")
+
+
+def rescaled(states: list[Tensor], scales: list[Tensor], common: list[Tensor]) -> list[Tensor]:
+    """States of keys that were divided by ``scales`` (b, 1, 1) as those of keys divided by ``common``, no less."""
+    factors = [scale / (c + (c == 0)) for scale, c in zip(scales, common, strict=True)]
+    products = [s * f[..., None] for s, f in zip(states, factors, strict=False)]
+    return products + [s * f for s, f in zip(states[len(factors) :], factors, strict=True)]
 
 
 class Blocks(Protocol):
@@ -84,11 +133,10 @@ class Blocks(Protocol):
 class BlockwiseForward:
     """The arguments of one call, and how it is walked.
 
-    ``tokens`` are q, k, v, q', k', whole or made block by block where ``lazy``: then a block may be overwritten; and
-    cos and sin (B, N, e) of rotary embeddings, or None twice.
-    ``tables`` are the other four of :class:`dydila_kernels.types.CoreInputs`; ``like`` is a tensor (B, N, d) of the
-    shape, dtype and device of the tokens.  A ``workspace`` makes the blocks compute in it, without gradients.  With
-    ``ranks`` the tokens are a part of all there are.
+    ``tokens`` are q, k, v, q', k', whole or made block by block; and cos and sin (B, N, e) of rotary embeddings, or
+    None twice.  ``tables`` are the other four of :class:`dydila_kernels.types.CoreInputs`; ``like`` is a tensor
+    (B, N, d) of the shape, dtype and device of the tokens.  The blocks compute in ``memory``.  With ``ranks`` the
+    tokens are a part of all there are.
     """
 
     def __init__(
@@ -99,35 +147,28 @@ class BlockwiseForward:
         tokens: Sequence[Blocks | None],
         tables: Sequence[Tensor | None],
         like: Tensor,
-        *,
-        workspace: Workspace | None = None,
-        lazy: bool = False,
+        memory: Workspace,
         ranks: Ranks | None = None,
     ) -> None:
         self.options, self.cu_seqlens, self.mask, self.inputs, self.ranks = options, cu_seqlens, mask, tokens, ranks
-        self.like, self.workspace, self.lazy, self.dtype = like, workspace, lazy, accumulation_dtype(like.dtype)
+        self.like, self.memory, self.dtype = like, memory, accumulation_dtype(like.dtype)
         gamma, lam, *routers = (None if t is None else t.detach().to(self.dtype) for t in tables)
         # Routers multiply from the left, see parts_of_logits: they are laid out for that once.
         kernel_routers, differential_routers = (None if t is None else t.mT.contiguous().mT for t in routers)
         assert gamma is not None and kernel_routers is not None
-        exact_zeros = needs_exact_zeros(gamma, options)
-        self.tables = Tables(gamma, lam, kernel_routers, differential_routers, exact_zeros)
+        self.tables = Tables(gamma, lam, kernel_routers, differential_routers)
 
     def walk(self) -> Iterator[tuple[list[Block], list[Block]]]:
         """Of each image (or several short ones) the blocks of keys and of queries, or no keys and one whole block."""
         for images, ranges in self.blocks():
             scale = self.scale(images, slice(ranges[0].start, ranges[-1].stop))
-            key_scales = self.key_scales(images, ranges)
             tokens, dim = ranges[-1].stop - ranges[0].start, self.like.shape[-1]
-            # Lazily made blocks are expensive, so unless the quadratic form is cheaper, keys and queries are processed
-            # in separate passes.
-            separate = self.lazy and states_pay(tokens, dim, self.options.num_heads)
-            if len(ranges) == 1 and not separate and self.ranks is None:
-                yield [], [Block(self, "whole", (images, ranges[0]), scale, key_scales)]
+            if len(ranges) == 1 and self.ranks is None and not states_pay(tokens, dim, self.options.num_heads):
+                yield [], [Block(self, "whole", (images, ranges[0]), scale)]
             else:
                 yield (
-                    [Block(self, "keys", (images, rows), scale, key_scales) for rows in ranges],
-                    [Block(self, "queries", (images, rows), scale, []) for rows in ranges],
+                    [Block(self, "keys", (images, rows), scale) for rows in ranges],
+                    [Block(self, "queries", (images, rows), scale) for rows in ranges],
                 )
 
     def blocks(self) -> Iterator[ImageRanges]:
@@ -139,39 +180,18 @@ class BlockwiseForward:
         rows = max(1, block_rows(dim, self.like.device) // max(1, batch))
         yield slice(0, batch), [slice(n, min(n + rows, length)) for n in range(0, length, rows)]
 
-    def load(self, block: Tensor | None, at: At, name: str | None = None) -> Tensor | None:
-        """In the accumulation dtype, with zeros where the mask has no token.
-
-        With a workspace a ``name`` in it makes the result free to be overwritten.
-        """
+    def load(self, block: Tensor | None, at: At) -> Tensor | None:
+        """In the accumulation dtype, with zeros where the mask has no token."""
         if block is None:
             return None
-        hidden = None if self.mask is None else ~self.mask[at][..., None]
-        if name is None or self.workspace is None:
-            loaded = block.to(self.dtype)
-            return loaded if hidden is None else loaded.masked_fill(hidden, 0)
-        if not self.lazy or block.dtype != self.dtype:
-            block = self.workspace.take(name, block.shape, self.dtype, block.device).copy_(block)
-        return block if hidden is None else block.masked_fill_(hidden, 0)
+        block = block.to(self.dtype)
+        return block if self.mask is None else block.masked_fill(~self.mask[at][..., None], 0)
 
-    def key_scales(self, images: slice, ranges: list[slice]) -> list[Tensor]:
-        """Under "denominator", for each map the largest entry of the keys of each image, (b, 1, 1).
-
-        The output does not depend on the scale of the keys: at 1 neither products nor sums over- or underflow.
-        """
-        if self.options.normalization != "denominator":
-            return []
-        largest = []
-        for source in (self.inputs[1], self.inputs[4]):
-            if source is not None:
-                blocks = (self.load(source[images, rows], (images, rows)) for rows in ranges)
-                peaks = [block.amax((1, 2), keepdim=True) for block in blocks if block is not None]
-                largest.append(torch.stack(peaks).amax(0).clamp_min(0))
-        if self.options.differential == "token":
-            largest = [torch.maximum(*largest)]
-        if self.ranks is not None:
-            self.ranks.reduce_(largest, "max")
-        return [t + (t == 0) for t in largest]
+    def largest(self, k: Tensor, k_redundant: Tensor | None) -> list[Tensor]:
+        """For each map the largest positive entry of a block of the keys of each image, or 0, (b, 1, 1)."""
+        both = (t for t in (k, k_redundant) if t is not None)
+        largest = [t.detach().amax((1, 2), keepdim=True).clamp_min(0) for t in both]
+        return [torch.maximum(*largest)] if self.options.differential == "token" else largest
 
     def scale(self, images: slice, rows: slice) -> Tensor | float:
         """1/count of each image under "length", a number or (b, 1, 1, 1), else 1."""
@@ -187,7 +207,7 @@ class BlockwiseForward:
 
     def forward(
         self, emit: Callable[[Block, Tensor], object], decide: Callable[[Block, Indices], object]
-    ) -> list[list[Tensor]]:
+    ) -> list[States]:
         """Hands the output of each block to ``emit`` and its routing decisions to ``decide``; returns the states."""
 
         def run(block: Block, states: list[Tensor]) -> list[Tensor]:
@@ -198,15 +218,14 @@ class BlockwiseForward:
 
         all_states = []
         for keys, queries in self.walk():
-            states: list[Tensor] = []
+            total = States()
             for block in keys:
-                partials = run(block, [])
-                states = [s.add_(p) for s, p in zip(states, partials, strict=True)] if states else partials
+                total.add(run(block, []), block.key_scales)
             if self.ranks is not None:
-                self.ranks.reduce_(states, "sum")
+                total.reduce(self.ranks)
             for block in queries:
-                emit(block, run(block, states)[0])
-            all_states.append(states)
+                emit(block, run(block, total.states)[0])
+            all_states.append(total)
         return all_states
 
 

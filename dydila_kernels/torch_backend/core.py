@@ -9,6 +9,7 @@ states are summed over them between the two walks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from dydila_kernels import reference
 from dydila_kernels.precision import accumulation_dtype, no_autocast
+from dydila_kernels.torch_backend.backward import backward
 from dydila_kernels.torch_backend.blocks import differentiable_gradients, takes_plain_path, workspace
-from dydila_kernels.torch_backend.blockwise import Block, BlockwiseForward, Decisions
+from dydila_kernels.torch_backend.blockwise import At, BlockwiseForward, Decisions, States
 from dydila_kernels.torch_backend.depthwise import depthwise
 from dydila_kernels.torch_backend.tokens import Indices
 from dydila_kernels.types import Convolution, CoreInputs, Options, Ranks, decision_names
@@ -27,10 +29,6 @@ INPUTS = 5
 """The first fields of :class:`CoreInputs` are tokens, the others tables."""
 TOKENS = INPUTS + 2
 """What a call is cut from: those tokens, and cos and sin of the rotary embeddings."""
-
-Slot = tuple[Tensor, Tensor]
-"""A leaf of a block and the tensor that its gradient is added to."""
-
 
 class Attention(torch.autograd.Function):
     """The core, differentiable with respect to all tensors: the fields of :class:`CoreInputs`, and after the tokens
@@ -50,13 +48,14 @@ class Attention(torch.autograd.Function):
         out = torch.empty_like(like, memory_format=torch.contiguous_format)
         with workspace() as memory:
             call = BlockwiseForward(
-                options, mask, cu_seqlens, tensors[:TOKENS], tensors[TOKENS:], like, workspace=memory, ranks=ranks
+                options, mask, cu_seqlens, tensors[:TOKENS], tensors[TOKENS:], like, memory, ranks
             )
             decisions = Decisions.of(call)
-            states = call.forward(lambda block, tokens: out[block.at].copy_(tokens), decisions.write)
+            totals = call.forward(lambda block, tokens: out[block.at].copy_(tokens), decisions.write)
         ctx.options, ctx.cu_seqlens, ctx.ranks = options, cu_seqlens, ranks
-        ctx.state_counts = [len(s) for s in states]
-        ctx.save_for_backward(mask, *tensors, *decisions.tensors.values(), *chain(*states))
+        ctx.state_counts = [total.counts for total in totals]
+        kept = chain(*(total.states + total.key_scales for total in totals))
+        ctx.save_for_backward(mask, *tensors, *decisions.tensors.values(), *kept)
         return out
 
     @staticmethod
@@ -78,50 +77,34 @@ class Attention(torch.autograd.Function):
 
             return None, None, None, None, *differentiable_gradients(plain, tensors, needed, grad)
 
-        # Detached: a block is differentiated on its own, with respect to leaves cut from these.
-        tokens, tables = [None if t is None else t.detach() for t in tensors[:TOKENS]], tensors[TOKENS:]
-        call = BlockwiseForward(ctx.options, mask, ctx.cu_seqlens, tokens, tables, tensors[0], ranks=ctx.ranks)
-        totals = [
-            torch.zeros_like(t, memory_format=torch.contiguous_format) if t is not None and need else None
-            for t, need in zip([*tokens, *call.tables[:4]], needed, strict=True)
+        tokens: list[Tensor | None] = [None if t is None else t.detach() for t in tensors[:TOKENS]]
+        totals: list[Tensor | None] = [
+            # Rows of the tokens are written once, by one block.
+            (torch.empty_like if i < INPUTS else torch.zeros_like)(t, memory_format=torch.contiguous_format)
+            if need and t is not None
+            else None
+            for i, (t, need) in enumerate(zip(tensors, needed, strict=True))
         ]
-        table_slots: list[Slot] = [
-            (t.requires_grad_(), total)
-            for t, total in zip(call.tables[:4], totals[TOKENS:], strict=True)
-            if t is not None and total is not None
-        ]
-
-        def backward_of(block: Block, state_slots: list[Slot], cotangents: list[Tensor]) -> None:
-            """Adds what this block contributes to the totals of the inputs, the tables and the states it reads."""
-            slots, cut = state_slots + table_slots, block.cut()
-            for i, (t, total) in enumerate(zip(cut, totals[:TOKENS], strict=True)):
-                if t is not None and total is not None:
-                    cut[i] = leaf = t.detach().requires_grad_()
-                    slots.append((leaf, total[block.at]))
-            with torch.enable_grad():
-                outputs = block.run(cut, decisions.read(block), [state for state, _ in state_slots])
-            roots = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
-            if roots and slots:
-                gradients = torch.autograd.grad(
-                    [o for o, _ in roots], [leaf for leaf, _ in slots], [c for _, c in roots], allow_unused=True
-                )
-                for (_, total), gradient in zip(slots, gradients, strict=True):
-                    if gradient is not None:
-                        total += gradient
-
-        with no_autocast(grad.device):
-            for (keys, queries), count in zip(call.walk(), ctx.state_counts, strict=True):
-                states = [next(rest) for _ in range(count)]
-                state_slots = [(s.detach().requires_grad_(), torch.zeros_like(s)) for s in states]
-                for block in queries:
-                    backward_of(block, state_slots, [grad[block.at]])
-                if call.ranks is not None:
-                    call.ranks.reduce_([total for _, total in state_slots], "sum")
-                for block in keys:
-                    backward_of(block, [], [total for _, total in state_slots])
-
+        with workspace() as memory, no_autocast(grad.device):
+            call = BlockwiseForward(
+                ctx.options, mask, ctx.cu_seqlens, tokens, tensors[TOKENS:], tensors[0], memory, ctx.ranks
+            )
+            tables = [None if t is None else t.to(call.dtype) for t in totals[TOKENS:]]
+            receivers = [
+                None if t is None else partial(write if i < INPUTS else add, t) for i, t in enumerate(totals[:TOKENS])
+            ]
+            backward(call, decisions, States.of_tensors(ctx.state_counts, rest), grad, receivers, tables)
+        totals[TOKENS:] = tables
         grads = [None if total is None else total.to(t.dtype) for total, t in zip(totals, saved[:fields], strict=True)]
         return None, None, None, None, *grads
+
+
+def write(total: Tensor, at: At, gradient: Tensor) -> None:
+    total[at] = gradient
+
+
+def add(total: Tensor, at: At, gradient: Tensor) -> None:
+    total[at] += gradient
 
 
 def plain_attention(
@@ -202,7 +185,7 @@ def decisions(
     q = inputs.q
     with no_autocast(q.device), workspace() as memory:
         tokens, tables = (*inputs[:INPUTS], None, None), inputs[INPUTS:]
-        call = BlockwiseForward(options, mask, cu_seqlens, tokens, tables, q, workspace=memory)
+        call = BlockwiseForward(options, mask, cu_seqlens, tokens, tables, q, memory)
         taken = Decisions.of(call)
         for keys, queries in call.walk():
             for block in keys + queries:

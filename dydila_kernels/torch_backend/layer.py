@@ -44,7 +44,7 @@ def layer(
             linear_into(y[block.at], tokens, weights.proj)
 
         tokens = [*blocks.inputs(), *(options.rotary or (None, None))]
-        call = BlockwiseForward(options, mask, cu_seqlens, tokens, weights.tables, x, workspace=memory, lazy=True)
+        call = BlockwiseForward(options, mask, cu_seqlens, tokens, weights.tables, x, memory)
         call.forward(finish, lambda block, indices: None)
     return y
 

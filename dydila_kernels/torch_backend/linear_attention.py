@@ -1,13 +1,16 @@
 """Eqs. 8 and 10 for a block: O = Q (K^T V) per head, or (Q K^T) V where that is cheaper.
 
-Shapes: tokens (b, n, d), per head (b, H, n, e).  The states of a call are a flat list: for each map K^T V
-(b, H, e, e), then, under "denominator", for each map the sum of the key masses (b, H, e, 1).
+Shapes: tokens (b, n, d), whose heads are views (b, H, n, e).  The states of a call are a flat list: for each map K^T V
+(b, H, e, e), then, under "denominator", for each map the sum of the key masses (b, 1, d).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dydila_kernels.torch_backend.blocks import Workspace
 from dydila_kernels.torch_backend.tokens import Tokens
@@ -24,62 +27,97 @@ def states_pay(tokens: int, dim: int, num_heads: int) -> bool:
     return tokens >= dim // num_heads
 
 
+def read(tokens: Tensor, states: Tensor, memory: Workspace, name: str) -> Tensor:
+    """Tokens (b, n, d) times states (b, H, e, e) per head: (b, n, d) in the workspace."""
+    out, num_heads = memory.like(tokens, name), states.shape[1]
+    for image, state, product in zip(heads(tokens, num_heads), states, heads(out, num_heads), strict=True):
+        torch.bmm(image, state, out=product)
+    return out
+
+
+def outer(left: Tensor, right: Tensor, num_heads: int) -> Tensor:
+    """left^T right per head: tokens (b, n, d) twice -> (b, H, e, e)."""
+    return heads(left, num_heads).mT @ heads(right, num_heads)
+
+
+class Read(torch.autograd.Function):
+    """:func:`read`, and its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, states: Tensor, memory: Workspace, name: str) -> Tensor:
+        ctx.save_for_backward(tokens, states)
+        ctx.memory, ctx.name = memory, name
+        return read(tokens, states, memory, name)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, states = ctx.saved_tensors
+        dtokens = read(grad, states.mT, ctx.memory, f"{ctx.name} gradient")
+        return dtokens, outer(tokens, grad, states.shape[1]), None, None
+
+
+class Outer(torch.autograd.Function):
+    """:func:`outer`, and its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor, num_heads: int, memory: Workspace, name: str) -> Tensor:
+        ctx.save_for_backward(left, right)
+        ctx.memory, ctx.name = memory, name
+        return outer(left, right, num_heads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        left, right = ctx.saved_tensors
+        dleft = read(right, grad.mT, ctx.memory, f"{ctx.name} left") if ctx.needs_input_grad[0] else None
+        dright = read(left, grad, ctx.memory, f"{ctx.name} right") if ctx.needs_input_grad[1] else None
+        return dleft, dright, None, None, None
+
+
 def key_masses(keys: Tokens, options: Options) -> list[Tensor]:
     if options.normalization != "denominator":
         return []
-    sums = (mass.sum(1, keepdim=True) for _, mass in keys.maps if mass is not None)
-    return [heads(mass, options.num_heads).transpose(-2, -1) for mass in sums]
+    return [mass.sum(1, keepdim=True) for _, mass in keys.maps if mass is not None]
 
 
-def states_of(keys: Tokens, v: Tensor, scale: Tensor | float, options: Options) -> list[Tensor]:
+def states_of(keys: Tokens, v: Tensor, scale: Tensor | float, options: Options, memory: Workspace) -> list[Tensor]:
     """What a block of keys adds to the states; ``scale`` (b, 1, 1, 1) is 1/count under "length", else 1."""
-    values = heads(v, options.num_heads)
-    products = [(heads(k, options.num_heads).transpose(-2, -1) @ values) * scale for k, _ in keys.maps]
+    products = [
+        Outer.apply(k, v, options.num_heads, memory, f"product {i}") * scale for i, (k, _) in enumerate(keys.maps)
+    ]
     return products + key_masses(keys, options)
 
 
-def readout(queries: Tokens, states: list[Tensor], options: Options, workspace: Workspace | None) -> Tensor:
-    """Q S, normalised: (b, n, d), in the workspace where there is one and the result is one product."""
+def readout(queries: Tokens, states: list[Tensor], options: Options, memory: Workspace) -> Tensor:
+    """Q S, normalised: (b, n, d)."""
     maps = len(queries.maps)
-    names = ("product", "second product")
     products = [
-        read(q, state, workspace, name) for (q, _), state, name in zip(queries.maps, states[:maps], names, strict=False)
+        Read.apply(q, state, memory, f"product {i}")
+        for i, ((q, _), state) in enumerate(zip(queries.maps, states[:maps], strict=True))
     ]
     return combine(queries, products, states[maps:], options)
 
 
-def read(q: Tensor, state: Tensor, workspace: Workspace | None, name: str) -> Tensor:
-    """Q S of each head: (b, n, d) and (b, H, e, e) -> (b, H, n, e), a view of tokens (b, n, d)."""
-    num_heads = state.shape[1]
-    if workspace is None:
-        return heads(q, num_heads) @ state
-    products = heads(workspace.take(name, q.shape, q.dtype, q.device), num_heads)
-    for image, image_state, product in zip(heads(q, num_heads), state, products, strict=True):
-        torch.bmm(image, image_state, out=product)
-    return products
-
-
 def whole_attention(
-    queries: Tokens, keys: Tokens, v: Tensor, scale: Tensor | float, options: Options, workspace: Workspace | None
+    queries: Tokens, keys: Tokens, v: Tensor, scale: Tensor | float, options: Options
 ) -> Tensor:
-    """Attention of images that lie in the block as a whole, in the cheaper order of the two products: (b, n, d)."""
-    if states_pay(v.shape[1], v.shape[2], options.num_heads):
-        return readout(queries, states_of(keys, v, scale, options), options, workspace)
+    """(Q K^T) V of images that lie in the block as a whole: (b, n, d)."""
     values = heads(v, options.num_heads)
     products = [
-        ((heads(q, options.num_heads) @ heads(k, options.num_heads).transpose(-2, -1)) * scale) @ values
+        ((heads(q, options.num_heads) @ heads(k, options.num_heads).mT) * scale) @ values
         for (q, _), (k, _) in zip(queries.maps, keys.maps, strict=True)
     ]
-    return combine(queries, products, key_masses(keys, options), options)
+    return combine(queries, [p.transpose(1, 2).flatten(2) for p in products], key_masses(keys, options), options)
 
 
 def combine(queries: Tokens, products: list[Tensor], masses: list[Tensor], options: Options) -> Tensor:
-    """Divide by the masses under "denominator"; subtract the second map of Eq. 10.  (b, H, n, e) each -> (b, n, d)."""
+    """Divide by the masses under "denominator"; subtract the second map of Eq. 10.  (b, n, d) each -> (b, n, d)."""
     for i, k_mass in enumerate(masses):
         q_mass = queries.maps[i][1]
         assert q_mass is not None
-        mass = heads(q_mass, options.num_heads) @ k_mass
+        mass = (q_mass * k_mass).unflatten(-1, (options.num_heads, -1)).sum(-1, keepdim=True)
         live = mass > 0
-        products[i] = products[i] / torch.where(live, mass, 1) * live.to(mass.dtype)
-    tokens = [product.transpose(1, 2).flatten(2) for product in products]
-    return tokens[0] if queries.lam is None else torch.addcmul(tokens[0], queries.lam, tokens[1], value=-1)
+        weight = live.to(mass.dtype) / torch.where(live, mass, 1)
+        products[i] = (products[i].unflatten(-1, (options.num_heads, -1)) * weight).flatten(-2)
+    return products[0] if queries.lam is None else torch.addcmul(products[0], queries.lam, products[1], value=-1)

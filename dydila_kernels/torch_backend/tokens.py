@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dydila_kernels import reference
-from dydila_kernels.torch_backend.blocks import router_choices, router_logits
+from dydila_kernels.torch_backend.blocks import Workspace, router_choices, router_logits
 from dydila_kernels.types import Options
 
 Indices = dict[str, Tensor]
@@ -20,16 +19,12 @@ Indices = dict[str, Tensor]
 
 
 class Tables(NamedTuple):
-    """gamma (n_F,), lam (n_D,), kernel_routers (4 or 2, d, n_F), differential_routers (2 or 1, 2d, n_D).
-
-    ``exact_zeros``: :func:`power_` must give exact zeros for zeros.
-    """
+    """gamma (n_F,), lam (n_D,), kernel_routers (4 or 2, d, n_F), differential_routers (2 or 1, 2d, n_D)."""
 
     gamma: Tensor
     lam: Tensor | None
     kernel_routers: Tensor
     differential_routers: Tensor | None
-    exact_zeros: bool = True
 
 
 class Tokens(NamedTuple):
@@ -65,66 +60,74 @@ class Power(torch.autograd.Function):
     dZ = |s|/|p| gamma (p/s) t + c / (|p| |s|) s   where Z > 0,      dgamma = max r |s|/|p| sum p ln(s) t;
 
     the scale of the row appears nowhere but in dgamma, so rows of scale 1e-30 or 1e30 keep their gradients.  Entries
-    whose s is below the smallest normal number count as zeros.
+    whose s is no more than the smallest normal number count as zeros, and so do rows whose entries are all below it.
     """
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, gamma: Tensor) -> Tensor:
-        """tokens (b, n, d), gamma (b, n, 1) -> (b, n, d)."""
-        tiny = torch.finfo(tokens.dtype).tiny
-        largest = tokens.amax(-1, keepdim=True).clamp_min_(0)
-        s = F.threshold(tokens / (largest + (largest == 0)), tiny, 0.0, inplace=True)
-        # 1 or 0: entries at zero get log 0 = 0 and p = 0 for any gamma.  (On a CPU masks of bool are slower.)
-        sign = s.sign()
-        log = s.clamp_min(tiny).log2_().mul_(sign)
-        p = (log * gamma).exp2_().mul_(sign)
-        # A live row holds a 1, so its norms are at least 1; the clamp turns the 0/0 of a dead row into 0/1.
-        s_norm, p_norm = norm(s), norm(p).clamp_min_(1)
-        ctx.save_for_backward(gamma, largest, s, log, p, s_norm, p_norm)
-        return p * (largest * (s_norm / p_norm))
+    def forward(ctx: Any, tokens: Tensor, gamma: Tensor, memory: Workspace, name: str) -> Tensor:
+        """tokens (b, n, d), gamma (b, n, 1) -> (b, n, d); ``name`` is that of what lies in the workspace until the
+        backward pass is done."""
+        largest, s, s_norm = scaled(tokens, memory, name)
+        log = torch.log2(s, out=memory.like(s, f"{name} log"))
+        slope = torch.mul(log, gamma - 1, out=memory.like(s, f"{name} slope")).exp2_()
+        p = torch.mul(zero_where_dead(slope, s), s, out=memory.like(s, f"{name} p"))
+        p_norm = norm(p)
+        ctx.save_for_backward(gamma, largest, s, log, slope, p, s_norm, p_norm)
+        ctx.name, ctx.memory = name, memory
+        return torch.mul(p, row_scale(largest, s_norm, p_norm), out=memory.like(s, f"{name} power"))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        gamma, largest, s, log, p, s_norm, p_norm = ctx.saved_tensors
-        ratio = s_norm / p_norm
-        c = (p * grad).sum(-1, keepdim=True)
-        t = torch.addcmul(grad, p, c / p_norm.square(), value=-1)
-        t.mul_(p)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gamma, largest, s, log, slope, p, s_norm, p_norm = ctx.saved_tensors
+        scale, p_norm = row_scale(live(largest), s_norm, p_norm), p_norm.clamp_min(0.5)
+        t = torch.mul(p, grad, out=ctx.memory.like(s, f"{ctx.name} gradient"))
+        c = t.sum(-1, keepdim=True)
+        torch.addcmul(grad, p, c / p_norm.square(), value=-1, out=t).mul_(slope)
         dgamma = None
         if ctx.needs_input_grad[1]:
-            dgamma = largest * ratio * math.log(2) * (t * log).sum(-1, keepdim=True)
-        # Where s = 0 both terms are.
-        slope = t.div_(s.clamp_min(torch.finfo(s.dtype).tiny)).mul_(gamma * ratio)
-        return slope.addcmul_(s, c / (p_norm * s_norm.clamp_min(1))), dgamma
+            terms = torch.mul(s, log, out=ctx.memory.like(s, f"{ctx.name} terms")).mul_(t)
+            dgamma = largest * scale * math.log(2) * terms.sum(-1, keepdim=True)
+        t.mul_(gamma * scale).addcmul_(s, live(largest) * c / (p_norm * s_norm.clamp_min(1)))
+        return zero_where_dead(t, s), dgamma, None, None
+
+
+def power(tokens: Tensor, gamma: Tensor, memory: Workspace, name: str) -> Tensor:
+    """:class:`Power` without a gradient."""
+    largest, s, s_norm = scaled(tokens, memory, name)
+    p = torch.log2(s, out=memory.like(s, f"{name} power")).mul_(gamma).exp2_()
+    p = zero_where_dead(p, s)
+    return p.mul_(row_scale(largest, s_norm, norm(p)))
+
+
+def scaled(tokens: Tensor, memory: Workspace, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """max r (b, n, 1); s (b, n, d), with the smallest normal number in place of zeros (on a CPU log2(0) is ten times
+    slower than log2); and |s| (b, n, 1)."""
+    tiny = torch.finfo(tokens.dtype).tiny
+    largest = tokens.amax(-1, keepdim=True)
+    # (A product is five times faster than a quotient, and its rounding of the scale, common to the row, cancels.)
+    s = torch.mul(tokens, largest.clamp_min(tiny).reciprocal_(), out=memory.like(tokens, f"{name} s")).clamp_min_(tiny)
+    return largest, s, norm(s)
+
+
+def live(largest: Tensor) -> Tensor:
+    """1 or 0: whether a row has a positive normal number."""
+    return (largest >= torch.finfo(largest.dtype).tiny).to(largest.dtype)
+
+
+def row_scale(largest: Tensor, s_norm: Tensor, p_norm: Tensor) -> Tensor:
+    """max r |s|/|p|; a live row holds a 1, so both norms are about 1 at least."""
+    return largest * live(largest) * (s_norm / p_norm.clamp_min(0.5))
+
+
+def zero_where_dead(values: Tensor, s: Tensor) -> Tensor:
+    """Zeros, in place, where s is no more than the smallest normal number."""
+    tiny = torch.finfo(s.dtype).tiny
+    return torch.ops.aten.threshold_backward.grad_input(values, s, tiny, grad_input=values)
 
 
 def norm(tokens: Tensor) -> Tensor:
     return torch.linalg.vector_norm(tokens, dim=-1, keepdim=True)
-
-
-def power_(tokens: Tensor, gamma: Tensor, exact_zeros: bool) -> Tensor:
-    """Eq. 5 in place and without a gradient, in as few passes over the block as will do."""
-    tiny = torch.finfo(tokens.dtype).tiny
-    largest = tokens.amax(-1, keepdim=True)
-    # (A product is five times faster than a quotient, and its rounding of the scale, common to the row, cancels.)
-    s = tokens.mul_(largest.clamp_min(tiny).reciprocal_())
-    # Zeros become the smallest normal number, of which no power is left in the rounding of the row's 1.  (On a CPU
-    # log2(0) is ten times slower than log2.)  Where that is not enough they are put back.
-    sign = F.threshold(s, tiny, 0.0).sign_() if exact_zeros else None
-    s.clamp_min_(tiny)
-    s_norm = norm(s)
-    p = s.log2_().mul_(gamma) if sign is None else s.log2_().mul_(sign).mul_(gamma)
-    p = p.exp2_() if sign is None else p.exp2_().mul_(sign)
-    # A live row holds a 1, so both norms are about 1 at least.  Rows without a positive normal number count as dead and
-    # are multiplied by 0.
-    return p.mul_((largest * (largest >= tiny)) * (s_norm / norm(p).clamp_min_(0.5)))
-
-
-def needs_exact_zeros(gamma: Tensor, options: Options) -> bool:
-    """Where small gammas lift tiny numbers, or a head without a positive entry is divided by its own mass."""
-    # Reading gamma would make other devices wait.
-    return gamma.device.type != "cpu" or options.normalization == "denominator" or bool((gamma < 0.5).any())
 
 
 def tokens_of(
@@ -134,11 +137,12 @@ def tokens_of(
     tables: Tables,
     options: Options,
     indices: Indices,
-    in_place: bool,
+    memory: Workspace,
+    place: str,
 ) -> Tokens:
     """The queries (side "q") or keys ("k") of a block.  Decisions not yet in ``indices`` are taken and put there.
 
-    ``in_place``: z and redundant are overwritten, and there are no gradients.
+    They lie in the workspace, and are good until tokens are made in the same ``place`` again.
     """
     number = "qk".index(side)
 
@@ -154,18 +158,17 @@ def tokens_of(
             indices[name] = logits.argmax(-1)
         return indices[name].long(), logits
 
-    def measure(name: str, tokens: Tensor, router: Tensor) -> Tensor:  # Eq. 6
-        gamma = reference.choose(tables.gamma, *decide(name, (tokens, router)))
-        if in_place:
-            return power_(tokens, gamma[..., None], tables.exact_zeros)
-        return Power.apply(tokens, gamma[..., None])
+    def measure(name: str, tokens: Tensor, router: Tensor, place: str) -> Tensor:  # Eq. 6
+        gamma = reference.choose(tables.gamma, *decide(name, (tokens, router)))[..., None]
+        function = Power.apply if torch.is_grad_enabled() else power
+        return function(tokens, gamma, memory, place)
 
-    measured = measure(f"measure_{side}", z, tables.kernel_routers[number])
+    measured = measure(f"measure_{side}", z, tables.kernel_routers[number], f"{place} tokens")
     if options.differential == "off":
         return at_unit_scale(Tokens([(measured, measured)]), side, options)
 
     assert redundant is not None and tables.lam is not None and tables.differential_routers is not None
-    other = measure(f"measure_{side}_redundant", redundant, tables.kernel_routers[2 + number])
+    other = measure(f"measure_{side}_redundant", redundant, tables.kernel_routers[2 + number], f"{place} redundant")
     if options.differential == "map" and side == "k":
         return Tokens([(measured, measured), (other, other)])
 
@@ -175,8 +178,7 @@ def tokens_of(
     if options.differential == "map":
         return at_unit_scale(Tokens([(measured, measured), (other, other)], lam), side, options)
     mass = torch.addcmul(measured, lam.abs(), other) if options.normalization == "denominator" else None
-    subtract = Tensor.addcmul_ if in_place else torch.addcmul
-    return at_unit_scale(Tokens([(subtract(measured, lam, other, value=-1), mass)]), side, options)
+    return at_unit_scale(Tokens([(torch.addcmul(measured, lam, other, value=-1), mass)]), side, options)
 
 
 def at_unit_scale(tokens: Tokens, side: str, options: Options) -> Tokens:

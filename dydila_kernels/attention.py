@@ -191,7 +191,7 @@ class DyDiLAttention(nn.Module):
         if weights is None:
             y = self.proj(self._attention(call, backend))
         else:
-            y = torch_backend.layer(call.x, weights, self._options(call), mask=call.mask, cu_seqlens=call.cu_seqlens)
+            y = torch_backend.layer(call.x, weights, self._options(call), call.mask, call.cu_seqlens)
         return call.visible(self.proj_drop(y))
 
     def routing(self, x: Tensor, mask: Tensor | None = None) -> Routing:
@@ -319,12 +319,10 @@ class DyDiLAttention(nn.Module):
         return backend_of(self.backend, device, dtype, self.max_table_size)
 
     def _plain_weights(self, call: CheckedArgs) -> LayerWeights | None:
-        """All weights, where nothing asks for the tensors in between: no gradient, autocast, tracer, or module whose
-        call is more than its equation; nor "denominator", whose scale of the keys takes a pass over all of them."""
+        """All weights, where nothing asks for the tensors in between: no autocast, tracer, or module whose call is more
+        than its equation; nor gradients that the layer in blocks has not."""
         x, linears = call.x, (self.qkv, self.proj)
-        if self.normalization == "denominator":
-            return None
-        if torch.is_grad_enabled() or autocast_dtype(x.device) is not None or takes_plain_path(x):
+        if autocast_dtype(x.device) is not None or takes_plain_path(x):
             return None
         projections = [p for p in (self.projection_q, self.projection_k) if p is not None]
         if not all(is_plain(linear, nn.Linear) for linear in linears):
@@ -337,7 +335,7 @@ class DyDiLAttention(nn.Module):
         multiplied = [linear.weight for linear in linears] + [projection.weight for projection in projections]
         if any(weight.dtype != x.dtype for weight in multiplied):
             return None
-        return LayerWeights(
+        weights = LayerWeights(
             Linear(self.qkv.weight, self.qkv.bias),
             tuple(Projector(projection.weight, projection.router) for projection in projections),
             self._norms(),
@@ -345,6 +343,9 @@ class DyDiLAttention(nn.Module):
             self._convolution(call.grids),
             Linear(self.proj.weight, self.proj.bias),
         )
+        if torch.is_grad_enabled() and not torch_backend.differentiates(x, weights, self._options(call)):
+            return None
+        return weights
 
     def _convolves_apart(self, call: CheckedArgs, backend: Backend) -> bool:
         """Whether torch convolves, after the kernels: they do not know of frames."""

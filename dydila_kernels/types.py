@@ -101,6 +101,11 @@ class Linear(NamedTuple):
     weight: Tensor
     bias: Tensor | None
 
+    def thirds(self) -> list[Linear]:
+        """Those of q, k and v."""
+        biases = (None, None, None) if self.bias is None else self.bias.chunk(3)
+        return [Linear(weight, bias) for weight, bias in zip(self.weight.chunk(3), biases, strict=True)]
+
 
 class Projector(NamedTuple):
     """Eqs. 1-2: weight (n_P, d, d), which multiplies from the right, and router (d, n_P)."""

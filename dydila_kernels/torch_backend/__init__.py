@@ -12,13 +12,14 @@ equations of :mod:`dydila_kernels.reference` in one piece instead, in the same a
 from dydila_kernels.torch_backend.blocks import is_transformed, takes_plain_path
 from dydila_kernels.torch_backend.core import attend, decisions
 from dydila_kernels.torch_backend.depthwise import depthwise
-from dydila_kernels.torch_backend.layer import layer
+from dydila_kernels.torch_backend.layer_gradients import differentiates, layer
 from dydila_kernels.torch_backend.projection import project, projection_logits, route, straight_through
 
 __all__ = [
     "attend",
     "decisions",
     "depthwise",
+    "differentiates",
     "is_transformed",
     "layer",
     "project",

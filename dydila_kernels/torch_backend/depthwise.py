@@ -85,15 +85,45 @@ def add_convolution(
         )
 
 
+def add_depthwise(out: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, grids: Sequence[Grid]) -> None:
+    """Adds DWC(V) to ``out``; both (B, N, d)."""
+    for grid in grids:
+        for images, strip in strips(v, grid):
+            tokens = v[images, strip.neighbourhood]
+            add_convolution(out[images, strip.tokens], tokens, weight, bias, grid.columns, strip.inner)
+
+
+def gradients(
+    grad: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, grids: Sequence[Grid], needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Those of V, weight and bias that are needed, from that of the output (B, N, d)."""
+    dv = torch.zeros_like(v, memory_format=torch.contiguous_format) if needed[0] else None
+    dweight = torch.zeros_like(weight) if needed[1] else None
+    dbias = torch.zeros_like(bias) if needed[2] and bias is not None else None
+    mirrored = weight.flip(-2, -1)
+    for grid in grids:
+        for images, strip in strips(v, grid):
+            g = grad[images, strip.tokens].to(weight.dtype)
+            if dv is not None:
+                around = grad[images, strip.neighbourhood]
+                add_convolution(dv[images, strip.tokens], around, mirrored, None, grid.columns, strip.inner)
+            if dweight is not None:
+                # The neighbouring rows are input to this strip's output, not output of their own.
+                image = v[images, strip.neighbourhood].to(weight.dtype)
+                padded = torch.zeros_like(image, memory_format=torch.contiguous_format)
+                padded[:, strip.inner] = g
+                dweight += conv2d_weight(image, weight.shape, padded, grid.columns)
+            if dbias is not None:
+                dbias += g.sum((0, 1))
+    return dv, dweight, dbias
+
+
 class Depthwise(torch.autograd.Function):
     """``out + DWC(V)``, written into ``out``, and its gradients.  Weight and bias are in the accumulation dtype."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, grids: Sequence[Grid]) -> Tensor:
-        for grid in grids:
-            for images, strip in strips(v, grid):
-                tokens = v[images, strip.neighbourhood]
-                add_convolution(out[images, strip.tokens], tokens, weight, bias, grid.columns, strip.inner)
+        add_depthwise(out, v, weight, bias, grids)
         ctx.mark_dirty(out)
         ctx.save_for_backward(v, weight, bias)
         ctx.grids = grids
@@ -102,34 +132,15 @@ class Depthwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         v, weight, bias = ctx.saved_tensors
-        needed = need_v, need_weight, need_bias = ctx.needs_input_grad[1:4]
+        needed = ctx.needs_input_grad[1:4]
         if torch.is_grad_enabled():
 
             def plain(v: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
                 return plain_depthwise(torch.zeros_like(v), v, weight, bias, ctx.grids)
 
             return grad, *differentiable_gradients(plain, (v, weight, bias), needed, grad), None
-
-        dv = torch.zeros_like(v, memory_format=torch.contiguous_format) if need_v else None
-        dweight = torch.zeros_like(weight) if need_weight else None
-        dbias = torch.zeros_like(bias) if need_bias else None
-        mirrored = weight.flip(-2, -1)
         with no_autocast(grad.device):
-            for grid in ctx.grids:
-                for images, strip in strips(v, grid):
-                    g = grad[images, strip.tokens].to(weight.dtype)
-                    if dv is not None:
-                        around = grad[images, strip.neighbourhood]
-                        add_convolution(dv[images, strip.tokens], around, mirrored, None, grid.columns, strip.inner)
-                    if dweight is not None:
-                        # The neighbouring rows are input to this strip's output, not output of their own.
-                        image = v[images, strip.neighbourhood].to(weight.dtype)
-                        padded = torch.zeros_like(image, memory_format=torch.contiguous_format)
-                        padded[:, strip.inner] = g
-                        dweight += conv2d_weight(image, weight.shape, padded, grid.columns)
-                    if dbias is not None:
-                        dbias += g.sum((0, 1))
-        return grad, dv, dweight, dbias, None
+            return grad, *gradients(grad, v, weight, bias, ctx.grids, needed), None
 
 
 def conv2d_weight(tokens: Tensor, shape: torch.Size, grad: Tensor, columns: int) -> Tensor:

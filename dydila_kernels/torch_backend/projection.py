@@ -9,7 +9,7 @@ torch.func and forward-mode AD take the reference equation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -65,26 +65,42 @@ def sorted_rows(index: Tensor, choices: int) -> tuple[Tensor, list[int]]:
     return index.argsort(stable=True), index.bincount(minlength=choices).tolist()
 
 
-def groups(index: Tensor, choices: int) -> Iterator[tuple[int, Tensor]]:
-    """The rows of a block, index (m,), that were routed to each projector that has any."""
-    order, counts = sorted_rows(index, choices)
-    for u, rows in enumerate(order.split(counts)):
-        if len(rows):
-            yield u, rows
+def places_of(order: Tensor) -> Tensor:
+    """Where each row is in this order."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
 def project_block(out: Tensor, x: Tensor, weight: Tensor, index: Tensor, memory: Workspace) -> None:
     """Writes Eq. 2 for a block of tokens x (b, n, d), routed by index (b, n), into the contiguous ``out`` (b, n, e)."""
     order, counts = sorted_rows(index.flatten(), len(weight))
     target, rows = out.view(-1, out.shape[-1]), x.flatten(0, 1)
-    gathered = target if rows.shape == target.shape else memory.take("rows", rows.shape, x.dtype, x.device)
-    sources = torch.index_select(rows, 0, order, out=gathered)
-    products = memory.take("product", target.shape, out.dtype, out.device)
+    sources = torch.index_select(rows, 0, order, out=memory.like(rows, "sorted rows"))
+    products = memory.like(target, "sorted products")
     for w, source, product in zip(weight, sources.split(counts), products.split(counts), strict=True):
         torch.mm(source, w, out=product)
     # (On a CPU twice as fast as index_copy_.)
-    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    torch.index_select(products, 0, places, out=target)
+    torch.index_select(products, 0, places_of(order), out=target)
+
+
+def project_block_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, index: Tensor, total: Tensor | None, need_x: bool, memory: Workspace
+) -> Tensor | None:
+    """Adds the gradient of the weight to ``total``, where given; returns that of x (b, n, d), where needed."""
+    order, counts = sorted_rows(index.flatten(), len(weight))
+    rows = grad.flatten(0, 1)
+    gradients = torch.index_select(rows, 0, order, out=memory.like(rows, "sorted gradients"))
+    rows = x.flatten(0, 1)
+    sources = memory.like(rows, "sorted rows")
+    if total is not None:
+        torch.index_select(rows, 0, order, out=sources)
+        for dw, source, gradient in zip(total, sources.split(counts), gradients.split(counts), strict=True):
+            dw.addmm_(source.to(dw.dtype).T, gradient.to(dw.dtype))
+    if not need_x:
+        return None
+    for w, source, gradient in zip(weight, sources.split(counts), gradients.split(counts), strict=True):
+        torch.mm(gradient, w.T, out=source)
+    out = memory.like(rows, "unsorted")
+    return torch.index_select(sources, 0, places_of(order), out=out).view(x.shape)
 
 
 def forward(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
@@ -101,18 +117,14 @@ def backward(
     grad: Tensor, x: Tensor, weight: Tensor, index: Tensor, need_x: bool, need_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of x and of weight that are needed."""
-    dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if need_x else None
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
     total = torch.zeros_like(weight, dtype=accumulation_dtype(weight.dtype)) if need_weight else None
-    with torch.no_grad(), no_autocast(grad.device):
+    with workspace() as memory, torch.no_grad(), no_autocast(grad.device):
         for images, ranges in all_blocks(x):
-            for rows in ranges:
-                block, g = x[images, rows].flatten(0, 1), grad[images, rows].flatten(0, 1)
-                for u, members in groups(index[images, rows].flatten(), len(weight)):
-                    x_u, g_u = block.index_select(0, members), g.index_select(0, members)
-                    if dx is not None:
-                        dx[images, rows].view(-1, x.shape[-1]).index_copy_(0, members, g_u @ weight[u].T)
-                    if total is not None:
-                        total[u].addmm_(x_u.to(total.dtype).T, g_u.to(total.dtype))
+            for at in ((images, rows) for rows in ranges):
+                block = project_block_backward(grad[at], x[at], weight, index[at], total, need_x, memory)
+                if dx is not None:
+                    dx[at] = block
     return dx, None if total is None else total.to(weight.dtype)
 
 

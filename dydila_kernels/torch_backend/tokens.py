@@ -178,7 +178,8 @@ def tokens_of(
     if options.differential == "map":
         return at_unit_scale(Tokens([(measured, measured), (other, other)], lam), side, options)
     mass = torch.addcmul(measured, lam.abs(), other) if options.normalization == "denominator" else None
-    return at_unit_scale(Tokens([(torch.addcmul(measured, lam, other, value=-1), mass)]), side, options)
+    subtract = torch.addcmul if torch.is_grad_enabled() else Tensor.addcmul_
+    return at_unit_scale(Tokens([(subtract(measured, lam, other, value=-1), mass)]), side, options)
 
 
 def at_unit_scale(tokens: Tokens, side: str, options: Options) -> Tokens:

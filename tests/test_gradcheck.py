@@ -12,8 +12,6 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from dydila_kernels import dydila_attention, reference, torch_backend
 from dydila_kernels.testing import away_from_kinks, core_inputs
-from dydila_kernels.torch_backend.blocks import Workspace
-from dydila_kernels.torch_backend.tokens import Power
 from dydila_kernels.types import Convolution, Grid
 
 NORMALIZATIONS = ["length", "none", "denominator"]
@@ -38,14 +36,6 @@ def test_reference_power() -> None:
     tokens, gamma = normal(3, 4), torch.tensor([0.7, 1.0, 3.0]).double().requires_grad_()
     assert gradcheck(reference.power, (tokens, gamma))
     assert gradgradcheck(reference.power, (tokens, gamma))
-
-
-def test_power() -> None:
-    tokens, gamma = (
-        normal(2, 3, 4),
-        torch.tensor([[0.7, 1.0, 3.0], [2.0, 5.0, 1.5]]).double()[..., None].requires_grad_(),
-    )
-    assert gradcheck(lambda tokens, gamma: Power.apply(tokens, gamma, Workspace(), ""), (tokens, gamma))
 
 
 def test_reference_choose() -> None:

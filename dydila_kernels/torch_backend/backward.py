@@ -36,7 +36,7 @@ def backward(
     """
     table_slots: list[Slot] = [
         (t.requires_grad_(), total.add_)
-        for t, total in zip(call.tables, tables, strict=True)
+        for t, total in zip(call.tables[:4], tables, strict=True)
         if t is not None and total is not None
     ]
 

@@ -93,10 +93,12 @@ def image_blocks(batch: int, start: int, stop: int, rows: int) -> Iterator[Image
         yield slice(b, min(b + images, batch)), ranges
 
 
-def all_blocks(tokens: Tensor, cu_seqlens: Sequence[int] | None = None) -> Iterator[ImageRanges]:
+def all_blocks(
+    tokens: Tensor, cu_seqlens: Sequence[int] | None = None, rows: int | None = None
+) -> Iterator[ImageRanges]:
     """The blocks of a (B, N, d) tensor; with ``cu_seqlens`` those of each image packed in its one row."""
     batch, length, dim = tokens.shape
-    rows = block_rows(dim, tokens.device)
+    rows = rows or block_rows(dim, tokens.device)
     bounds = [0, length] if cu_seqlens is None else cu_seqlens
     for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
         yield from image_blocks(batch, start, stop, rows)
@@ -132,29 +134,35 @@ def differentiable_gradients(
     return [next(found) if need else None for need in needed]
 
 
-def parts_of_logits(*products: tuple[Tensor, Tensor]) -> Tensor:
+Product = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
+"""Tokens (b, n, d), a router (d, choices), and maybe a factor of each token (b, n, 1)."""
+
+
+def parts_of_logits(*products: Product) -> Tensor:
     """The sum of ``tokens @ router`` of a block, (b, n, d) and (d, choices) -> (parts, choices, b n / parts).
 
     The transpose of a batch of products over parts of the rows: for so few columns the BLAS of a CPU is several times
     faster that way round, and only the parts of a batch are shared among its threads.
     """
     total: Tensor | None = None
-    for tokens, router in products:
+    for tokens, router, *factor in products:
         rows = tokens.flatten(0, 1)
         parts = next(parts for parts in range(16, 0, -1) if len(rows) % parts == 0)
-        factors = router.mT.expand(parts, -1, -1), rows.unflatten(0, (parts, -1)).mT
-        total = torch.bmm(*factors) if total is None else torch.baddbmm(total, *factors)
+        logits = torch.bmm(router.mT.expand(parts, -1, -1), rows.unflatten(0, (parts, -1)).mT)
+        if factor:
+            logits = logits * factor[0].view(parts, 1, -1)
+        total = logits if total is None else total + logits
     assert total is not None
     return total
 
 
-def router_logits(*products: tuple[Tensor, Tensor]) -> Tensor:
+def router_logits(*products: Product) -> Tensor:
     """The sum of ``tokens @ router`` of a block, (b, n, d) and (d, choices) -> (b, n, choices)."""
-    tokens, router = products[0]
+    tokens, router = products[0][:2]
     return parts_of_logits(*products).mT.reshape(*tokens.shape[:2], router.shape[-1])
 
 
-def router_choices(*products: tuple[Tensor, Tensor]) -> Tensor:
+def router_choices(*products: Product) -> Tensor:
     """The argmax of :func:`router_logits`, (b, n)."""
     return choices_of_parts(parts_of_logits(*products), products[0][0])
 

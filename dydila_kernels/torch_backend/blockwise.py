@@ -22,7 +22,7 @@ from torch import Tensor
 from dydila_kernels.precision import accumulation_dtype
 from dydila_kernels.torch_backend.blocks import ImageRanges, Workspace, all_blocks, block_rows
 from dydila_kernels.torch_backend.linear_attention import readout, states_of, states_pay, whole_attention
-from dydila_kernels.torch_backend.tokens import Indices, Tables, Tokens, tokens_of
+from dydila_kernels.torch_backend.tokens import Indices, Tables, Tokens, needs_exact_zeros, tokens_of
 from dydila_kernels.types import Options, Ranks, decision_names
 
 At = tuple[slice, slice]
@@ -56,8 +56,7 @@ class Block:
         keys = None if k is None else self.tokens("k", k, k_redundant, indices, places[1])
         if keys is not None and call.options.normalization == "denominator":
             if self.key_scales is None:
-                assert k is not None
-                self.key_scales = call.largest(k, k_redundant)
+                self.key_scales = keys.largest()
             keys = keys.divided_by([scale + (scale == 0) for scale in self.key_scales])
         if cos is not None and sin is not None:
             queries, keys = (t and t.rotated(cos, sin, call.options) for t in (queries, keys))
@@ -65,7 +64,7 @@ class Block:
 
     def tokens(self, side: str, z: Tensor, redundant: Tensor | None, indices: Indices, place: str) -> Tokens:
         call = self.call
-        return tokens_of(side, z, redundant, call.tables, call.options, indices, call.memory, place)
+        return tokens_of(side, z, redundant, call.tables, call.options, indices, call.memory, place, call.disposable)
 
     def run(self, cut: list[Tensor | None], indices: Indices, states: list[Tensor]) -> list[Tensor]:
         """The output of "queries" and "whole" blocks, what "keys" blocks add to the states."""
@@ -135,8 +134,9 @@ class BlockwiseForward:
 
     ``tokens`` are q, k, v, q', k', whole or made block by block; and cos and sin (B, N, e) of rotary embeddings, or
     None twice.  ``tables`` are the other four of :class:`dydila_kernels.types.CoreInputs`; ``like`` is a tensor
-    (B, N, d) of the shape, dtype and device of the tokens.  The blocks compute in ``memory``.  With ``ranks`` the
-    tokens are a part of all there are.
+    (B, N, d) of the shape, dtype and device of the tokens.  The blocks compute in ``memory``, and without gradients in
+    the place of ``disposable`` blocks of the tokens.  ``differentiated``: whether a backward pass is to walk the same
+    blocks.  With ``ranks`` the tokens are a part of all there are.
     """
 
     def __init__(
@@ -149,14 +149,19 @@ class BlockwiseForward:
         like: Tensor,
         memory: Workspace,
         ranks: Ranks | None = None,
+        *,
+        disposable: bool = False,
+        differentiated: bool = True,
     ) -> None:
         self.options, self.cu_seqlens, self.mask, self.inputs, self.ranks = options, cu_seqlens, mask, tokens, ranks
         self.like, self.memory, self.dtype = like, memory, accumulation_dtype(like.dtype)
+        self.disposable, self.differentiated = disposable, differentiated
         gamma, lam, *routers = (None if t is None else t.detach().to(self.dtype) for t in tables)
         # Routers multiply from the left, see parts_of_logits: they are laid out for that once.
         kernel_routers, differential_routers = (None if t is None else t.mT.contiguous().mT for t in routers)
         assert gamma is not None and kernel_routers is not None
-        self.tables = Tables(gamma, lam, kernel_routers, differential_routers)
+        exact_zeros = needs_exact_zeros(gamma, options)
+        self.tables = Tables(gamma, lam, kernel_routers, differential_routers, exact_zeros)
 
     def walk(self) -> Iterator[tuple[list[Block], list[Block]]]:
         """Of each image (or several short ones) the blocks of keys and of queries, or no keys and one whole block."""
@@ -172,12 +177,14 @@ class BlockwiseForward:
                 )
 
     def blocks(self) -> Iterator[ImageRanges]:
+        batch, length, dim = self.like.shape
+        # Beside gradients there are twice as many temporaries.
+        rows = max(1, block_rows(dim, self.like.device) // (2 if self.differentiated else 1))
         if self.ranks is None:
-            yield from all_blocks(self.like, self.cu_seqlens)
+            yield from all_blocks(self.like, self.cu_seqlens, rows)
             return
         # All images at once: every rank reduces once, though they hold different numbers of tokens.
-        batch, length, dim = self.like.shape
-        rows = max(1, block_rows(dim, self.like.device) // max(1, batch))
+        rows = max(1, rows // max(1, batch))
         yield slice(0, batch), [slice(n, min(n + rows, length)) for n in range(0, length, rows)]
 
     def load(self, block: Tensor | None, at: At) -> Tensor | None:
@@ -186,12 +193,6 @@ class BlockwiseForward:
             return None
         block = block.to(self.dtype)
         return block if self.mask is None else block.masked_fill(~self.mask[at][..., None], 0)
-
-    def largest(self, k: Tensor, k_redundant: Tensor | None) -> list[Tensor]:
-        """For each map the largest positive entry of a block of the keys of each image, or 0, (b, 1, 1)."""
-        both = (t for t in (k, k_redundant) if t is not None)
-        largest = [t.detach().amax((1, 2), keepdim=True).clamp_min(0) for t in both]
-        return [torch.maximum(*largest)] if self.options.differential == "token" else largest
 
     def scale(self, images: slice, rows: slice) -> Tensor | float:
         """1/count of each image under "length", a number or (b, 1, 1, 1), else 1."""

@@ -30,6 +30,7 @@ INPUTS = 5
 TOKENS = INPUTS + 2
 """What a call is cut from: those tokens, and cos and sin of the rotary embeddings."""
 
+
 class Attention(torch.autograd.Function):
     """The core, differentiable with respect to all tensors: the fields of :class:`CoreInputs`, and after the tokens
     among them cos and sin (B, N, e), or None twice.  The options hold no tensors.
@@ -48,7 +49,15 @@ class Attention(torch.autograd.Function):
         out = torch.empty_like(like, memory_format=torch.contiguous_format)
         with workspace() as memory:
             call = BlockwiseForward(
-                options, mask, cu_seqlens, tensors[:TOKENS], tensors[TOKENS:], like, memory, ranks
+                options,
+                mask,
+                cu_seqlens,
+                tensors[:TOKENS],
+                tensors[TOKENS:],
+                like,
+                memory,
+                ranks,
+                differentiated=any(ctx.needs_input_grad),
             )
             decisions = Decisions.of(call)
             totals = call.forward(lambda block, tokens: out[block.at].copy_(tokens), decisions.write)

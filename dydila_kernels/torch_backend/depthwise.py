@@ -6,7 +6,6 @@ in strips of rows, each with the neighbouring row on either side, so that what t
 
 from __future__ import annotations
 
-import itertools
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -58,31 +57,10 @@ def as_image(tokens: Tensor, columns: int) -> Tensor:
     return tokens.unflatten(1, (-1, columns)).permute(0, 3, 1, 2)
 
 
-def convolve(tokens: Tensor, weight: Tensor, bias: Tensor | None, columns: int) -> Tensor:
-    """The convolution of whole rows of a grid, in the dtype of the weight, with zeros all around them."""
+def convolve(tokens: Tensor, weight: Tensor, bias: Tensor | None, columns: int, inner: slice) -> Tensor:
+    """The convolution of whole rows of a grid, as far as it lies ``inner`` these; in the dtype of the weight."""
     image = as_image(tokens.to(weight.dtype), columns)
-    return F.conv2d(image, weight, bias, padding=1, groups=len(weight)).permute(0, 2, 3, 1).flatten(1, 2)
-
-
-def add_convolution(
-    out: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor | None, columns: int, inner: slice
-) -> None:
-    """Adds to ``out`` the convolution of whole rows of a grid, as far as it lies ``inner`` these."""
-    if out.device.type != "cpu" or out.dtype != weight.dtype:
-        out.add_(convolve(tokens, weight, bias, columns)[:, inner])
-        return
-    # On a CPU nine taps one by one: conv2d alone is a little faster, but its result is fresh memory, which costs more.
-    if bias is not None:
-        out.add_(bias)
-    image, result = tokens.unflatten(1, (-1, columns)), out.unflatten(1, (-1, columns))
-    above, rows = inner.start // columns, result.shape[1]
-    taps = weight.permute(2, 3, 1, 0).contiguous()
-    for i, j in itertools.product((-1, 0, 1), repeat=2):  # the neighbour that a tap sees
-        top, bottom = max(above + i, 0), min(above + i + rows, image.shape[1])
-        seen = image[:, top:bottom, max(j, 0) : columns + min(j, 0)]
-        result[:, top - above - i : bottom - above - i, max(-j, 0) : columns - max(j, 0)].addcmul_(
-            seen, taps[1 + i, 1 + j]
-        )
+    return F.conv2d(image, weight, bias, padding=1, groups=len(weight)).permute(0, 2, 3, 1).flatten(1, 2)[:, inner]
 
 
 def add_depthwise(out: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, grids: Sequence[Grid]) -> None:
@@ -90,7 +68,7 @@ def add_depthwise(out: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, g
     for grid in grids:
         for images, strip in strips(v, grid):
             tokens = v[images, strip.neighbourhood]
-            add_convolution(out[images, strip.tokens], tokens, weight, bias, grid.columns, strip.inner)
+            out[images, strip.tokens].add_(convolve(tokens, weight, bias, grid.columns, strip.inner))
 
 
 def gradients(
@@ -103,18 +81,19 @@ def gradients(
     mirrored = weight.flip(-2, -1)
     for grid in grids:
         for images, strip in strips(v, grid):
-            g = grad[images, strip.tokens].to(weight.dtype)
+            around = grad[images, strip.neighbourhood]
             if dv is not None:
-                around = grad[images, strip.neighbourhood]
-                add_convolution(dv[images, strip.tokens], around, mirrored, None, grid.columns, strip.inner)
-            if dweight is not None:
-                # The neighbouring rows are input to this strip's output, not output of their own.
-                image = v[images, strip.neighbourhood].to(weight.dtype)
-                padded = torch.zeros_like(image, memory_format=torch.contiguous_format)
-                padded[:, strip.inner] = g
-                dweight += conv2d_weight(image, weight.shape, padded, grid.columns)
+                dv[images, strip.tokens] = convolve(around, mirrored, None, grid.columns, strip.inner)
+            g = grad[images, strip.tokens].to(weight.dtype)
             if dbias is not None:
                 dbias += g.sum((0, 1))
+            if dweight is not None:
+                if g.shape != around.shape:
+                    # The neighbouring rows are input to this strip's output, not output of their own.
+                    padded = torch.zeros_like(around, dtype=g.dtype, memory_format=torch.contiguous_format)
+                    padded[:, strip.inner] = g
+                    g = padded
+                dweight += conv2d_weight(v[images, strip.neighbourhood].to(g.dtype), weight.shape, g, grid.columns)
     return dv, dweight, dbias
 
 
@@ -225,8 +204,8 @@ class ValueBlocks:
         if ready > self.done:
             strip = strip_of(grid, self.done, ready)
             neighbours = slice(strip.neighbourhood.start - self.start, strip.neighbourhood.stop - self.start)
-            tokens, out = self.window[:, neighbours], self.out[self.images, strip.tokens].zero_()
-            add_convolution(out, tokens, self.weight, self.bias, grid.columns, strip.inner)
+            tokens, out = self.window[:, neighbours], self.out[self.images, strip.tokens]
+            out.copy_(convolve(tokens, self.weight, self.bias, grid.columns, strip.inner))
             self.done = ready
 
     def first_grid(self, rows: slice) -> int:

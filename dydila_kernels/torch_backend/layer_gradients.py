@@ -183,9 +183,7 @@ def receivers_of(
 
     def routed(weight: Tensor, dw: Tensor | None, side: int, at: At, gradient: Tensor) -> None:
         assert choices is not None
-        dx = project_block_backward(
-            gradient, given.x[at], weight, choices[side][at], dw, total.x is not None, memory
-        )
+        dx = project_block_backward(gradient, given.x[at], weight, choices[side][at], dw, total.x is not None, memory)
         if total.x is not None:
             total.x[at] += dx
 

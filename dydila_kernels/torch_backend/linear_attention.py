@@ -41,30 +41,33 @@ def outer(left: Tensor, right: Tensor, num_heads: int) -> Tensor:
 
 
 class Read(torch.autograd.Function):
-    """:func:`read`, and its gradients."""
+    """:func:`read`, and its gradients; without a ``value`` what is returned holds no numbers, and has gradients."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, states: Tensor, memory: Workspace, name: str) -> Tensor:
+    def forward(ctx: Any, tokens: Tensor, states: Tensor, memory: Workspace, name: str, value: bool) -> Tensor:
         ctx.save_for_backward(tokens, states)
         ctx.memory, ctx.name = memory, name
-        return read(tokens, states, memory, name)
+        return read(tokens, states, memory, name) if value else memory.like(tokens, name)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tokens, states = ctx.saved_tensors
         dtokens = read(grad, states.mT, ctx.memory, f"{ctx.name} gradient")
-        return dtokens, outer(tokens, grad, states.shape[1]), None, None
+        return dtokens, outer(tokens, grad, states.shape[1]), None, None, None
 
 
 class Outer(torch.autograd.Function):
-    """:func:`outer`, and its gradients."""
+    """:func:`outer`, and its gradients; ``value`` as in :class:`Read`."""
 
     @staticmethod
-    def forward(ctx: Any, left: Tensor, right: Tensor, num_heads: int, memory: Workspace, name: str) -> Tensor:
+    def forward(
+        ctx: Any, left: Tensor, right: Tensor, num_heads: int, memory: Workspace, name: str, value: bool
+    ) -> Tensor:
         ctx.save_for_backward(left, right)
         ctx.memory, ctx.name = memory, name
-        return outer(left, right, num_heads)
+        dim = left.shape[-1] // num_heads
+        return outer(left, right, num_heads) if value else left.new_empty(len(left), num_heads, dim, dim)
 
     @staticmethod
     @once_differentiable
@@ -72,7 +75,7 @@ class Outer(torch.autograd.Function):
         left, right = ctx.saved_tensors
         dleft = read(right, grad.mT, ctx.memory, f"{ctx.name} left") if ctx.needs_input_grad[0] else None
         dright = read(left, grad, ctx.memory, f"{ctx.name} right") if ctx.needs_input_grad[1] else None
-        return dleft, dright, None, None, None
+        return dleft, dright, None, None, None, None
 
 
 def key_masses(keys: Tokens, options: Options) -> list[Tensor]:
@@ -83,8 +86,10 @@ def key_masses(keys: Tokens, options: Options) -> list[Tensor]:
 
 def states_of(keys: Tokens, v: Tensor, scale: Tensor | float, options: Options, memory: Workspace) -> list[Tensor]:
     """What a block of keys adds to the states; ``scale`` (b, 1, 1, 1) is 1/count under "length", else 1."""
+    value = not torch.is_grad_enabled()  # of the backward pass they are the end
     products = [
-        Outer.apply(k, v, options.num_heads, memory, f"product {i}") * scale for i, (k, _) in enumerate(keys.maps)
+        Outer.apply(k, v, options.num_heads, memory, f"product {i}", value) * scale
+        for i, (k, _) in enumerate(keys.maps)
     ]
     return products + key_masses(keys, options)
 
@@ -92,16 +97,15 @@ def states_of(keys: Tokens, v: Tensor, scale: Tensor | float, options: Options, 
 def readout(queries: Tokens, states: list[Tensor], options: Options, memory: Workspace) -> Tensor:
     """Q S, normalised: (b, n, d)."""
     maps = len(queries.maps)
+    value = not torch.is_grad_enabled() or len(states) > 1  # else they are the end of the backward pass
     products = [
-        Read.apply(q, state, memory, f"product {i}")
+        Read.apply(q, state, memory, f"product {i}", value)
         for i, ((q, _), state) in enumerate(zip(queries.maps, states[:maps], strict=True))
     ]
     return combine(queries, products, states[maps:], options)
 
 
-def whole_attention(
-    queries: Tokens, keys: Tokens, v: Tensor, scale: Tensor | float, options: Options
-) -> Tensor:
+def whole_attention(queries: Tokens, keys: Tokens, v: Tensor, scale: Tensor | float, options: Options) -> Tensor:
     """(Q K^T) V of images that lie in the block as a whole: (b, n, d)."""
     values = heads(v, options.num_heads)
     products = [

@@ -19,12 +19,16 @@ Indices = dict[str, Tensor]
 
 
 class Tables(NamedTuple):
-    """gamma (n_F,), lam (n_D,), kernel_routers (4 or 2, d, n_F), differential_routers (2 or 1, 2d, n_D)."""
+    """gamma (n_F,), lam (n_D,), kernel_routers (4 or 2, d, n_F), differential_routers (2 or 1, 2d, n_D).
+
+    ``exact_zeros``: whether zeros have to stay zeros without a gradient, see :func:`power`.
+    """
 
     gamma: Tensor
     lam: Tensor | None
     kernel_routers: Tensor
     differential_routers: Tensor | None
+    exact_zeros: bool
 
 
 class Tokens(NamedTuple):
@@ -36,6 +40,10 @@ class Tokens(NamedTuple):
 
     maps: list[tuple[Tensor, Tensor | None]]
     lam: Tensor | None = None
+
+    def largest(self) -> list[Tensor]:
+        """Of each map the largest mass in each image, (b, 1, 1)."""
+        return [mass.detach().amax((1, 2), keepdim=True) for _, mass in self.maps if mass is not None]
 
     def divided_by(self, scales: Sequence[Tensor]) -> Tokens:
         """Each map, tokens and mass, divided by its scale."""
@@ -54,59 +62,130 @@ class Tokens(NamedTuple):
         return Tokens(maps, self.lam)
 
 
-class Power(torch.autograd.Function):
-    """Eq. 5.  With s = r / max r, p = s^gamma, c = p.G and t = G - p c / |p|^2 for the incoming gradient G,
+class Measured(NamedTuple):
+    """Eq. 5 for tokens of a block in pieces, with s = r / max r and p = s^gamma: the result is ``scale`` p.
 
-    dZ = |s|/|p| gamma (p/s) t + c / (|p| |s|) s   where Z > 0,      dgamma = max r |s|/|p| sum p ln(s) t;
-
-    the scale of the row appears nowhere but in dgamma, so rows of scale 1e-30 or 1e30 keep their gradients.  Entries
-    whose s is no more than the smallest normal number count as zeros, and so do rows whose entries are all below it.
+    largest: max r; s, log2 s, slope = s^(gamma - 1), p (b, n, d); the norms of s and of p; all else (b, n, 1).
     """
 
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, gamma: Tensor, memory: Workspace, name: str) -> Tensor:
-        """tokens (b, n, d), gamma (b, n, 1) -> (b, n, d); ``name`` is that of what lies in the workspace until the
-        backward pass is done."""
-        largest, s, s_norm = scaled(tokens, memory, name)
+    gamma: Tensor
+    largest: Tensor
+    s: Tensor
+    log: Tensor
+    slope: Tensor
+    p: Tensor
+    s_norm: Tensor
+    p_norm: Tensor
+
+    @classmethod
+    def of(cls, tokens: Tensor, gamma: Tensor, memory: Workspace, name: str) -> Measured:
+        """tokens (b, n, d), gamma (b, n, 1); ``name`` is that of what lies in the workspace until it is used up."""
+        largest, s, s_norm = scaled(tokens, memory.like(tokens, f"{name} s"))
         log = torch.log2(s, out=memory.like(s, f"{name} log"))
         slope = torch.mul(log, gamma - 1, out=memory.like(s, f"{name} slope")).exp2_()
         p = torch.mul(zero_where_dead(slope, s), s, out=memory.like(s, f"{name} p"))
-        p_norm = norm(p)
-        ctx.save_for_backward(gamma, largest, s, log, slope, p, s_norm, p_norm)
-        ctx.name, ctx.memory = name, memory
-        return torch.mul(p, row_scale(largest, s_norm, p_norm), out=memory.like(s, f"{name} power"))
+        return cls(gamma, largest, s, log, slope, p, s_norm, norm(p))
+
+    @property
+    def scale(self) -> Tensor:
+        return row_scale(self.largest, self.s_norm, self.p_norm)
+
+    def gradients(
+        self, grad: Tensor, weight: Tensor | float, memory: Workspace, need_gamma: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Of tokens, gamma and weight, from the gradient G of ``weight`` (b, n, 1) times the result.
+
+        With c = p.G and t = G - p c / |p|^2,
+
+            dZ = weight |s|/|p| (gamma (p/s) t + c / |s|^2 s)   where Z > 0,
+            dgamma = weight max r |s|/|p| sum p ln(s) t,   dweight = scale c;
+
+        the scale of the row appears nowhere but in the latter two, so rows of scale 1e-30 or 1e30 keep their gradients.
+        Uses up what lies in the workspace, all but s.
+        """
+        gamma, largest, s, log, slope, p, s_norm, p_norm = self
+        p_norm, alive = p_norm.clamp_min(0.5), live(largest)
+        terms = torch.mul(p, grad, out=memory.like(s, "terms"))
+        c = terms.sum(-1, keepdim=True)
+        t = torch.addcmul(grad, p, c / p_norm.square(), value=-1, out=p).mul_(slope)
+        dgamma = None
+        if need_gamma:
+            dgamma = weight * math.log(2) * self.scale * log.mul_(s).mul_(t).sum(-1, keepdim=True)
+        ratio = weight * alive * (s_norm / p_norm)
+        t.mul_(gamma * ratio).addcmul_(s, weight * alive * c / (p_norm * s_norm.clamp_min(1)))
+        return zero_where_dead(t, s), dgamma, self.scale * c
+
+
+class Power(torch.autograd.Function):
+    """Eq. 5."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, gamma: Tensor, memory: Workspace, name: str) -> Tensor:
+        """tokens (b, n, d), gamma (b, n, 1) -> (b, n, d); see :meth:`Measured.of`."""
+        measured = Measured.of(tokens, gamma, memory, name)
+        ctx.save_for_backward(*measured)
+        ctx.memory = memory
+        return torch.mul(measured.p, measured.scale, out=memory.like(tokens, f"{name} power"))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gamma, largest, s, log, slope, p, s_norm, p_norm = ctx.saved_tensors
-        scale, p_norm = row_scale(live(largest), s_norm, p_norm), p_norm.clamp_min(0.5)
-        t = torch.mul(p, grad, out=ctx.memory.like(s, f"{ctx.name} gradient"))
-        c = t.sum(-1, keepdim=True)
-        torch.addcmul(grad, p, c / p_norm.square(), value=-1, out=t).mul_(slope)
-        dgamma = None
-        if ctx.needs_input_grad[1]:
-            terms = torch.mul(s, log, out=ctx.memory.like(s, f"{ctx.name} terms")).mul_(t)
-            dgamma = largest * scale * math.log(2) * terms.sum(-1, keepdim=True)
-        t.mul_(gamma * scale).addcmul_(s, live(largest) * c / (p_norm * s_norm.clamp_min(1)))
-        return zero_where_dead(t, s), dgamma, None, None
+        dtokens, dgamma, _ = Measured(*ctx.saved_tensors).gradients(grad, 1.0, ctx.memory, ctx.needs_input_grad[1])
+        return dtokens, dgamma, None, None
 
 
-def power(tokens: Tensor, gamma: Tensor, memory: Workspace, name: str) -> Tensor:
-    """:class:`Power` without a gradient."""
-    largest, s, s_norm = scaled(tokens, memory, name)
-    p = torch.log2(s, out=memory.like(s, f"{name} power")).mul_(gamma).exp2_()
-    p = zero_where_dead(p, s)
-    return p.mul_(row_scale(largest, s_norm, norm(p)))
+class Difference(torch.autograd.Function):
+    """Eqs. 5 and 7-8: the difference of the measured tokens and lam times the measured redundant ones."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, gamma: Tensor, redundant: Tensor, other_gamma: Tensor, lam: Tensor, memory: Workspace,
+        place: str,
+    ) -> Tensor:  # fmt: skip
+        """z, redundant (b, n, d), their gammas and lam (b, n, 1) -> (b, n, d)."""
+        measured = Measured.of(z, gamma, memory, f"{place} tokens")
+        other = Measured.of(redundant, other_gamma, memory, f"{place} redundant")
+        ctx.save_for_backward(*measured, *other, lam)
+        ctx.memory = memory
+        out = torch.mul(measured.p, measured.scale, out=memory.like(z, f"{place} difference"))
+        return out.addcmul_(other.p, lam * other.scale, value=-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, lam = ctx.saved_tensors
+        fields, needed = len(Measured._fields), ctx.needs_input_grad
+        dz, dgamma, _ = Measured(*saved[:fields]).gradients(grad, 1.0, ctx.memory, needed[1])
+        dredundant, dother, dweight = Measured(*saved[fields:]).gradients(grad, -lam, ctx.memory, needed[3])
+        return dz, dgamma, dredundant, dother, -dweight, None, None
 
 
-def scaled(tokens: Tensor, memory: Workspace, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """max r (b, n, 1); s (b, n, d), with the smallest normal number in place of zeros (on a CPU log2(0) is ten times
+def power(tokens: Tensor, gamma: Tensor, exact_zeros: bool, out: Tensor, memory: Workspace) -> tuple[Tensor, Tensor]:
+    """:class:`Measured` without a gradient: p and its scale.  ``out``, which may be the tokens, is overwritten.
+
+    Zeros are powers of the smallest normal number unless asked for as zeros: nothing, beside the row's largest.
+    """
+    largest, s, s_norm = scaled(tokens, out)
+    log = torch.log2(s, out=memory.like(s, "exact") if exact_zeros else s)
+    p = log.mul_(gamma).exp2_()
+    if exact_zeros:
+        p = zero_where_dead(p, s, out=s)
+    return p, row_scale(largest, s_norm, norm(p))
+
+
+def needs_exact_zeros(gamma: Tensor, options: Options) -> bool:
+    """Where small gammas lift tiny numbers, or a head without a positive entry is divided by its own mass."""
+    # Reading gamma would make other devices wait.
+    return gamma.device.type != "cpu" or options.normalization == "denominator" or bool((gamma < 0.5).any())
+
+
+def scaled(tokens: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """max r (b, n, 1); s (b, n, d), written into ``out``, with the smallest normal number in place of zeros (on a CPU log2(0) is ten times
     slower than log2); and |s| (b, n, 1)."""
     tiny = torch.finfo(tokens.dtype).tiny
     largest = tokens.amax(-1, keepdim=True)
     # (A product is five times faster than a quotient, and its rounding of the scale, common to the row, cancels.)
-    s = torch.mul(tokens, largest.clamp_min(tiny).reciprocal_(), out=memory.like(tokens, f"{name} s")).clamp_min_(tiny)
+    s = torch.mul(tokens, largest.clamp_min(tiny).reciprocal_(), out=out).clamp_min_(tiny)
     return largest, s, norm(s)
 
 
@@ -120,10 +199,10 @@ def row_scale(largest: Tensor, s_norm: Tensor, p_norm: Tensor) -> Tensor:
     return largest * live(largest) * (s_norm / p_norm.clamp_min(0.5))
 
 
-def zero_where_dead(values: Tensor, s: Tensor) -> Tensor:
-    """Zeros, in place, where s is no more than the smallest normal number."""
+def zero_where_dead(values: Tensor, s: Tensor, out: Tensor | None = None) -> Tensor:
+    """Zeros where s is no more than the smallest normal number, in place unless there is an ``out``."""
     tiny = torch.finfo(s.dtype).tiny
-    return torch.ops.aten.threshold_backward.grad_input(values, s, tiny, grad_input=values)
+    return torch.ops.aten.threshold_backward.grad_input(values, s, tiny, grad_input=values if out is None else out)
 
 
 def norm(tokens: Tensor) -> Tensor:
@@ -139,20 +218,25 @@ def tokens_of(
     indices: Indices,
     memory: Workspace,
     place: str,
+    disposable: bool,
 ) -> Tokens:
     """The queries (side "q") or keys ("k") of a block.  Decisions not yet in ``indices`` are taken and put there.
 
-    They lie in the workspace, and are good until tokens are made in the same ``place`` again.
+    They lie in the workspace, and are good until tokens are made in the same ``place`` again; without a gradient they
+    may take the place of z and redundant where these are ``disposable``.
     """
+    trained = torch.is_grad_enabled() and options.router_gradient != "none"
+    if options.differential == "token" and options.normalization != "denominator" and not trained:
+        assert redundant is not None
+        return Tokens([(difference(side, z, redundant, tables, indices, memory, place, disposable), None)])
     number = "qk".index(side)
 
     def decide(name: str, *parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
         straight_through = options.router_gradient == "straight_through"
-        if name in indices and not straight_through:
-            return indices[name].long(), None
         if not straight_through:
-            indices[name] = router_choices(*parts)
-            return indices[name], None
+            if name not in indices:
+                indices[name] = router_choices(*parts)
+            return indices[name].long(), None
         logits = router_logits(*parts)
         if name not in indices:
             indices[name] = logits.argmax(-1)
@@ -160,15 +244,19 @@ def tokens_of(
 
     def measure(name: str, tokens: Tensor, router: Tensor, place: str) -> Tensor:  # Eq. 6
         gamma = reference.choose(tables.gamma, *decide(name, (tokens, router)))[..., None]
-        function = Power.apply if torch.is_grad_enabled() else power
-        return function(tokens, gamma, memory, place)
+        if torch.is_grad_enabled():
+            return Power.apply(tokens, gamma, memory, place)
+        out = tokens if disposable else memory.like(tokens, f"{place} power")
+        p, scale = power(tokens, gamma, tables.exact_zeros, out, memory)
+        return p.mul_(scale)
 
     measured = measure(f"measure_{side}", z, tables.kernel_routers[number], f"{place} tokens")
     if options.differential == "off":
         return at_unit_scale(Tokens([(measured, measured)]), side, options)
 
     assert redundant is not None and tables.lam is not None and tables.differential_routers is not None
-    other = measure(f"measure_{side}_redundant", redundant, tables.kernel_routers[2 + number], f"{place} redundant")
+    router = tables.kernel_routers[2 + number]
+    other = measure(f"measure_{side}_redundant", redundant, router, f"{place} redundant")
     if options.differential == "map" and side == "k":
         return Tokens([(measured, measured), (other, other)])
 
@@ -180,6 +268,31 @@ def tokens_of(
     mass = torch.addcmul(measured, lam.abs(), other) if options.normalization == "denominator" else None
     subtract = torch.addcmul if torch.is_grad_enabled() else Tensor.addcmul_
     return at_unit_scale(Tokens([(subtract(measured, lam, other, value=-1), mass)]), side, options)
+
+
+def difference(
+    side: str, z: Tensor, redundant: Tensor, tables: Tables, indices: Indices, memory: Workspace, place: str,
+    disposable: bool,
+) -> Tensor:  # fmt: skip
+    """Eqs. 5-8 of one side in the common case: no denominator terms, and no gradients for the routers."""
+    assert tables.lam is not None and tables.differential_routers is not None
+    number, names = "qk".index(side), (f"measure_{side}", f"measure_{side}_redundant", f"differential_{side}")
+    if torch.is_grad_enabled():  # what was decided in the forward pass
+        index, other_index, choice = (indices[name].long()[..., None] for name in names)
+        gamma, other_gamma, lam = tables.gamma[index], tables.gamma[other_index], tables.lam[choice]
+        return Difference.apply(z, gamma, redundant, other_gamma, lam, memory, place)
+
+    def measure(name: str, tokens: Tensor, router: Tensor, place: str) -> tuple[Tensor, Tensor]:
+        indices[name] = router_choices((tokens, router))
+        out = tokens if disposable else memory.like(tokens, f"{place} power")
+        return power(tokens, tables.gamma[indices[name]][..., None], tables.exact_zeros, out, memory)
+
+    p, scale = measure(names[0], z, tables.kernel_routers[number], f"{place} tokens")
+    other, other_scale = measure(names[1], redundant, tables.kernel_routers[2 + number], f"{place} redundant")
+    # [Z, Z'] R = Z R[:d] + Z' R[d:] spares the concatenation of Eq. 7.
+    top, bottom = tables.differential_routers[number].tensor_split(2)
+    indices[names[2]] = router_choices((p, top, scale), (other, bottom, other_scale))
+    return p.mul_(scale).addcmul_(other, tables.lam[indices[names[2]]][..., None] * other_scale, value=-1)
 
 
 def at_unit_scale(tokens: Tokens, side: str, options: Options) -> Tokens:

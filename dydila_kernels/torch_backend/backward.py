@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dydila_kernels.torch_backend.blockwise import At, Block, BlockwiseForward, Decisions, States
+from dydila_kernels.torch_backend.blockwise import At, Block, BlockwiseForward, Decisions, States, unpack
 
 Receive = Callable[[At, Tensor], object]
 """Takes the gradient of a block of an input, and what is in memory there until the next block."""
@@ -24,7 +24,7 @@ Slot = tuple[Tensor, Callable[[Tensor], object]]
 def backward(
     call: BlockwiseForward,
     decisions: Decisions,
-    states: Sequence[States],
+    states: Tensor,
     grad: Tensor,
     inputs: Sequence[Receive | None],
     tables: Sequence[Tensor | None],
@@ -32,7 +32,7 @@ def backward(
     """Hands the gradients of the blocks of each input to what ``inputs`` has for it, and adds those of the tables to
     ``tables``; None where a gradient is not needed.
 
-    ``states``: what the forward pass of ``call`` returned; ``grad`` (B, N, d): of its output.
+    ``states``: what the forward pass of ``call`` returned, packed; ``grad`` (B, N, d): of its output.
     """
     table_slots: list[Slot] = [
         (t.requires_grad_(), total.add_)
@@ -55,7 +55,11 @@ def backward(
             for (_, receive), gradient in zip(slots, found, strict=True):
                 receive(gradient)
 
-    for (keys, queries), total in zip(call.walk(), states, strict=True):
+    for keys, queries in call.walk():
+        total = States()
+        if keys:
+            images = len(grad[keys[0].at])
+            total, states = unpack(states, images, call.options, grad.shape[-1])
         dstates = [torch.zeros_like(s) for s in total.states]
         slots = [(s.detach().requires_grad_(), d.add_) for s, d in zip(total.states, dstates, strict=True)]
         for block in queries:

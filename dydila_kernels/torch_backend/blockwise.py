@@ -12,8 +12,8 @@ over the ranks between the two walks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 from typing import Protocol
 
 import torch
@@ -85,15 +85,6 @@ class States:
     def __init__(self, states: Iterable[Tensor] = (), key_scales: Iterable[Tensor] = ()) -> None:
         self.states, self.key_scales = list(states), list(key_scales)
 
-    @property
-    def counts(self) -> tuple[int, int]:
-        return len(self.states), len(self.key_scales)
-
-    @classmethod
-    def of_tensors(cls, counts: Iterable[tuple[int, int]], tensors: Iterator[Tensor]) -> list[States]:
-        """Those whose states and scales follow each other in ``tensors``, so many of each."""
-        return [cls(islice(tensors, states), islice(tensors, scales)) for states, scales in counts]
-
     def add(self, partials: list[Tensor], key_scales: list[Tensor] | None) -> None:
         if not self.states:
             self.states, self.key_scales = partials, key_scales or []
@@ -121,6 +112,30 @@ def rescaled(states: list[Tensor], scales: list[Tensor], common: list[Tensor]) -
     factors = [scale / (c + (c == 0)) for scale, c in zip(scales, common, strict=True)]
     products = [s * f[..., None] for s, f in zip(states, factors, strict=False)]
     return products + [s * f for s, f in zip(states[len(factors) :], factors, strict=True)]
+
+
+def pack(states: Sequence[States], like: Tensor) -> Tensor:
+    """The states of all images as one tensor (elements,)."""
+    parts = [t.flatten() for total in states for t in total.states + total.key_scales]
+    return torch.cat(parts) if parts else like.new_empty(0)
+
+
+def unpack(flat: Tensor, images: int, options: Options, dim: int) -> tuple[States, Tensor]:
+    """The states of the first so many images in what :func:`pack` made, and the rest of it."""
+    shapes, maps = state_shapes(images, options, dim)
+    parts = flat.split([*map(math.prod, shapes), len(flat) - sum(map(math.prod, shapes))])
+    tensors = [part.view(shape) for part, shape in zip(parts, shapes, strict=False)]
+    counts = len(shapes) - (maps if options.normalization == "denominator" else 0)
+    return States(tensors[:counts], tensors[counts:]), parts[-1]
+
+
+def state_shapes(images: int, options: Options, dim: int) -> tuple[list[tuple[int, ...]], int]:
+    """Those of the tensors of :class:`States`, and the number of maps."""
+    maps, width = 2 if options.differential == "map" else 1, dim // options.num_heads
+    shapes: list[tuple[int, ...]] = [(images, options.num_heads, width, width)] * maps
+    if options.normalization == "denominator":
+        shapes += [(images, 1, dim)] * maps + [(images, 1, 1)] * maps
+    return shapes, maps
 
 
 class Blocks(Protocol):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from dydila_kernels import reference
 from dydila_kernels.precision import accumulation_dtype, no_autocast
 from dydila_kernels.torch_backend.backward import backward
 from dydila_kernels.torch_backend.blocks import differentiable_gradients, takes_plain_path, workspace
-from dydila_kernels.torch_backend.blockwise import At, BlockwiseForward, Decisions, States
+from dydila_kernels.torch_backend.blockwise import At, BlockwiseForward, Decisions, pack
 from dydila_kernels.torch_backend.depthwise import depthwise
 from dydila_kernels.torch_backend.tokens import Indices
 from dydila_kernels.types import Convolution, CoreInputs, Options, Ranks, decision_names
@@ -62,18 +61,15 @@ class Attention(torch.autograd.Function):
             decisions = Decisions.of(call)
             totals = call.forward(lambda block, tokens: out[block.at].copy_(tokens), decisions.write)
         ctx.options, ctx.cu_seqlens, ctx.ranks = options, cu_seqlens, ranks
-        ctx.state_counts = [total.counts for total in totals]
-        kept = chain(*(total.states + total.key_scales for total in totals))
-        ctx.save_for_backward(mask, *tensors, *decisions.tensors.values(), *kept)
+        ctx.save_for_backward(mask, *tensors, *decisions.tensors.values(), pack(totals, call.tables.gamma))
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mask, *saved = ctx.saved_tensors
         fields = len(CoreInputs._fields) + 2
-        tensors, rest = saved[:fields], iter(saved[fields:])
-        names = decision_names(ctx.options.differential)
-        decisions = Decisions(names, [next(rest) for _ in names])
+        tensors, taken, states = saved[:fields], saved[fields:-1], saved[-1]
+        decisions = Decisions(decision_names(ctx.options.differential), taken)
         needed = ctx.needs_input_grad[4:]
         if torch.is_grad_enabled():
             if ctx.ranks is not None:
@@ -102,7 +98,7 @@ class Attention(torch.autograd.Function):
             receivers = [
                 None if t is None else partial(write if i < INPUTS else add, t) for i, t in enumerate(totals[:TOKENS])
             ]
-            backward(call, decisions, States.of_tensors(ctx.state_counts, rest), grad, receivers, tables)
+            backward(call, decisions, states, grad, receivers, tables)
         totals[TOKENS:] = tables
         grads = [None if total is None else total.to(t.dtype) for total, t in zip(totals, saved[:fields], strict=True)]
         return None, None, None, None, *grads

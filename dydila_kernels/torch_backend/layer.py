@@ -13,7 +13,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dydila_kernels.precision import accumulation_dtype
 from dydila_kernels.torch_backend.blocks import Workspace, workspace
 from dydila_kernels.torch_backend.blockwise import At, Block, BlockwiseForward
 from dydila_kernels.torch_backend.depthwise import ValueBlocks
@@ -68,7 +67,7 @@ class LazyBlocks:
 
 
 class LazyTokens:
-    """q, k, v, q', k' of the tokens x, made block by block, in the workspace or, where they are to be kept, in ``kept``.
+    """q, k, v, q', k' of the tokens x, made block by block: in the workspace, or in ``kept`` where that is given.
 
     Keys, and with them the values, come before the queries of an image: until the output takes its place, y holds the
     convolution that ``values`` makes.

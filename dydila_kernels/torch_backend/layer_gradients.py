@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from dydila_kernels import reference
 from dydila_kernels.precision import accumulation_dtype
 from dydila_kernels.torch_backend.backward import Receive, backward
 from dydila_kernels.torch_backend.blocks import Workspace, differentiable_gradients, workspace
-from dydila_kernels.torch_backend.blockwise import At, BlockwiseForward, Decisions, States
+from dydila_kernels.torch_backend.blockwise import At, BlockwiseForward, Decisions, pack
 from dydila_kernels.torch_backend.core import plain_attention
 from dydila_kernels.torch_backend.depthwise import add_depthwise, gradients, plain_depthwise
 from dydila_kernels.torch_backend.layer import LazyTokens, without_gradients
@@ -86,70 +85,93 @@ class Differentiable(NamedTuple):
         )
 
 
+def forward(call: Call, given: Differentiable) -> tuple[Tensor, ...]:
+    """The output, and what :func:`backward_of` needs beside the arguments."""
+    x, weights = given.x, given.weights(call.grids)
+    routed = bool(weights.projectors) and call.options.differential != "off"
+    kept = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(5 if routed else 3)]
+    attended = torch.empty_like(kept[0])
+    with workspace() as memory:
+        tokens = LazyTokens(x, weights, call.options, call.mask, memory, kept=kept)
+        inputs = [*tokens.inputs(), *(call.options.rotary or (None, None))]
+        blocks = BlockwiseForward(call.options, call.mask, call.cu_seqlens, inputs, weights.tables, x, memory)
+        decisions = Decisions.of(blocks)
+        states = blocks.forward(lambda block, out: attended[block.at].copy_(out), decisions.write)
+    if given.kernel is not None:
+        add_depthwise(attended, kept[2], given.kernel, given.kernel_bias, list(frames_of(call.grids)))
+    choices = () if tokens.choices is None else (tokens.choices,)
+    y = F.linear(attended, *weights.proj)
+    return y, *kept, attended, *choices, *decisions.tensors.values(), pack(states, x)
+
+
+class Saved(NamedTuple):
+    """What :func:`forward` returns beside the output."""
+
+    kept: Sequence[Tensor | None]
+    attended: Tensor
+    choices: Tensor | None
+    decisions: Decisions
+    states: Tensor
+
+    @classmethod
+    def of(cls, call: Call, given: Differentiable, tensors: Sequence[Tensor]) -> Saved:
+        names, routed = decision_names(call.options.differential), given.projector_q is not None
+        count = 5 if routed and call.options.differential != "off" else 3
+        kept = [*tensors[:count], *(None,) * (5 - count)]
+        decisions = Decisions(names, tensors[-1 - len(names) : -1])
+        return cls(kept, tensors[count], tensors[count + 1] if routed else None, decisions, tensors[-1])
+
+
+def backward_of(
+    call: Call, given: Differentiable, needed: Differentiable, saved: Saved, grad: Tensor
+) -> Differentiable:
+    """The gradients of what is ``needed`` (booleans), None elsewhere, from that of the output."""
+    total = Differentiable(
+        *(zeros(t) if need and t is not None else None for t, need in zip(given, needed, strict=True))
+    )
+    weights = given.weights(call.grids)
+    if total.proj is not None:
+        torch.mm(grad.flatten(0, 1).T, saved.attended.flatten(0, 1), out=total.proj)
+    if total.proj_bias is not None:
+        torch.sum(grad, (0, 1), out=total.proj_bias)
+    dattended = grad @ given.proj
+    dv = None
+    if given.kernel is not None:
+        v, grids = saved.kept[2], list(frames_of(call.grids))
+        assert v is not None
+        wanted = (needed.x or needed.qkv or needed.qkv_bias, needed.kernel, needed.kernel_bias)
+        dv, dkernel, dbias = gradients(dattended, v, given.kernel, given.kernel_bias, grids, wanted)
+        total = total._replace(kernel=dkernel, kernel_bias=dbias)
+    with workspace() as memory:
+        inputs = [*saved.kept, *(call.options.rotary or (None, None))]
+        blocks = BlockwiseForward(call.options, call.mask, call.cu_seqlens, inputs, weights.tables, given.x, memory)
+        receivers = receivers_of(call, given, total, saved.choices, dv, memory)
+        tables = (total.gamma, total.lam, None, None)
+        backward(blocks, saved.decisions, saved.states, dattended, receivers, tables)
+    return total
+
+
 class Layer(torch.autograd.Function):
     """Eqs. 1-9 and the output projection, differentiable with respect to x and all weights but the routers'."""
 
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Any) -> Tensor:
-        given = Differentiable(*tensors)
-        x, weights = given.x, given.weights(call.grids)
-        routed = bool(weights.projectors) and call.options.differential != "off"
-        kept = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(5 if routed else 3)]
-        attended = torch.empty_like(kept[0])
-        with workspace() as memory:
-            tokens = LazyTokens(x, weights, call.options, call.mask, memory, kept=kept)
-            inputs = [*tokens.inputs(), *(call.options.rotary or (None, None))]
-            blocks = BlockwiseForward(call.options, call.mask, call.cu_seqlens, inputs, weights.tables, x, memory)
-            decisions = Decisions.of(blocks)
-            states = blocks.forward(lambda block, out: attended[block.at].copy_(out), decisions.write)
-        if given.kernel is not None:
-            add_depthwise(attended, kept[2], given.kernel, given.kernel_bias, list(frames_of(call.grids)))
-        ctx.call, ctx.state_counts = call, [total.counts for total in states]
-        ctx.count = len(kept)
-        flat = chain(*(total.states + total.key_scales for total in states))
-        ctx.save_for_backward(*tensors, *kept, attended, tokens.choices, *decisions.tensors.values(), *flat)
-        return F.linear(attended, *weights.proj)
+        y, *saved = forward(call, Differentiable(*tensors))
+        ctx.call = call
+        ctx.save_for_backward(*tensors, *saved)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
-        saved = iter(ctx.saved_tensors)
-        given = Differentiable(*(next(saved) for _ in Differentiable._fields))
-        kept: list[Tensor | None] = [next(saved) for _ in range(ctx.count)]
-        attended, choices = next(saved), next(saved)
-        names = decision_names(call.options.differential)
-        decisions = Decisions(names, [next(saved) for _ in names])
-        states = States.of_tensors(ctx.state_counts, saved)
+        fields = len(Differentiable._fields)
+        given = Differentiable(*ctx.saved_tensors[:fields])
+        saved = Saved.of(call, given, ctx.saved_tensors[fields:])
         needed = Differentiable(*ctx.needs_input_grad[1:])
         if torch.is_grad_enabled():
-            plain = partial(plain_layer, call, choices, decisions.tensors)
+            plain = partial(plain_layer, call, saved.choices, saved.decisions.tensors)
             return None, *differentiable_gradients(plain, given, needed, grad)
-
-        total = Differentiable(
-            *(zeros(t) if need and t is not None else None for t, need in zip(given, needed, strict=True))
-        )
-        weights = given.weights(call.grids)
-        if total.proj is not None:
-            torch.mm(grad.flatten(0, 1).T, attended.flatten(0, 1), out=total.proj)
-        if total.proj_bias is not None:
-            torch.sum(grad, (0, 1), out=total.proj_bias)
-        dattended = grad @ given.proj
-        dv = None
-        if given.kernel is not None:
-            v, grids = kept[2], list(frames_of(call.grids))
-            assert v is not None
-            wanted = (needed.x or needed.qkv or needed.qkv_bias, needed.kernel, needed.kernel_bias)
-            dv, dkernel, dbias = gradients(dattended, v, given.kernel, given.kernel_bias, grids, wanted)
-            total = total._replace(kernel=dkernel, kernel_bias=dbias)
-
-        with workspace() as memory:
-            rotary = call.options.rotary or (None, None)
-            inputs = [*kept, *(None,) * (5 - len(kept)), *rotary]
-            blocks = BlockwiseForward(call.options, call.mask, call.cu_seqlens, inputs, weights.tables, given.x, memory)
-            receivers = receivers_of(call, given, total, choices, dv, memory)
-            tables = (total.gamma, total.lam, None, None)
-            backward(blocks, decisions, states, dattended, receivers, tables)
-        return None, *total
+        return None, *backward_of(call, given, needed, saved, grad)
 
 
 def zeros(t: Tensor) -> Tensor:

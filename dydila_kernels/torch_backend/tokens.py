@@ -180,8 +180,10 @@ def needs_exact_zeros(gamma: Tensor, options: Options) -> bool:
 
 
 def scaled(tokens: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """max r (b, n, 1); s (b, n, d), written into ``out``, with the smallest normal number in place of zeros (on a CPU log2(0) is ten times
-    slower than log2); and |s| (b, n, 1)."""
+    """max r (b, n, 1); s (b, n, d), written into ``out``; and |s| (b, n, 1).
+
+    Zeros become the smallest normal number: on a CPU log2(0) is ten times slower than log2.
+    """
     tiny = torch.finfo(tokens.dtype).tiny
     largest = tokens.amax(-1, keepdim=True)
     # (A product is five times faster than a quotient, and its rounding of the scale, common to the row, cancels.)

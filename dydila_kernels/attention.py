@@ -19,7 +19,7 @@ from dydila_kernels.norms import NORMS, check_norm, norm_of, normed
 from dydila_kernels.precision import autocast_dtype
 from dydila_kernels.projection import DynamicProjection
 from dydila_kernels.routing import Routing
-from dydila_kernels.torch_backend import depthwise, takes_plain_path
+from dydila_kernels.torch_backend import depthwise, takes_blocks
 from dydila_kernels.types import (
     Backend,
     Convolution,
@@ -322,7 +322,7 @@ class DyDiLAttention(nn.Module):
         """All weights, where nothing asks for the tensors in between: no autocast, tracer, or module whose call is more
         than its equation; nor gradients that the layer in blocks has not."""
         x, linears = call.x, (self.qkv, self.proj)
-        if autocast_dtype(x.device) is not None or takes_plain_path(x):
+        if autocast_dtype(x.device) is not None or not takes_blocks(x):
             return None
         projections = [p for p in (self.projection_q, self.projection_k) if p is not None]
         if not all(is_plain(linear, nn.Linear) for linear in linears):

@@ -9,10 +9,10 @@ float64 inputs); only inputs and outputs are in a lower dtype.
 equations of :mod:`dydila_kernels.reference` in one piece instead, in the same arithmetic.
 """
 
-from dydila_kernels.torch_backend.blocks import is_transformed, takes_plain_path
+from dydila_kernels.torch_backend.blocks import is_transformed, takes_blocks, takes_plain_path
 from dydila_kernels.torch_backend.core import attend, decisions
 from dydila_kernels.torch_backend.depthwise import depthwise
-from dydila_kernels.torch_backend.layer_gradients import differentiates, layer
+from dydila_kernels.torch_backend.layer_operators import differentiates, layer
 from dydila_kernels.torch_backend.projection import project, projection_logits, route, straight_through
 
 __all__ = [
@@ -26,5 +26,6 @@ __all__ = [
     "projection_logits",
     "route",
     "straight_through",
+    "takes_blocks",
     "takes_plain_path",
 ]

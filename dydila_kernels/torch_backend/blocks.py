@@ -111,6 +111,16 @@ def takes_plain_path(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.device.type == "meta" for t in tensors)
 
 
+def takes_blocks(*tensors: Tensor | None) -> bool:
+    """Whether a layer of these tensors is to run block by block: also where ``torch.compile`` traces it on a CPU, but
+    not where an exported program is to be portable (and torch 2.6 does not tell which)."""
+    if not torch.compiler.is_compiling():
+        return not takes_plain_path(*tensors)
+    on_cpu = all(t is None or t.device.type == "cpu" for t in tensors)
+    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+    return on_cpu and not exporting() and not is_transformed()
+
+
 def is_transformed() -> bool:
     """Whether torch.func or forward-mode AD want more than numbers of an operation."""
     # Within a dual_level any tensor may have a tangent, and asking each would take longer than a kernel.

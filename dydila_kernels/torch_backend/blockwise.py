@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dydila_kernels.precision import accumulation_dtype
-from dydila_kernels.torch_backend.blocks import ImageRanges, Workspace, all_blocks, block_rows
+from dydila_kernels.torch_backend.blocks import ROW_TILE, ImageRanges, Workspace, all_blocks, block_rows
 from dydila_kernels.torch_backend.linear_attention import readout, states_of, states_pay, whole_attention
 from dydila_kernels.torch_backend.tokens import Indices, Tables, Tokens, needs_exact_zeros, tokens_of
 from dydila_kernels.types import Options, Ranks, decision_names
@@ -138,6 +138,25 @@ def state_shapes(images: int, options: Options, dim: int) -> tuple[list[tuple[in
     return shapes, maps
 
 
+def state_elements(like: Tensor, options: Options, cu_seqlens: Sequence[int] | None) -> int:
+    """Of what :func:`pack` makes of a call with tokens ``like`` (B, N, d)."""
+    batch, length, dim = like.shape
+    rows = rows_of(like, differentiated=True)
+    bounds = [0, length] if cu_seqlens is None else cu_seqlens
+    separate = [
+        stop > start
+        and (states_pay(stop - start, dim, options.num_heads) or stop - start > rows - rows % min(rows, ROW_TILE))
+        for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
+    ]
+    shapes, _ = state_shapes(1, options, dim)
+    return sum(map(math.prod, shapes)) * batch * sum(separate)
+
+
+def rows_of(tokens: Tensor, differentiated: bool) -> int:
+    """Rows of a block; beside gradients there are twice as many temporaries."""
+    return max(1, block_rows(tokens.shape[-1], tokens.device) // (2 if differentiated else 1))
+
+
 class Blocks(Protocol):
     """What a call reads a (B, N, d) input through: a tensor, or something that makes a block when it is asked for."""
 
@@ -192,9 +211,8 @@ class BlockwiseForward:
                 )
 
     def blocks(self) -> Iterator[ImageRanges]:
-        batch, length, dim = self.like.shape
-        # Beside gradients there are twice as many temporaries.
-        rows = max(1, block_rows(dim, self.like.device) // (2 if self.differentiated else 1))
+        batch, length, _ = self.like.shape
+        rows = rows_of(self.like, self.differentiated)
         if self.ranks is None:
             yield from all_blocks(self.like, self.cu_seqlens, rows)
             return
@@ -253,9 +271,7 @@ class Decisions:
 
     @classmethod
     def of(cls, call: BlockwiseForward) -> Decisions:
-        routers = (call.tables.kernel_routers, call.tables.differential_routers)
-        most = max(router.shape[-1] for router in routers if router is not None)
-        dtype = torch.uint8 if most <= 256 else torch.int32
+        dtype = decision_dtype(call.tables.kernel_routers, call.tables.differential_routers)
         names = decision_names(call.options.differential)
         return cls(names, [torch.zeros(call.like.shape[:2], dtype=dtype, device=call.like.device) for _ in names])
 
@@ -265,3 +281,8 @@ class Decisions:
 
     def read(self, block: Block) -> Indices:
         return {name: index[block.at] for name, index in self.tensors.items()}
+
+
+def decision_dtype(*routers: Tensor | None) -> torch.dtype:
+    """The smallest that holds what these routers, (..., choices), choose."""
+    return torch.uint8 if max(router.shape[-1] for router in routers if router is not None) <= 256 else torch.int32

@@ -16,13 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dydila_kernels import reference
-from dydila_kernels.precision import accumulation_dtype
 from dydila_kernels.torch_backend.backward import Receive, backward
 from dydila_kernels.torch_backend.blocks import Workspace, differentiable_gradients, workspace
 from dydila_kernels.torch_backend.blockwise import At, BlockwiseForward, Decisions, pack
 from dydila_kernels.torch_backend.core import plain_attention
 from dydila_kernels.torch_backend.depthwise import add_depthwise, gradients, plain_depthwise
-from dydila_kernels.torch_backend.layer import LazyTokens, without_gradients
+from dydila_kernels.torch_backend.layer import LazyTokens
 from dydila_kernels.torch_backend.projection import project_block_backward
 from dydila_kernels.torch_backend.tokens import Indices
 from dydila_kernels.types import (
@@ -243,26 +242,3 @@ def plain_layer(call: Call, choices: Tensor | None, indices: Indices, *tensors: 
     if given.kernel is not None:
         out = plain_depthwise(out, v, given.kernel, given.kernel_bias, call.grids)
     return F.linear(out, given.proj, given.proj_bias)
-
-
-def layer(
-    x: Tensor, weights: LayerWeights, options: Options, mask: Tensor | None, cu_seqlens: Sequence[int] | None
-) -> Tensor:
-    """Eqs. 1-9 and the output projection for validated arguments: (B, N, d), contiguous.
-
-    x (B, N, d), in the dtype of the weights and zero where the mask has no token.  Gradients are to be asked for only
-    where :func:`differentiates`.
-    """
-    tensors = Differentiable.of(x, weights)
-    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
-        return without_gradients(x, weights, options, mask, cu_seqlens)
-    grids = [] if weights.convolution is None else weights.convolution.grids
-    return Layer.apply(Call(options, mask, cu_seqlens, grids), *tensors)
-
-
-def differentiates(x: Tensor, weights: LayerWeights, options: Options) -> bool:
-    """Whether :func:`layer` has all gradients that may be asked for: not those of norms, routers and rotary tables, and
-    not in a dtype in which those of the weights cannot be summed over the blocks."""
-    exact = all(t is None or t.dtype == accumulation_dtype(x.dtype) for t in Differentiable.of(x, weights))
-    rotated = options.rotary is not None and any(t.requires_grad for t in options.rotary)
-    return exact and not weights.norms and options.router_gradient == "none" and not rotated

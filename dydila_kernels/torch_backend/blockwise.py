@@ -47,10 +47,14 @@ class Block:
         wanted = INPUTS_OF[self.kind]
         return [None if t is None or i not in wanted else t[self.at] for i, t in enumerate(self.call.inputs)]
 
+    def loaded(self, cut: list[Tensor | None]) -> list[Tensor | None]:
+        """The same in the accumulation dtype, with zeros where the mask has no token."""
+        return [self.call.load(t, self.at) for t in cut]
+
     def sides(self, cut: list[Tensor | None], indices: Indices) -> tuple[Tokens | None, Tokens | None, Tensor | None]:
         """Queries, keys and values.  Decisions not found in ``indices`` are taken and put there."""
         call = self.call
-        q, k, v, q_redundant, k_redundant, cos, sin = (call.load(t, self.at) for t in cut)
+        q, k, v, q_redundant, k_redundant, cos, sin = self.loaded(cut)
         places = ("queries", "keys") if self.kind == "whole" else ("side", "side")  # of one side at a time
         queries = None if q is None else self.tokens("q", q, q_redundant, indices, places[0])
         keys = None if k is None else self.tokens("k", k, k_redundant, indices, places[1])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dydila_kernels import reference
 from dydila_kernels.precision import accumulation_dtype, no_autocast
-from dydila_kernels.torch_backend.backward import backward
+from dydila_kernels.torch_backend.backward import Backward
 from dydila_kernels.torch_backend.blocks import differentiable_gradients, takes_plain_path, workspace
 from dydila_kernels.torch_backend.blockwise import At, BlockwiseForward, Decisions, pack
 from dydila_kernels.torch_backend.depthwise import depthwise
@@ -98,7 +98,7 @@ class Attention(torch.autograd.Function):
             receivers = [
                 None if t is None else partial(write if i < INPUTS else add, t) for i, t in enumerate(totals[:TOKENS])
             ]
-            backward(call, decisions, states, grad, receivers, tables)
+            Backward(call, decisions, receivers, tables).run(states, grad)
         totals[TOKENS:] = tables
         grads = [None if total is None else total.to(t.dtype) for total, t in zip(totals, saved[:fields], strict=True)]
         return None, None, None, None, *grads

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dydila_kernels import reference
-from dydila_kernels.torch_backend.backward import Receive, backward
+from dydila_kernels.torch_backend.backward import Backward, Receive
 from dydila_kernels.torch_backend.blocks import Workspace, differentiable_gradients, workspace
 from dydila_kernels.torch_backend.blockwise import At, BlockwiseForward, Decisions, pack
 from dydila_kernels.torch_backend.core import plain_attention
@@ -146,7 +146,7 @@ def backward_of(
         blocks = BlockwiseForward(call.options, call.mask, call.cu_seqlens, inputs, weights.tables, given.x, memory)
         receivers = receivers_of(call, given, total, saved.choices, dv, memory)
         tables = (total.gamma, total.lam, None, None)
-        backward(blocks, saved.decisions, saved.states, dattended, receivers, tables)
+        Backward(blocks, saved.decisions, receivers, tables).run(saved.states, dattended)
     return total
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dydila_kernels.precision import accumulation_dtype
+from dydila_kernels.torch_backend.backward import is_explicit
 from dydila_kernels.torch_backend.blockwise import decision_dtype, state_elements
 from dydila_kernels.torch_backend.layer import without_gradients
 from dydila_kernels.torch_backend.layer_gradients import Call, Differentiable, Layer, Saved, backward_of, forward
@@ -126,7 +127,9 @@ def layer(
 
 def differentiates(x: Tensor, weights: LayerWeights, options: Options) -> bool:
     """Whether :func:`layer` has all gradients that may be asked for: not those of norms, routers and rotary tables, and
-    not in a dtype in which those of the weights cannot be summed over the blocks."""
+    not in a dtype in which those of the weights cannot be summed over the blocks.  Within an operator there is no
+    autograd."""
     exact = all(t is None or t.dtype == accumulation_dtype(x.dtype) for t in Differentiable.of(x, weights))
     rotated = options.rotary is not None and any(t.requires_grad for t in options.rotary)
-    return exact and not weights.norms and options.router_gradient == "none" and not rotated
+    explicit = not torch.compiler.is_compiling() or is_explicit(options)
+    return exact and explicit and not weights.norms and options.router_gradient == "none" and not rotated

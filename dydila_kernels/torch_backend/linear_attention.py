@@ -22,6 +22,11 @@ def heads(tokens: Tensor, num_heads: int) -> Tensor:
     return tokens.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
+def merged(per_head: Tensor) -> Tensor:
+    """(b, H, n, e) -> (b, n, d)."""
+    return per_head.transpose(1, 2).flatten(2)
+
+
 def states_pay(tokens: int, dim: int, num_heads: int) -> bool:
     """Whether Q (K^T V) costs no more than (Q K^T) V for images of so many tokens: N >= e."""
     return tokens >= dim // num_heads
@@ -41,33 +46,30 @@ def outer(left: Tensor, right: Tensor, num_heads: int) -> Tensor:
 
 
 class Read(torch.autograd.Function):
-    """:func:`read`, and its gradients; without a ``value`` what is returned holds no numbers, and has gradients."""
+    """:func:`read`, and its gradients."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, states: Tensor, memory: Workspace, name: str, value: bool) -> Tensor:
+    def forward(ctx: Any, tokens: Tensor, states: Tensor, memory: Workspace, name: str) -> Tensor:
         ctx.save_for_backward(tokens, states)
         ctx.memory, ctx.name = memory, name
-        return read(tokens, states, memory, name) if value else memory.like(tokens, name)
+        return read(tokens, states, memory, name)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tokens, states = ctx.saved_tensors
         dtokens = read(grad, states.mT, ctx.memory, f"{ctx.name} gradient")
-        return dtokens, outer(tokens, grad, states.shape[1]), None, None, None
+        return dtokens, outer(tokens, grad, states.shape[1]), None, None
 
 
 class Outer(torch.autograd.Function):
-    """:func:`outer`, and its gradients; ``value`` as in :class:`Read`."""
+    """:func:`outer`, and its gradients."""
 
     @staticmethod
-    def forward(
-        ctx: Any, left: Tensor, right: Tensor, num_heads: int, memory: Workspace, name: str, value: bool
-    ) -> Tensor:
+    def forward(ctx: Any, left: Tensor, right: Tensor, num_heads: int, memory: Workspace, name: str) -> Tensor:
         ctx.save_for_backward(left, right)
         ctx.memory, ctx.name = memory, name
-        dim = left.shape[-1] // num_heads
-        return outer(left, right, num_heads) if value else left.new_empty(len(left), num_heads, dim, dim)
+        return outer(left, right, num_heads)
 
     @staticmethod
     @once_differentiable
@@ -75,7 +77,7 @@ class Outer(torch.autograd.Function):
         left, right = ctx.saved_tensors
         dleft = read(right, grad.mT, ctx.memory, f"{ctx.name} left") if ctx.needs_input_grad[0] else None
         dright = read(left, grad, ctx.memory, f"{ctx.name} right") if ctx.needs_input_grad[1] else None
-        return dleft, dright, None, None, None, None
+        return dleft, dright, None, None, None
 
 
 def key_masses(keys: Tokens, options: Options) -> list[Tensor]:
@@ -86,10 +88,8 @@ def key_masses(keys: Tokens, options: Options) -> list[Tensor]:
 
 def states_of(keys: Tokens, v: Tensor, scale: Tensor | float, options: Options, memory: Workspace) -> list[Tensor]:
     """What a block of keys adds to the states; ``scale`` (b, 1, 1, 1) is 1/count under "length", else 1."""
-    value = not torch.is_grad_enabled()  # of the backward pass they are the end
     products = [
-        Outer.apply(k, v, options.num_heads, memory, f"product {i}", value) * scale
-        for i, (k, _) in enumerate(keys.maps)
+        Outer.apply(k, v, options.num_heads, memory, f"product {i}") * scale for i, (k, _) in enumerate(keys.maps)
     ]
     return products + key_masses(keys, options)
 
@@ -97,9 +97,8 @@ def states_of(keys: Tokens, v: Tensor, scale: Tensor | float, options: Options, 
 def readout(queries: Tokens, states: list[Tensor], options: Options, memory: Workspace) -> Tensor:
     """Q S, normalised: (b, n, d)."""
     maps = len(queries.maps)
-    value = not torch.is_grad_enabled() or len(states) > 1  # else they are the end of the backward pass
     products = [
-        Read.apply(q, state, memory, f"product {i}", value)
+        Read.apply(q, state, memory, f"product {i}")
         for i, ((q, _), state) in enumerate(zip(queries.maps, states[:maps], strict=True))
     ]
     return combine(queries, products, states[maps:], options)
@@ -112,7 +111,7 @@ def whole_attention(queries: Tokens, keys: Tokens, v: Tensor, scale: Tensor | fl
         ((heads(q, options.num_heads) @ heads(k, options.num_heads).mT) * scale) @ values
         for (q, _), (k, _) in zip(queries.maps, keys.maps, strict=True)
     ]
-    return combine(queries, [p.transpose(1, 2).flatten(2) for p in products], key_masses(keys, options), options)
+    return combine(queries, [merged(p) for p in products], key_masses(keys, options), options)
 
 
 def combine(queries: Tokens, products: list[Tensor], masses: list[Tensor], options: Options) -> Tensor:

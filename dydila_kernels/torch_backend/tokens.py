@@ -90,9 +90,7 @@ class Measured(NamedTuple):
     def scale(self) -> Tensor:
         return row_scale(self.largest, self.s_norm, self.p_norm)
 
-    def gradients(
-        self, grad: Tensor, weight: Tensor | float, memory: Workspace, need_gamma: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    def gradients(self, grad: Tensor, weight: Tensor | float, memory: Workspace) -> tuple[Tensor, Tensor, Tensor]:
         """Of tokens, gamma and weight, from the gradient G of ``weight`` (b, n, 1) times the result.
 
         With c = p.G and t = G - p c / |p|^2,
@@ -108,9 +106,7 @@ class Measured(NamedTuple):
         terms = torch.mul(p, grad, out=memory.like(s, "terms"))
         c = terms.sum(-1, keepdim=True)
         t = torch.addcmul(grad, p, c / p_norm.square(), value=-1, out=p).mul_(slope)
-        dgamma = None
-        if need_gamma:
-            dgamma = weight * math.log(2) * self.scale * log.mul_(s).mul_(t).sum(-1, keepdim=True)
+        dgamma = weight * math.log(2) * self.scale * log.mul_(s).mul_(t).sum(-1, keepdim=True)
         ratio = weight * alive * (s_norm / p_norm)
         t.mul_(gamma * ratio).addcmul_(s, weight * alive * c / (p_norm * s_norm.clamp_min(1)))
         return zero_where_dead(t, s), dgamma, self.scale * c
@@ -130,34 +126,34 @@ class Power(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dtokens, dgamma, _ = Measured(*ctx.saved_tensors).gradients(grad, 1.0, ctx.memory, ctx.needs_input_grad[1])
+        dtokens, dgamma, _ = Measured(*ctx.saved_tensors).gradients(grad, 1.0, ctx.memory)
         return dtokens, dgamma, None, None
 
 
-class Difference(torch.autograd.Function):
-    """Eqs. 5 and 7-8: the difference of the measured tokens and lam times the measured redundant ones."""
+class Difference(NamedTuple):
+    """Eqs. 7-8: the difference ``hat`` (b, n, d) of measured tokens and lam (b, n, 1) times measured redundant ones."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, z: Tensor, gamma: Tensor, redundant: Tensor, other_gamma: Tensor, lam: Tensor, memory: Workspace,
+    measured: Measured
+    other: Measured
+    lam: Tensor
+    hat: Tensor
+
+    @classmethod
+    def of(
+        cls, z: Tensor, redundant: Tensor, gamma: Tensor, other_gamma: Tensor, lam: Tensor, memory: Workspace,
         place: str,
-    ) -> Tensor:  # fmt: skip
-        """z, redundant (b, n, d), their gammas and lam (b, n, 1) -> (b, n, d)."""
+    ) -> Difference:  # fmt: skip
+        """z, redundant (b, n, d), their gammas and lam (b, n, 1)."""
         measured = Measured.of(z, gamma, memory, f"{place} tokens")
         other = Measured.of(redundant, other_gamma, memory, f"{place} redundant")
-        ctx.save_for_backward(*measured, *other, lam)
-        ctx.memory = memory
-        out = torch.mul(measured.p, measured.scale, out=memory.like(z, f"{place} difference"))
-        return out.addcmul_(other.p, lam * other.scale, value=-1)
+        hat = torch.mul(measured.p, measured.scale, out=memory.like(z, f"{place} difference"))
+        return cls(measured, other, lam, hat.addcmul_(other.p, lam * other.scale, value=-1))
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, lam = ctx.saved_tensors
-        fields, needed = len(Measured._fields), ctx.needs_input_grad
-        dz, dgamma, _ = Measured(*saved[:fields]).gradients(grad, 1.0, ctx.memory, needed[1])
-        dredundant, dother, dweight = Measured(*saved[fields:]).gradients(grad, -lam, ctx.memory, needed[3])
-        return dz, dgamma, dredundant, dother, -dweight, None, None
+    def gradients(self, grad: Tensor, memory: Workspace) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Of z, redundant, their gammas and lam, from that of ``hat``; see :meth:`Measured.gradients`."""
+        dz, dgamma, _ = self.measured.gradients(grad, 1.0, memory)
+        dredundant, dother, dweight = self.other.gradients(grad, -self.lam, memory)
+        return dz, dredundant, dgamma, dother, -dweight
 
 
 def power(tokens: Tensor, gamma: Tensor, exact_zeros: bool, out: Tensor, memory: Workspace) -> tuple[Tensor, Tensor]:
@@ -227,8 +223,7 @@ def tokens_of(
     They lie in the workspace, and are good until tokens are made in the same ``place`` again; without a gradient they
     may take the place of z and redundant where these are ``disposable``.
     """
-    trained = torch.is_grad_enabled() and options.router_gradient != "none"
-    if options.differential == "token" and options.normalization != "denominator" and not trained:
+    if options.differential == "token" and options.normalization != "denominator" and not torch.is_grad_enabled():
         assert redundant is not None
         return Tokens([(difference(side, z, redundant, tables, indices, memory, place, disposable), None)])
     number = "qk".index(side)
@@ -276,13 +271,9 @@ def difference(
     side: str, z: Tensor, redundant: Tensor, tables: Tables, indices: Indices, memory: Workspace, place: str,
     disposable: bool,
 ) -> Tensor:  # fmt: skip
-    """Eqs. 5-8 of one side in the common case: no denominator terms, and no gradients for the routers."""
+    """Eqs. 5-8 of one side without gradients or denominator terms."""
     assert tables.lam is not None and tables.differential_routers is not None
     number, names = "qk".index(side), (f"measure_{side}", f"measure_{side}_redundant", f"differential_{side}")
-    if torch.is_grad_enabled():  # what was decided in the forward pass
-        index, other_index, choice = (indices[name].long()[..., None] for name in names)
-        gamma, other_gamma, lam = tables.gamma[index], tables.gamma[other_index], tables.lam[choice]
-        return Difference.apply(z, gamma, redundant, other_gamma, lam, memory, place)
 
     def measure(name: str, tokens: Tensor, router: Tensor, place: str) -> tuple[Tensor, Tensor]:
         indices[name] = router_choices((tokens, router))

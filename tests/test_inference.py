@@ -30,7 +30,7 @@ def calls(draw: st.DrawFn) -> tuple[DyDiLAttention, Tensor, dict[str, Any]]:
         qkv_bias=draw(st.booleans()),
         num_prefix_tokens=prefix,
         differential=draw(st.sampled_from(["token", "map", "off"])),
-        normalization=draw(st.sampled_from(["length", "none"])),
+        normalization=draw(st.sampled_from(["length", "none", "denominator"])),
         dwc_branches=draw(st.sampled_from([("3x3", "1x3", "3x1"), ("3x1", "identity"), ()])),
         dtype=torch.float64,
     )

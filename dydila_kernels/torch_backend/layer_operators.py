@@ -132,4 +132,4 @@ def differentiates(x: Tensor, weights: LayerWeights, options: Options) -> bool:
     exact = all(t is None or t.dtype == accumulation_dtype(x.dtype) for t in Differentiable.of(x, weights))
     rotated = options.rotary is not None and any(t.requires_grad for t in options.rotary)
     explicit = not torch.compiler.is_compiling() or is_explicit(options)
-    return exact and explicit and not weights.norms and options.router_gradient == "none" and not rotated
+    return exact and explicit and len(weights.norms) == 0 and options.router_gradient == "none" and not rotated

@@ -32,9 +32,9 @@ from benchmarks.suite import Case, Comparison, Contender
 from dydila_kernels import reference
 from dydila_kernels.functional import why_not_triton
 from dydila_kernels.torch_backend.blocks import choices_of_each
-from dydila_kernels.torch_backend.depthwise import Depthwise, ValueBlocks
+from dydila_kernels.torch_backend.depthwise import ValueBlocks, add_depthwise, gradients
 from dydila_kernels.torch_backend.linear_attention import readout, states_of
-from dydila_kernels.torch_backend.projection import backward, project_block, projection_logits
+from dydila_kernels.torch_backend.projection import project_block, project_block_backward, projection_logits
 from dydila_kernels.torch_backend.tokens import tokens_of
 
 HEADLESS = ("projection", "convolution")  # stages without heads, which have all modes
@@ -54,11 +54,11 @@ KERNELS = {
 """What a stage launches, in the mode that it is of.  Where there is no such launch, state and readout are what torch
 does after the tokens of the keys, and of the queries."""
 FUNCTIONS: dict[str, tuple[Callable[..., Any], ...]] = {
-    "projection": (choices_of_each, projection_logits, project_block, backward),
+    "projection": (choices_of_each, projection_logits, project_block, project_block_backward),
     "tokens": (tokens_of,),
     "state": (states_of,),
     "readout": (readout,),
-    "convolution": (ValueBlocks.convolve, Depthwise.forward, Depthwise.backward),
+    "convolution": (ValueBlocks.convolve, add_depthwise, gradients),
 }
 """What a stage calls in :mod:`dydila_kernels.torch_backend`; none of them calls another of its stage."""
 

@@ -18,7 +18,7 @@ from torch.library import opcheck
 from dydila_kernels import DyDiLAttention
 from dydila_kernels.testing import away_from_kinks, relative_error, with_distinct_factors
 from dydila_kernels.torch_backend import blocks
-from dydila_kernels.torch_backend.layer_gradients import Call, Differentiable
+from dydila_kernels.torch_backend.layer_gradients import Call, LayerTensors
 from dydila_kernels.torch_backend.layer_operators import flat
 from tests.test_inference import arguments_of_grid, calls
 
@@ -196,7 +196,7 @@ def test_operators(kind: str, normalization: str) -> None:
     weights = attn._plain_weights(checked)
     assert weights is not None
     call = Call(attn._options(checked), checked.mask, checked.cu_seqlens, checked.grids)
-    given = Differentiable.of(checked.x, weights)
+    given = LayerTensors.of(checked.x, weights)
     detached = [None if t is None else t.detach().clone() for t in given]
     ops = torch.ops.dydila_kernels
     opcheck(ops.layer_inference, (*detached, *flat(call)))

@@ -150,5 +150,5 @@ class Backward:
         if roots and slots:
             leaves, incoming = [leaf for leaf, _ in slots], [c for _, c in roots]
             found = torch.autograd.grad([o for o, _ in roots], leaves, incoming, materialize_grads=True)
-            for (_, receive), gradient in zip(slots, found, strict=True):
-                receive(gradient)
+            for (_, take), gradient in zip(slots, found, strict=True):
+                take(gradient)

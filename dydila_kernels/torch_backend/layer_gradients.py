@@ -46,8 +46,8 @@ class Call(NamedTuple):
     grids: Grids
 
 
-class Differentiable(NamedTuple):
-    """The tensors of a layer, flat."""
+class LayerTensors(NamedTuple):
+    """The tensors of a layer, flat; or their gradients, None where not needed."""
 
     x: Tensor
     qkv: Tensor
@@ -66,11 +66,11 @@ class Differentiable(NamedTuple):
     kernel_bias: Tensor | None
 
     @classmethod
-    def of(cls, x: Tensor, weights: LayerWeights) -> Differentiable:
+    def of(cls, x: Tensor, weights: LayerWeights) -> LayerTensors:
         projectors = weights.projectors or (Projector(None, None),) * 2  # type: ignore[arg-type]
         kernel = (None, None) if weights.convolution is None else weights.convolution[:2]
         matrices, routers = [p.weight for p in projectors], [p.router for p in projectors]
-        return cls(x, *weights.qkv, *weights.proj, *matrices, *routers, *weights.tables, *kernel)
+        return cls._make((x, *weights.qkv, *weights.proj, *matrices, *routers, *weights.tables, *kernel))
 
     def weights(self, grids: Grids) -> LayerWeights:
         pairs = ((self.projector_q, self.router_q), (self.projector_k, self.router_k))
@@ -84,7 +84,7 @@ class Differentiable(NamedTuple):
         )
 
 
-def forward(call: Call, given: Differentiable) -> tuple[Tensor, ...]:
+def forward(call: Call, given: LayerTensors) -> tuple[Tensor, ...]:
     """The output, and what :func:`backward_of` needs beside the arguments."""
     x, weights = given.x, given.weights(call.grids)
     routed = bool(weights.projectors) and call.options.differential != "off"
@@ -113,7 +113,7 @@ class Saved(NamedTuple):
     states: Tensor
 
     @classmethod
-    def of(cls, call: Call, given: Differentiable, tensors: Sequence[Tensor]) -> Saved:
+    def of(cls, call: Call, given: LayerTensors, tensors: Sequence[Tensor]) -> Saved:
         names, routed = decision_names(call.options.differential), given.projector_q is not None
         count = 5 if routed and call.options.differential != "off" else 3
         kept = [*tensors[:count], *(None,) * (5 - count)]
@@ -121,12 +121,10 @@ class Saved(NamedTuple):
         return cls(kept, tensors[count], tensors[count + 1] if routed else None, decisions, tensors[-1])
 
 
-def backward_of(
-    call: Call, given: Differentiable, needed: Differentiable, saved: Saved, grad: Tensor
-) -> Differentiable:
-    """The gradients of what is ``needed`` (booleans), None elsewhere, from that of the output."""
-    total = Differentiable(
-        *(zeros(t) if need and t is not None else None for t, need in zip(given, needed, strict=True))
+def backward_of(call: Call, given: LayerTensors, needed: Sequence[bool], saved: Saved, grad: Tensor) -> LayerTensors:
+    """The gradients of what is needed, None elsewhere, from that of the output."""
+    total: Any = LayerTensors._make(
+        zeros(t) if need and t is not None else None for t, need in zip(given, needed, strict=True)
     )
     weights = given.weights(call.grids)
     if total.proj is not None:
@@ -138,7 +136,8 @@ def backward_of(
     if given.kernel is not None:
         v, grids = saved.kept[2], list(frames_of(call.grids))
         assert v is not None
-        wanted = (needed.x or needed.qkv or needed.qkv_bias, needed.kernel, needed.kernel_bias)
+        through = any(t is not None for t in (total.x, total.qkv, total.qkv_bias))
+        wanted = (through, total.kernel is not None, total.kernel_bias is not None)
         dv, dkernel, dbias = gradients(dattended, v, given.kernel, given.kernel_bias, grids, wanted)
         total = total._replace(kernel=dkernel, kernel_bias=dbias)
     with workspace() as memory:
@@ -147,7 +146,7 @@ def backward_of(
         receivers = receivers_of(call, given, total, saved.choices, dv, memory)
         tables = (total.gamma, total.lam, None, None)
         Backward(blocks, saved.decisions, receivers, tables).run(saved.states, dattended)
-    return total
+    return LayerTensors._make(total)
 
 
 class Layer(torch.autograd.Function):
@@ -155,7 +154,7 @@ class Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Any) -> Tensor:
-        y, *saved = forward(call, Differentiable(*tensors))
+        y, *saved = forward(call, LayerTensors(*tensors))
         ctx.call = call
         ctx.save_for_backward(*tensors, *saved)
         return y
@@ -163,10 +162,10 @@ class Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
-        fields = len(Differentiable._fields)
-        given = Differentiable(*ctx.saved_tensors[:fields])
+        fields = len(LayerTensors._fields)
+        given = LayerTensors(*ctx.saved_tensors[:fields])
         saved = Saved.of(call, given, ctx.saved_tensors[fields:])
-        needed = Differentiable(*ctx.needs_input_grad[1:])
+        needed = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():
             plain = partial(plain_layer, call, saved.choices, saved.decisions.tensors)
             return None, *differentiable_gradients(plain, given, needed, grad)
@@ -178,7 +177,7 @@ def zeros(t: Tensor) -> Tensor:
 
 
 def receivers_of(
-    call: Call, given: Differentiable, total: Differentiable, choices: Tensor | None, dv: Tensor | None,
+    call: Call, given: LayerTensors, total: LayerTensors, choices: Tensor | None, dv: Tensor | None,
     memory: Workspace,
 ) -> list[Receive | None]:  # fmt: skip
     """What takes the gradients of the blocks of q, k, v, q', k', through their projections, and of cos and sin."""
@@ -205,12 +204,14 @@ def receivers_of(
     def routed(weight: Tensor, dw: Tensor | None, side: int, at: At, gradient: Tensor) -> None:
         assert choices is not None
         dx = project_block_backward(gradient, given.x[at], weight, choices[side][at], dw, total.x is not None, memory)
-        if total.x is not None:
+        if dx is not None:
             total.x[at] += dx
 
-    q, k, v = partial(linear, 0), partial(linear, 1), value
+    q: Receive | None = partial(linear, 0)
+    k: Receive | None = partial(linear, 1)
+    v: Receive | None = value
     if total.x is None and total.qkv is None and total.qkv_bias is None:
-        q = k = v = None  # type: ignore[assignment]
+        q = k = v = None
     if given.projector_q is None or given.projector_k is None:
         return [q, k, v, None, None, None, None]
     sides = [
@@ -226,7 +227,7 @@ def receivers_of(
 
 def plain_layer(call: Call, choices: Tensor | None, indices: Indices, *tensors: Any) -> Tensor:
     """The layer in plain operations, with decisions that have been taken."""
-    given = Differentiable(*tensors)
+    given = LayerTensors(*tensors)
     q, k, v = F.linear(given.x, given.qkv, given.qkv_bias).chunk(3, -1)
     q_redundant = k_redundant = None
     if choices is not None and given.projector_q is not None and given.projector_k is not None:

@@ -12,7 +12,7 @@ from dydila_kernels.precision import accumulation_dtype
 from dydila_kernels.torch_backend.backward import is_explicit
 from dydila_kernels.torch_backend.blockwise import decision_dtype, state_elements
 from dydila_kernels.torch_backend.layer import without_gradients
-from dydila_kernels.torch_backend.layer_gradients import Call, Differentiable, Layer, Saved, backward_of, forward
+from dydila_kernels.torch_backend.layer_gradients import Call, Layer, LayerTensors, Saved, backward_of, forward
 from dydila_kernels.types import Grid, LayerWeights, Options, decision_names, frames_of
 
 TENSORS = """
@@ -22,7 +22,7 @@ TENSORS = """
 CALL = """
     Tensor? mask, Tensor? cos, Tensor? sin, int num_heads, str normalization, str router_gradient, str differential,
     str rotary_pairing, SymInt[]? cu_seqlens, SymInt[] grids"""
-FIELDS = len(Differentiable._fields)
+FIELDS = len(LayerTensors._fields)
 
 
 def flat(call: Call) -> tuple[Any, ...]:
@@ -45,7 +45,7 @@ def call_of(
 
 @torch.library.custom_op("dydila_kernels::layer_inference", mutates_args=(), schema=f"({TENSORS}, {CALL}) -> Tensor")
 def layer_inference(*arguments: Any) -> Tensor:
-    given, call = Differentiable(*arguments[:FIELDS]), call_of(*arguments[FIELDS:])
+    given, call = LayerTensors(*arguments[:FIELDS]), call_of(*arguments[FIELDS:])
     return without_gradients(given.x, given.weights(call.grids), call.options, call.mask, call.cu_seqlens)
 
 
@@ -57,12 +57,12 @@ def _(x: Tensor, *arguments: Any) -> Tensor:
 @torch.library.custom_op("dydila_kernels::layer", mutates_args=(), schema=f"({TENSORS}, {CALL}) -> Tensor[]")
 def layer_operator(*arguments: Any) -> list[Tensor]:
     """The output, and what is saved for the backward pass."""
-    return list(forward(call_of(*arguments[FIELDS:]), Differentiable(*arguments[:FIELDS])))
+    return list(forward(call_of(*arguments[FIELDS:]), LayerTensors(*arguments[:FIELDS])))
 
 
 @layer_operator.register_fake
 def _(*arguments: Any) -> list[Tensor]:
-    given, call = Differentiable(*arguments[:FIELDS]), call_of(*arguments[FIELDS:])
+    given, call = LayerTensors(*arguments[:FIELDS]), call_of(*arguments[FIELDS:])
     x, routed = given.x, given.projector_q is not None
     tokens = 5 if routed and call.options.differential != "off" else 3
     wholes = [x.new_empty(x.shape) for _ in range(1 + tokens + 1)]
@@ -80,8 +80,8 @@ def _(*arguments: Any) -> list[Tensor]:
 )
 def layer_backward(grad: Tensor, saved: Sequence[Tensor], needed: Sequence[bool], *arguments: Any) -> list[Tensor]:
     """The gradients of the tensors that are needed."""
-    given, call = Differentiable(*arguments[:FIELDS]), call_of(*arguments[FIELDS:])
-    found = backward_of(call, given, Differentiable(*needed), Saved.of(call, given, saved), grad)
+    given, call = LayerTensors(*arguments[:FIELDS]), call_of(*arguments[FIELDS:])
+    found = backward_of(call, given, needed, Saved.of(call, given, saved), grad)
     return [t for t in found if t is not None]
 
 
@@ -114,7 +114,7 @@ def layer(
     x (B, N, d), in the dtype of the weights and zero where the mask has no token.  Gradients are to be asked for only
     where :func:`differentiates`.
     """
-    given = Differentiable.of(x, weights)
+    given = LayerTensors.of(x, weights)
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     grids = [] if weights.convolution is None else weights.convolution.grids
     call = Call(options, mask, cu_seqlens, grids)
@@ -129,7 +129,7 @@ def differentiates(x: Tensor, weights: LayerWeights, options: Options) -> bool:
     """Whether :func:`layer` has all gradients that may be asked for: not those of norms, routers and rotary tables, and
     not in a dtype in which those of the weights cannot be summed over the blocks.  Within an operator there is no
     autograd."""
-    exact = all(t is None or t.dtype == accumulation_dtype(x.dtype) for t in Differentiable.of(x, weights))
+    exact = all(t is None or t.dtype == accumulation_dtype(x.dtype) for t in LayerTensors.of(x, weights))
     rotated = options.rotary is not None and any(t.requires_grad for t in options.rotary)
     explicit = not torch.compiler.is_compiling() or is_explicit(options)
     return exact and explicit and len(weights.norms) == 0 and options.router_gradient == "none" and not rotated

@@ -123,7 +123,7 @@ def backward(
         for images, ranges in all_blocks(x):
             for at in ((images, rows) for rows in ranges):
                 block = project_block_backward(grad[at], x[at], weight, index[at], total, need_x, memory)
-                if dx is not None:
+                if dx is not None and block is not None:
                     dx[at] = block
     return dx, None if total is None else total.to(weight.dtype)
 

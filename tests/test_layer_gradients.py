@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
 
 from dydila_kernels import DyDiLAttention
 from dydila_kernels.testing import away_from_kinks, relative_error, with_distinct_factors
@@ -120,6 +121,14 @@ def test_a_graph_that_is_kept_gives_the_same_again() -> None:
     y = attn(x).sum()
     first, second = (torch.autograd.grad(y, [x, attn.qkv.weight], retain_graph=True) for _ in range(2))
     assert all(map(torch.equal, first, second))
+
+
+def test_recomputation_changes_nothing() -> None:
+    attn, x = DyDiLAttention(16, 2), torch.randn(2, 16, 16, requires_grad=True)
+    expected = gradients(attn, x, {})
+    y = checkpoint(attn, x, use_reentrant=False)
+    weights = torch.arange(y.numel(), dtype=y.dtype).view_as(y).cos()
+    assert torch.equal(torch.autograd.grad((y * weights).sum(), x)[0], expected["x"])
 
 
 def test_what_has_no_gradients_here_goes_module_by_module() -> None:

@@ -162,9 +162,9 @@ class Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
-        fields = len(LayerTensors._fields)
-        given = LayerTensors(*ctx.saved_tensors[:fields])
-        saved = Saved.of(call, given, ctx.saved_tensors[fields:])
+        fields, tensors = len(LayerTensors._fields), ctx.saved_tensors  # which checkpointing gives out once
+        given = LayerTensors._make(tensors[:fields])
+        saved = Saved.of(call, given, tensors[fields:])
         needed = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():
             plain = partial(plain_layer, call, saved.choices, saved.decisions.tensors)

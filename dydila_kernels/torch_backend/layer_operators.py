@@ -97,7 +97,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 
 def _differentiate(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    arguments, saved = ctx.saved_tensors[: FIELDS + 3], ctx.saved_tensors[FIELDS + 3 :]
+    tensors = ctx.saved_tensors  # which checkpointing gives out once
+    arguments, saved = tensors[: FIELDS + 3], tensors[FIELDS + 3 :]
     needed = [bool(need) for need in ctx.needs_input_grad[:FIELDS]]
     found = iter(layer_backward(grads[0], saved, needed, *arguments, *ctx.rest))
     return *(next(found) if need else None for need in needed), *(None,) * (3 + len(ctx.rest))

@@ -159,9 +159,10 @@ def arguments_of(kind: str, x: Tensor) -> dict[str, Any]:
 
 @compiled
 @pytest.mark.slow
+@pytest.mark.parametrize("normalization", ["length", "denominator"])
 @pytest.mark.parametrize("kind", ["plain", "mask", "packed"])
-def test_a_compiled_layer_is_one_operator_and_equal_to_the_bit(kind: str) -> None:
-    attn = with_distinct_factors(DyDiLAttention(16, 2))
+def test_a_compiled_layer_is_one_operator_and_equal_to_the_bit(kind: str, normalization: str) -> None:
+    attn = with_distinct_factors(DyDiLAttention(16, 2, normalization=normalization))
     x = torch.randn(1 if kind == "packed" else 2, 16, 16, requires_grad=True)
     arguments, seen = arguments_of(kind, x), []
 
@@ -213,7 +214,7 @@ def test_operators(kind: str, normalization: str) -> None:
     assert relative_error(checked.visible(y), attn(x, **arguments).detach()) < 1e-6
     tests = ("test_schema", "test_faketensor")
     opcheck(ops.layer, (*detached, *flat(call)), test_utils=tests)
-    if kind != "rotary" and normalization == "length":  # what a compiled layer takes its gradients of
+    if kind != "rotary":  # what a compiled layer takes its gradients of
         needed = [t is not None and t.requires_grad for t in given]
         opcheck(ops.layer_backward, (torch.randn_like(y), saved, needed, *detached, *flat(call)), test_utils=tests)
         leaves = [t if t is None or not need else t.requires_grad_() for t, need in zip(detached, needed, strict=True)]

@@ -119,8 +119,13 @@ def combine(queries: Tokens, products: list[Tensor], masses: list[Tensor], optio
     for i, k_mass in enumerate(masses):
         q_mass = queries.maps[i][1]
         assert q_mass is not None
-        mass = (q_mass * k_mass).unflatten(-1, (options.num_heads, -1)).sum(-1, keepdim=True)
-        live = mass > 0
-        weight = live.to(mass.dtype) / torch.where(live, mass, 1)
-        products[i] = (products[i].unflatten(-1, (options.num_heads, -1)) * weight).flatten(-2)
+        inverse = inverse_mass(q_mass, k_mass, options.num_heads)
+        products[i] = (products[i].unflatten(-1, (options.num_heads, -1)) * inverse).flatten(-2)
     return products[0] if queries.lam is None else torch.addcmul(products[0], queries.lam, products[1], value=-1)
+
+
+def inverse_mass(mass: Tensor, mean: Tensor, num_heads: int) -> Tensor:
+    """1 / (M.m) of each head of M (b, n, d) and m (b, 1, d), or 0 where there is none: (b, n, H, 1)."""
+    product = (mass * mean).unflatten(-1, (num_heads, -1)).sum(-1, keepdim=True)
+    live = product > 0
+    return live.to(product.dtype) / torch.where(live, product, 1)

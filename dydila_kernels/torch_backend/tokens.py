@@ -131,29 +131,44 @@ class Power(torch.autograd.Function):
 
 
 class Difference(NamedTuple):
-    """Eqs. 7-8: the difference ``hat`` (b, n, d) of measured tokens and lam (b, n, 1) times measured redundant ones."""
+    """Eqs. 7-8: the difference ``hat`` (b, n, d) of measured tokens and lam (b, n, 1) times measured redundant ones.
+
+    ``mass`` (b, n, d): where asked for, their sum with abs(lam) instead.
+    """
 
     measured: Measured
     other: Measured
     lam: Tensor
     hat: Tensor
+    mass: Tensor | None
 
     @classmethod
     def of(
-        cls, z: Tensor, redundant: Tensor, gamma: Tensor, other_gamma: Tensor, lam: Tensor, memory: Workspace,
-        place: str,
+        cls, z: Tensor, redundant: Tensor, gamma: Tensor, other_gamma: Tensor, lam: Tensor, has_mass: bool,
+        memory: Workspace, place: str,
     ) -> Difference:  # fmt: skip
         """z, redundant (b, n, d), their gammas and lam (b, n, 1)."""
         measured = Measured.of(z, gamma, memory, f"{place} tokens")
         other = Measured.of(redundant, other_gamma, memory, f"{place} redundant")
         hat = torch.mul(measured.p, measured.scale, out=memory.like(z, f"{place} difference"))
-        return cls(measured, other, lam, hat.addcmul_(other.p, lam * other.scale, value=-1))
+        mass, weight = None, lam * other.scale
+        if has_mass:
+            mass = torch.addcmul(hat, other.p, weight.abs(), out=memory.like(z, f"{place} mass"))
+        return cls(measured, other, lam, hat.addcmul_(other.p, weight, value=-1), mass)
 
-    def gradients(self, grad: Tensor, memory: Workspace) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Of z, redundant, their gammas and lam, from that of ``hat``; see :meth:`Measured.gradients`."""
-        dz, dgamma, _ = self.measured.gradients(grad, 1.0, memory)
-        dredundant, dother, dweight = self.other.gradients(grad, -self.lam, memory)
-        return dz, dredundant, dgamma, dother, -dweight
+    def gradients(
+        self, dhat: Tensor, dmass: Tensor | None, memory: Workspace
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Of z, redundant, their gammas and lam, from those of ``hat`` and ``mass``; see :meth:`Measured.gradients`."""
+        if dmass is None:
+            dz, dgamma, _ = self.measured.gradients(dhat, 1.0, memory)
+            dredundant, dother, dweight = self.other.gradients(dhat, -self.lam, memory)
+            return dz, dredundant, dgamma, dother, -dweight
+        signed = dmass * self.lam.sign() - dhat  # that of lam times the redundant
+        dlam = self.other.scale * (signed * self.other.p).sum(-1, keepdim=True)
+        dz, dgamma, _ = self.measured.gradients(dhat + dmass, 1.0, memory)
+        dredundant, dother, _ = self.other.gradients(signed, self.lam, memory)
+        return dz, dredundant, dgamma, dother, dlam
 
 
 def power(tokens: Tensor, gamma: Tensor, exact_zeros: bool, out: Tensor, memory: Workspace) -> tuple[Tensor, Tensor]:
@@ -295,9 +310,13 @@ def at_unit_scale(tokens: Tokens, side: str, options: Options) -> Tokens:
     maps: list[tuple[Tensor, Tensor | None]] = []
     for hat, mass in tokens.maps:
         assert mass is not None
-        per_head = mass.unflatten(-1, (options.num_heads, -1))
-        largest = per_head.detach().amax(-1, keepdim=True)
-        largest = largest.where(largest > 0, 1)
-        hat = (hat.unflatten(-1, (options.num_heads, -1)) / largest).flatten(-2)
-        maps.append((hat, (per_head / largest).flatten(-2)))
+        largest = largest_of_heads(mass, options.num_heads)
+        hat, mass = ((t.unflatten(-1, (options.num_heads, -1)) / largest).flatten(-2) for t in (hat, mass))
+        maps.append((hat, mass))
     return Tokens(maps, tokens.lam)
+
+
+def largest_of_heads(mass: Tensor, num_heads: int) -> Tensor:
+    """The largest entry of each head, or 1 where there is none, without a gradient: (b, n, H, 1)."""
+    largest = mass.detach().unflatten(-1, (num_heads, -1)).amax(-1, keepdim=True)
+    return largest.where(largest > 0, 1)

@@ -76,7 +76,7 @@ class Block:
         options, memory, dtype = self.call.options, self.call.memory, self.call.like.dtype
         if queries is None:
             assert keys is not None and v is not None
-            return states_of(keys, v, self.scale, options, memory)
+            return states_of(keys, v, self.scale, options)
         if keys is None:
             return [readout(queries, states, options, memory).to(dtype)]
         assert v is not None

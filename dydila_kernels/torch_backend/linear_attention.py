@@ -6,11 +6,8 @@ Shapes: tokens (b, n, d), whose heads are views (b, H, n, e).  The states of a c
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dydila_kernels.torch_backend.blocks import Workspace
 from dydila_kernels.torch_backend.tokens import Tokens
@@ -45,52 +42,15 @@ def outer(left: Tensor, right: Tensor, num_heads: int) -> Tensor:
     return heads(left, num_heads).mT @ heads(right, num_heads)
 
 
-class Read(torch.autograd.Function):
-    """:func:`read`, and its gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, states: Tensor, memory: Workspace, name: str) -> Tensor:
-        ctx.save_for_backward(tokens, states)
-        ctx.memory, ctx.name = memory, name
-        return read(tokens, states, memory, name)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tokens, states = ctx.saved_tensors
-        dtokens = read(grad, states.mT, ctx.memory, f"{ctx.name} gradient")
-        return dtokens, outer(tokens, grad, states.shape[1]), None, None
-
-
-class Outer(torch.autograd.Function):
-    """:func:`outer`, and its gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, left: Tensor, right: Tensor, num_heads: int, memory: Workspace, name: str) -> Tensor:
-        ctx.save_for_backward(left, right)
-        ctx.memory, ctx.name = memory, name
-        return outer(left, right, num_heads)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        left, right = ctx.saved_tensors
-        dleft = read(right, grad.mT, ctx.memory, f"{ctx.name} left") if ctx.needs_input_grad[0] else None
-        dright = read(left, grad, ctx.memory, f"{ctx.name} right") if ctx.needs_input_grad[1] else None
-        return dleft, dright, None, None, None
-
-
 def key_masses(keys: Tokens, options: Options) -> list[Tensor]:
     if options.normalization != "denominator":
         return []
     return [mass.sum(1, keepdim=True) for _, mass in keys.maps if mass is not None]
 
 
-def states_of(keys: Tokens, v: Tensor, scale: Tensor | float, options: Options, memory: Workspace) -> list[Tensor]:
+def states_of(keys: Tokens, v: Tensor, scale: Tensor | float, options: Options) -> list[Tensor]:
     """What a block of keys adds to the states; ``scale`` (b, 1, 1, 1) is 1/count under "length", else 1."""
-    products = [
-        Outer.apply(k, v, options.num_heads, memory, f"product {i}") * scale for i, (k, _) in enumerate(keys.maps)
-    ]
+    products = [outer(k, v, options.num_heads) * scale for k, _ in keys.maps]
     return products + key_masses(keys, options)
 
 
@@ -98,7 +58,9 @@ def readout(queries: Tokens, states: list[Tensor], options: Options, memory: Wor
     """Q S, normalised: (b, n, d)."""
     maps = len(queries.maps)
     products = [
-        Read.apply(q, state, memory, f"product {i}")
+        merged(heads(q, options.num_heads) @ state)
+        if torch.is_grad_enabled()
+        else read(q, state, memory, f"product {i}")
         for i, ((q, _), state) in enumerate(zip(queries.maps, states[:maps], strict=True))
     ]
     return combine(queries, products, states[maps:], options)

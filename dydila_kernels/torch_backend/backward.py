@@ -1,9 +1,9 @@
 """The backward pass of the core, over the blocks of its forward pass.
 
 Each block is run again from its inputs with the routing decisions of the forward, and differentiated on the spot: first
-the queries, whose gradients give those of the states, then the keys.  The token-wise difference is written out; two maps,
-one branch, trained routers and rotary embeddings are for autograd.  Where ranks share the tokens, the gradients of the
-states are summed over them between the two walks.
+the queries, whose gradients give those of the states, then the keys.  The token-wise difference is written out; for
+two maps, one branch, trained routers and rotary embeddings there is autograd.  Where ranks share the tokens, the
+gradients of the states are summed over them between the two walks.
 """
 
 from __future__ import annotations

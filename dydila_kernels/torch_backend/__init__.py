@@ -1,8 +1,8 @@
 """The layer in plain PyTorch over blocks of rows: right on every device, linear in time, bounded in memory.
 
-A :class:`dydila_kernels.types.Backend`.  One file per stage, named as the stage is everywhere else.  Sums run in a fixed
-order, so repeats are equal to the bit.  All arithmetic is in float32 (float64 for float64 inputs); only inputs and
-outputs are in a lower dtype.
+A :class:`dydila_kernels.types.Backend`.  One file per stage, named as the stage is everywhere else.  Sums run in a
+fixed order, so repeats are equal to the bit.  All arithmetic is in float32 (float64 for float64 inputs); only inputs
+and outputs are in a lower dtype.
 
 ``blocks`` cuts the tokens into blocks that fit the caches, ``blockwise`` walks them: the keys of an image, which add up
 to its states, then its queries, which read these.  ``backward`` walks the same blocks, makes again from the tokens what
@@ -12,10 +12,10 @@ it needs, with the decisions of the forward pass, and hands on the gradient of e
     ``layer``           the same walk, on tokens that are projected when a block is asked for, and gradients that go
                         through their projection when a block of them is there
 
-A block's temporaries lie in a :class:`~dydila_kernels.torch_backend.blocks.Workspace`: fresh memory would cost more time
-than most of the arithmetic on it.  What keeps that safe:
+A block's temporaries lie in a :class:`~dydila_kernels.torch_backend.blocks.Workspace`: fresh memory would cost more
+time than most of the arithmetic on it.  What keeps that safe:
 
-    - a call holds a workspace that is its own until it ends, however it ends: calls within calls and threads have others;
+    - a call holds a workspace that is its own until it ends, however it ends: calls within it and threads have others;
     - a name in it stands for what is held at one time, so the names in a file are the list of what is alive;
     - nothing of it is returned or kept for a backward pass, and inputs are never written to: only a block that was made
       for this call (``disposable``) is computed in place;

@@ -277,8 +277,7 @@ def fused_product(
     out: Tensor, *, decide: bool, add: bool,
 ) -> None:  # fmt: skip
     """Product i: writes O (B, N, d) to ``out`` or adds it."""
-    asked = {"decide": decide, "terms": settings.has_denominator}
-    if not (add or forms.why_not_gluon_tokens(context, q, **asked) or forms.why_not_gluon_tokens(context, k, **asked)):
+    if not add and all(forms.why_not_gluon_tokens(context, side, decide=decide) is None for side in (q, k)):
         written_product(context, saved, i, q, k, v, out)
         return
     if decide:
@@ -298,12 +297,14 @@ def written_product(
     """As :func:`fused_product`, where each power is made once: ``out`` holds Kh, then Qh, then O."""
     from dydila_kernels.ops.gluon.tokens import tokens as gluon_tokens
 
-    gluon_tokens(context, k, out)
+    means = gluon_tokens(context, k, out, sums=q.has_denominator)
     total = written_state(context, k, out, v)
-    context.sum_over_ranks(total)
+    context.sum_over_ranks(total, means)
     state = saved.states[i].copy_(total)
-    gluon_tokens(context, q, out)
-    written_readout(context, out, state)
+    if means is not None and saved.means is not None:
+        saved.means[i] = means
+    parts = gluon_tokens(context, q, out, means=means)
+    written_readout(context, out, state, parts, None if saved.inverse is None else saved.inverse[i])
 
 
 def gemm_product(

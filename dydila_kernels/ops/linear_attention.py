@@ -32,11 +32,22 @@ from dydila_kernels.ops.branches import (
     load_per_head,
     load_row_stats,
     powers_of,
+    reciprocal,
     summed_terms,
     weigh,
 )
 from dydila_kernels.ops.context import LaunchContext, QKOperand
-from dydila_kernels.ops.tiles import Tile, ceil_div, launch, padded, pin, row_pointers, tile_mask, tile_of_program
+from dydila_kernels.ops.tiles import (
+    Tile,
+    ceil_div,
+    launch,
+    padded,
+    part_width,
+    pin,
+    row_pointers,
+    tile_mask,
+    tile_of_program,
+)
 from dydila_kernels.ops.tokens import branches_of
 
 
@@ -165,10 +176,23 @@ def readout_kernel(tokens, segments, tables, routers, stats, slopes, scaling, de
 
 
 @triton.jit
-def product_kernel(tokens, segments, state, output_scale, k: tl.constexpr):
+def whole_inverse(denominator, h, tile, k):
+    """1 / (the denominators of head h), (R,), whose parts denominator.sums has; saved in denominator.inverse."""
+    E: tl.constexpr = k.D // k.H
+    PARTS: tl.constexpr = E // part_width(E)
+    parts = tl.arange(0, padded(PARTS, 1))
+    at = denominator.sums + (h * PARTS + parts).to(tl.int64)[None, :] * tile.T + tile.token_ids[:, None]
+    found = tl.load(at, mask=tile_mask(tile.row_mask, parts, PARTS, padded(PARTS, 1)), other=0.0)
+    inverse = reciprocal(tl.sum(found, axis=1), k.FAST)
+    tl.store(denominator.inverse + tile.token_ids * k.H + h, inverse, mask=tile.row_mask)
+    return inverse
+
+
+@triton.jit
+def product_kernel(tokens, segments, state, output_scale, denominator, k: tl.constexpr):
     """One program for a tile of queries and a head: O_h = output_scale Qh_h S_h in the place of Qh, tokens.z (B, N, d).
 
-    state (segments, H, e, e) in the dtype of the tokens.
+    state (segments, H, e, e) in the dtype of the tokens; O_h is over the denominators, where denominator.sums is given.
     """
     E: tl.constexpr = k.D // k.H
     BLOCK_D: tl.constexpr = k.BLOCK_D
@@ -183,8 +207,11 @@ def product_kernel(tokens, segments, state, output_scale, k: tl.constexpr):
         block = state + ((tile.segment * k.H + h) * E + c + chunk[:, None]) * E + across[None, :]
         block = tl.load(block, mask=tile_mask(c + chunk < E, across, E, padded(E)), other=0.0)
         acc = tl.dot(x, block, acc, input_precision=k.PRECISION)
+    acc *= output_scale
+    if denominator.sums is not None:
+        acc *= whole_inverse(denominator, h, tile, k)[:, None]
     mask = tile_mask(tile.row_mask, across, E, padded(E))
-    tl.store(row_ptrs + across[None, :], (acc * output_scale).to(state.dtype.element_ty), mask=mask)
+    tl.store(row_ptrs + across[None, :], acc.to(state.dtype.element_ty), mask=mask)
 
 
 def state(
@@ -222,13 +249,19 @@ def written_state(context: LaunchContext, side: QKOperand, written: Tensor, valu
     ).sum(1)  # fmt: skip
 
 
-def written_readout(context: LaunchContext, written: Tensor, state: Tensor) -> None:
-    """O (B, N, d) in the place of ``written``, the Qh; state (segments, H, e, e) in their dtype."""
+def written_readout(
+    context: LaunchContext, written: Tensor, state: Tensor, parts: Tensor | None, inverse: Tensor | None
+) -> None:
+    """O (B, N, d) in the place of ``written``, the Qh; state (segments, H, e, e) in their dtype.
+
+    Under "denominator" ``parts`` of the denominators, see :func:`part_width`, and ``inverse`` (T, H), written.
+    """
     config = configs.pick("product", context.dtype, context.head_dim)
     launch(
         product_kernel, (context.programs(config.block_n), context.heads), config,
         tokens=Tokens(strided(written), None, None), segments=context.tiles(config.block_n), state=state,
-        output_scale=context.output_scale, k=context.constants(config),
+        output_scale=context.output_scale, denominator=Denominator(inverse=inverse, sums=parts),
+        k=context.constants(config),
     )  # fmt: skip
 
 

@@ -92,9 +92,15 @@ def power_of_two(n: int, least: int = 16) -> int:
 
 
 @triton.constexpr_function
-def padded(size):
+def part_width(head_dim):
+    """Channels of the parts in which Gluon kernels sum over those of a head: of one head, and of one warp."""
+    return min(32, head_dim & -head_dim)
+
+
+@triton.constexpr_function
+def padded(size, least=16):
     """The width of a tile of ``size`` columns: :func:`power_of_two` for kernels."""
-    return max(16, 1 << (size - 1).bit_length())
+    return max(least, 1 << (size - 1).bit_length())
 
 
 @triton.jit

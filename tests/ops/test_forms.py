@@ -27,6 +27,7 @@ from tests.ops.test_tokens import shortfall
 needs_gluon = pytest.mark.skipif(tiles.INTERPRETED, reason="Gluon has no interpreter: --emulate sm_90, or a GPU")
 
 
+DENOMINATOR = {"normalization": "denominator"}
 CASES: dict[str, dict[str, Any]] = {
     "whole tiles": {"batch": 2, "length": 64, "dim": 256, "num_heads": 4},
     "none": {"batch": 1, "length": 48, "dim": 128, "normalization": "none"},
@@ -37,7 +38,16 @@ CASES: dict[str, dict[str, Any]] = {
     "one wide head": {"batch": 1, "length": 150, "dim": 136},
     "packed": {"batch": 1, "length": 60, "dim": 64, "num_heads": 2, "cu_seqlens": [0, 5, 5, 38, 60]},
     "negative powers": {"batch": 1, "length": 32, "dim": 64, "gamma": (-1.0, 2.0)},
-}
+    "denominators": {"batch": 2, "length": 33, "dim": 256, "num_heads": 4, **DENOMINATOR},
+    "denominators of heads of 32": {"batch": 1, "length": 32, "dim": 96, "num_heads": 3, **DENOMINATOR},
+    "denominators of heads of 72": {"batch": 1, "length": 40, "dim": 144, "num_heads": 2, **DENOMINATOR},
+    "denominators of heads of 96": {"batch": 1, "length": 40, "dim": 192, "num_heads": 2, **DENOMINATOR},
+    "denominators of one head": {"batch": 1, "length": 40, "dim": 128, **DENOMINATOR},
+    "denominators of one wide head": {"batch": 1, "length": 150, "dim": 136, **DENOMINATOR},
+    "denominators, packed": {
+        "batch": 1, "length": 60, "dim": 64, "num_heads": 2, "cu_seqlens": [0, 5, 5, 38, 60], **DENOMINATOR
+    },
+}  # fmt: skip
 
 
 @needs_gluon

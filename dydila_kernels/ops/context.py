@@ -165,9 +165,11 @@ class LaunchContext:
         return max(1, min(wanted, self.longest // (4 * block_n)))
 
     def mean_of(self, partials: Tensor, block_n: int) -> Tensor:
-        """(segments, d): sums over ``block_n`` tokens each, (programs, d), added up and divided by the longest length."""
+        """(segments, d): sums over ``block_n`` tokens each, (programs, d), added up and over the longest length."""
         if self.bounds is None:
-            return partials.view(self.batch, partials.shape[0] // max(1, self.batch), self.dim).sum(1) * self.state_scale
+            return (
+                partials.view(self.batch, partials.shape[0] // max(1, self.batch), self.dim).sum(1) * self.state_scale
+            )
         counts = [-(-(stop - start) // block_n) for start, stop in zip(self.bounds[:-1], self.bounds[1:], strict=True)]
         return torch.stack([part.sum(0) for part in partials.split(counts)]) * self.state_scale
 

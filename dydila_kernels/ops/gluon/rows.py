@@ -71,13 +71,23 @@ def packed(low, high, dtype: gl.constexpr):
     return gl.inline_asm_elementwise(packing(dtype), "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1)
 
 
+HALVES = {
+    gl.bfloat16: "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+    gl.float16: "{ .reg .b16 u, v; mov.b32 {u, v}, $2; cvt.f32.f16 $0, u; cvt.f32.f16 $1, v; }",
+}
+
+
+@gluon.constexpr_function
+def halves_of(dtype):
+    return HALVES[dtype]
+
+
 @gluon.jit
-def halves(words):
-    """Words of float16 -> both in float32."""
+def halves(words, dtype: gl.constexpr):
+    """Words of two numbers of 16 bits -> both in float32."""
     return gl.inline_asm_elementwise(
-        "{ .reg .b16 u, v; mov.b32 {u, v}, $2; cvt.f32.f16 $0, u; cvt.f32.f16 $1, v; }", "=f,=f,r", [words],
-        dtype=(gl.float32, gl.float32), is_pure=True, pack=1,
-    )  # fmt: skip
+        halves_of(dtype), "=&f,=f,r", [words], dtype=(gl.float32, gl.float32), is_pure=True, pack=1
+    )
 
 
 @gluon.jit
@@ -144,7 +154,9 @@ def store(pointers, words, rows, c: gl.constexpr, D: gl.constexpr, WARPS: gl.con
 
 @gluon.constexpr_function
 def measuring(dtype):
-    """Assembly: s s + s' s', p p + p' p', and both p = s^gamma in f16 and what that lacks; from z, 1/m, gamma.
+    """Assembly: s s + s' s', p p + p' p', and both p = s^gamma in f16 and once more; from z, 1/m, gamma.
+
+    Once more: of bf16 tokens in bf16, which has the range of float32; of f16 tokens what f16 lacks.
 
     Results below the smallest normal number are zeros (ftz); 0^gamma is made zero, whatever gamma.
     """
@@ -155,6 +167,9 @@ def measuring(dtype):
     ratios = "mul.ftz.f32 x, x, $5; mul.ftz.f32 y, y, $5;"
     squares = "mul.f32 $0, x, x; fma.rn.f32 $0, y, y, $0; mul.f32 $1, p, p; fma.rn.f32 $1, q, q, $1;"
     rounded = "cvt.rn.f16x2.f32 $2, q, p;"
+    if dtype == gl.bfloat16:
+        again = "cvt.rn.bf16x2.f32 $3, q, p; }"
+        return REGISTERS + ".reg .f32 p, q;" + RELU[dtype].format(z="$4") + ratios + powers + squares + rounded + again
     # 11 leading bits, by a product with 2^13 + 1: from the word itself ptxas would keep both halves for later.
     lacking = "".join(
         f"mul.rn.f32 x, {p}, 0f46000400; sub.rn.f32 y, x, {p}; sub.rn.f32 x, x, y; sub.rn.f32 {p}, {p}, x;"
@@ -167,7 +182,7 @@ def measuring(dtype):
 @gluon.jit
 def measured(words, inv_max, gamma, dtype: gl.constexpr):
     """Words (R, C) of z, 1/m and gamma (R, 1) -> float32 sums of the squares of both s and of both p; words of p in
-    float16, and of what these lack."""
+    float16, and once more, see :func:`measuring`."""
     return gl.inline_asm_elementwise(
         measuring(dtype), "=&f,=&f,=&r,=&r,r,f,f", [words, inv_max, gamma],
         dtype=(gl.float32, gl.float32, gl.int32, gl.int32), is_pure=True, pack=1,

@@ -24,10 +24,7 @@ def load_pairs(vector, c: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr):
     """Both channels (1, 16 W) of the words of chunk c of ``vector`` (d,) float32; zeros outside."""
     words = word_columns(c, WARPS)
     pairs = vector.to(gl.pointer_type(gl.int64)) + words
-    if (c + 1) * 32 * WARPS <= D:
-        found = gl.load(pairs)
-    else:
-        found = gl.load(pairs, mask=words < D // 2, other=0)
+    found = gl.load(pairs, mask=words < D // 2, other=0)
     low, high = gl.inline_asm_elementwise(
         "mov.b64 {$0, $1}, $2;", "=f,=f,l", [found], dtype=(gl.float32, gl.float32), is_pure=True, pack=1
     )

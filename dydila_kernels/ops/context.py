@@ -129,7 +129,7 @@ class LaunchContext:
         # Kept near 1 in float16: sums are means over the longest segment, and tokens, whose norm may be sqrt(d) times
         # their largest entry, are scaled down.  What that takes from the result, ``output_scale`` gives back.
         self.has_denominator = normalization == "denominator"
-        float16 = self.dtype == torch.float16
+        float16 = self.dtype == torch.float16 and not self.has_denominator
         self.fp16_prescale = 2.0 ** -(math.ceil(math.log2(self.dim) / 2) + 1) if float16 else 1.0
         self.state_scale = 1.0 / whole
         scaled = (whole if normalization == "none" else 1.0) / self.fp16_prescale**2

@@ -101,6 +101,8 @@ def state_kernel(tokens, values, segments, tables, stats, scaling, denominator, 
         mask = tile_mask(active_rows, columns, E, k.BLOCK_D)
         if RAW:
             y = tl.load(row_ptrs[0] + (h * E + columns)[None, :], mask=mask, other=0.0)
+            if y.dtype == tl.float32:
+                x = x.to(tl.float32)
         else:
             powers = powers_of(branches, h * E + columns, mask, k.FAST)
             y = difference_of(powers, branches)
@@ -189,10 +191,11 @@ def whole_inverse(denominator, h, tile, k):
 
 
 @triton.jit
-def product_kernel(tokens, segments, state, output_scale, denominator, k: tl.constexpr):
-    """One program for a tile of queries and a head: O_h = output_scale Qh_h S_h in the place of Qh, tokens.z (B, N, d).
+def product_kernel(tokens, segments, state, output_scale, denominator, out, k: tl.constexpr):
+    """One program for a tile of queries and a head: O_h = output_scale Qh_h S_h of Qh, tokens.z (B, N, d).
 
-    state (segments, H, e, e) in the dtype of the tokens; O_h is over the denominators, where denominator.sums is given.
+    state (segments, H, e, e) in the dtype of Qh; out (T, d), which may be the memory of Qh.  O_h is over the
+    denominators, where denominator.sums is given.
     """
     E: tl.constexpr = k.D // k.H
     BLOCK_D: tl.constexpr = k.BLOCK_D
@@ -211,7 +214,8 @@ def product_kernel(tokens, segments, state, output_scale, denominator, k: tl.con
     if denominator.sums is not None:
         acc *= whole_inverse(denominator, h, tile, k)[:, None]
     mask = tile_mask(tile.row_mask, across, E, padded(E))
-    tl.store(row_ptrs + across[None, :], acc.to(state.dtype.element_ty), mask=mask)
+    out += tile.token_ids[:, None] * k.D + h * E + across[None, :]
+    tl.store(out, acc.to(out.dtype.element_ty), mask=mask)
 
 
 def state(
@@ -241,7 +245,7 @@ def state(
 def written_state(context: LaunchContext, side: QKOperand, written: Tensor, values: Tensor) -> Tensor:
     """:func:`state` from ``written``, the Zh of a side (B, N, d); no values are read of rows that are all zero."""
     e = context.head_dim
-    splits = context.splits(configs.pick("written_state", context.dtype, e).block_n)
+    splits = context.splits(configs.pick("written_state", written.dtype, e).block_n)
     return partial_states(
         context, side._replace(tokens=written, redundant=written), Values(*strided(values), e), splits, width=e,
         head_dim=e, raw=True, has_denominator=False, scaling=context.scaling(side), state_scale=context.state_scale,
@@ -250,18 +254,19 @@ def written_state(context: LaunchContext, side: QKOperand, written: Tensor, valu
 
 
 def written_readout(
-    context: LaunchContext, written: Tensor, state: Tensor, parts: Tensor | None, inverse: Tensor | None
+    context: LaunchContext, written: Tensor, state: Tensor, out: Tensor, parts: Tensor | None, inverse: Tensor | None
 ) -> None:
-    """O (B, N, d) in the place of ``written``, the Qh; state (segments, H, e, e) in their dtype.
+    """Writes O (B, N, d) to ``out``, contiguous; ``written``, which may be it, are Qh, state (segments, H, e, e) in
+    their dtype.
 
     Under "denominator" ``parts`` of the denominators, see :func:`part_width`, and ``inverse`` (T, H), written.
     """
-    config = configs.pick("product", context.dtype, context.head_dim)
+    config = configs.pick("product", written.dtype, context.head_dim)
     launch(
         product_kernel, (context.programs(config.block_n), context.heads), config,
         tokens=Tokens(strided(written), None, None), segments=context.tiles(config.block_n), state=state,
         output_scale=context.output_scale, denominator=Denominator(inverse=inverse, sums=parts),
-        k=context.constants(config),
+        out=out, k=context.constants(config),
     )  # fmt: skip
 
 
@@ -286,7 +291,7 @@ def partial_states(
 ) -> Tensor:  # fmt: skip
     """The partial sums (segments, splits, H, e, width) float32 of :func:`state_kernel`, for e = ``head_dim``."""
     heads = context.dim // head_dim
-    config = configs.pick(stage, values.x.dtype, head_dim)
+    config = configs.pick(stage, side.tokens.dtype if stage == "written_state" else values.x.dtype, head_dim)
     partials = values.x.new_empty((context.segments, splits, heads, head_dim, width), dtype=torch.float32)
     launch(
         state_kernel, (context.segments * splits * heads * ceil_div(head_dim, config.block_d),), config,

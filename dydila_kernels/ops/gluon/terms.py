@@ -9,7 +9,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from dydila_kernels.ops.gluon.rows import R, fold, words_of
+from dydila_kernels.ops.gluon.rows import R, fold, halves, packed, words_of
 from dydila_kernels.ops.tiles import part_width
 
 
@@ -25,18 +25,14 @@ def load_pairs(vector, c: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr):
     words = word_columns(c, WARPS)
     pairs = vector.to(gl.pointer_type(gl.int64)) + words
     found = gl.load(pairs, mask=words < D // 2, other=0)
-    low, high = gl.inline_asm_elementwise(
-        "mov.b64 {$0, $1}, $2;", "=f,=f,l", [found], dtype=(gl.float32, gl.float32), is_pure=True, pack=1
-    )
+    low, high = halves(found, gl.float32)
     return low[None, :], high[None, :]
 
 
 @gluon.jit
 def store_sums(vector, low, high, c: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr):
     """The sums over the tokens of both channels (R, 16 W) of the words of chunk c, to ``vector`` (d,) float32."""
-    found = gl.inline_asm_elementwise(
-        "mov.b64 $0, {$1, $2};", "=l,f,f", [gl.sum(low, 0), gl.sum(high, 0)], dtype=gl.int64, is_pure=True, pack=1
-    )
+    found = packed(gl.sum(low, 0), gl.sum(high, 0), gl.float32)
     words = word_columns(c, WARPS)
     gl.store(vector.to(gl.pointer_type(gl.int64)) + words, found, mask=words < D // 2)
 

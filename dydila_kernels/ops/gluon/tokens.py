@@ -29,7 +29,6 @@ from dydila_kernels.ops.gluon.rows import (
     bits,
     choose,
     fold,
-    halves,
     larger,
     largest,
     load,
@@ -39,14 +38,15 @@ from dydila_kernels.ops.gluon.rows import (
     packed,
     pointers,
     products,
+    rectified,
     row,
     rows_there,
+    scaled,
     share,
     share_logits,
     spread,
     store,
     summed_logits,
-    unpacked,
     word_pointers,
     words_of,
 )
@@ -109,7 +109,7 @@ def lane_sums(x, WARPS: gl.constexpr):
 @gluon.jit
 def lane_largest(most, dtype: gl.constexpr, WARPS: gl.constexpr):
     """(R, 4 W) words of :func:`largest` -> (R, W), 0 where nothing is positive."""
-    low, high = unpacked(most, dtype)
+    low, high = rectified(most, dtype)
     return gl.max(gl.reshape(gl.maximum(low, high), (R, WARPS, 4)), 2)
 
 
@@ -126,22 +126,20 @@ def routed(words, router, k, PARTS: gl.constexpr, dtype: gl.constexpr, WARPS: gl
 
 
 @gluon.jit
-def measure(words, router, inv_max, gamma, k, dtype: gl.constexpr, KEPT: gl.constexpr, WARPS: gl.constexpr):
-    """Of the words of a branch: those of the powers, in the dtype KEPT; and shared, what each warp has of their product
-    with a router and of the squares of s and of p."""
+def measure(words, router, inv_max, gamma, k, dtype: gl.constexpr, TERMS: gl.constexpr, WARPS: gl.constexpr):
+    """Of the words of a branch: those of the powers, as :func:`scaled` takes them; and shared, what each warp has of
+    their product with a router and of the squares of s and of p."""
     dots = gl.zeros([WARPS, padded(k.N_D), R], gl.float32, products(WARPS))
     squares = fold(gl.zeros([R, 16 * WARPS], gl.float32, words_of(WARPS)), WARPS)
     norms = squares
     kept = ()
     for c in gl.static_range(len(words)):
-        square, norm, half, rest = measured(words[c], inv_max[:, None], gamma[:, None], dtype)
+        square, norm, half, rest, again = measured(words[c], inv_max[:, None], gamma[:, None], dtype, TERMS)
         squares += fold(square, WARPS)
         norms += fold(norm, WARPS)
+        kept += (again,)
         if dtype == gl.bfloat16:
-            kept += (half if KEPT == gl.float16 else rest,)
             rest = None  # float16 is more exact than the tokens
-        else:
-            kept += (half,)
         dots = route(half, rest, router, c, dots, gl.float16, k.N_D, 2, WARPS)
     squares, norms = share(lane_sums(squares, WARPS), WARPS), share(lane_sums(norms, WARPS), WARPS)
     return kept, share_logits(dots, WARPS), squares, norms
@@ -163,20 +161,13 @@ def keep(statistic, x, place):
 
 
 @gluon.jit
-def scaled(words, weight, dtype: gl.constexpr):
-    """Both channels of words, times weight, in float32."""
-    low, high = halves(words, dtype)
-    return low * weight, high * weight
-
-
-@gluon.jit
-def inverse_of_one_head(kept, other_kept, weight, other_weight, denominator, place, k, KEPT: gl.constexpr,
+def inverse_of_one_head(kept, other_kept, weight, other_weight, denominator, place, k, dtype: gl.constexpr,
                         WARPS: gl.constexpr):  # fmt: skip
     """(R, 1): 1 / (the denominator terms of all channels . denominator.vector), saved in denominator.inverse."""
     dots = fold(gl.zeros([R, 16 * WARPS], gl.float32, words_of(WARPS)), WARPS)
     for c in gl.static_range(len(kept)):
-        low, high = scaled(kept[c], weight, KEPT)
-        other_low, other_high = scaled(other_kept[c], other_weight, KEPT)
+        low, high = scaled(kept[c], weight, dtype, True)
+        other_low, other_high = scaled(other_kept[c], other_weight, dtype, True)
         low, high = low + gl.abs(other_low), high + gl.abs(other_high)
         dots += dots_of(low, high, denominator.vector + place.segment * k.D, c, k.D, WARPS)
     parts = share(lane_sums(dots, WARPS), WARPS)
@@ -204,14 +195,13 @@ def tokens_tile(z, y, tables, routers, stats, scaling, denominator, out, place, 
     keep(stats.index + place.T, other_index.to(gl.int8), place)
     keep(stats.norms, inv_max, place)
 
-    # The head of a denominator may have tiny powers only, which float16 would lose.
-    KEPT: gl.constexpr = gl.float16 if denominator.sums is None and denominator.inverse is None else gl.bfloat16
-    kept, dots, squares, norms = measure(z, routers.differential, inv_max, gamma, k, dtype, KEPT, WARPS)
+    TERMS: gl.constexpr = denominator.sums is not None or denominator.inverse is not None
+    kept, dots, squares, norms = measure(z, routers.differential, inv_max, gamma, k, dtype, TERMS, WARPS)
     other_inv = inverse_of(as_row(gl.max(other_most.load(numbers_of_rows(WARPS)), 1), WARPS))
     other_gamma = other_gamma.load(row(WARPS))
     keep(stats.norms + 3 * place.T, other_inv, place)
     other = routers.differential + CHUNKS * WARPS * 32 * 2 * padded(k.N_D)
-    other_kept, other, other_squares, other_norms = measure(y, other, other_inv, other_gamma, k, dtype, KEPT, WARPS)
+    other_kept, other, other_squares, other_norms = measure(y, other, other_inv, other_gamma, k, dtype, TERMS, WARPS)
     dots, other = summed_logits(dots, WARPS), summed_logits(other, WARPS)
     column: gl.constexpr = gl.SliceLayout(1, dots.type.layout)
     renorm, norm = norms_of(most, squares, norms, column, WARPS)
@@ -228,13 +218,13 @@ def tokens_tile(z, y, tables, routers, stats, scaling, denominator, out, place, 
         weight, other_weight = spread(renorm * scale, WARPS), spread(-lam * other_renorm * scale, WARPS)
         weight, other_weight = weight.load(row(WARPS))[:, None], other_weight.load(row(WARPS))[:, None]
         if denominator.inverse is not None:
-            inverse = inverse_of_one_head(kept, other_kept, weight, other_weight, denominator, place, k, KEPT, WARPS)
+            inverse = inverse_of_one_head(kept, other_kept, weight, other_weight, denominator, place, k, dtype, WARPS)
             weight, other_weight = weight * inverse, other_weight * inverse
         at = word_pointers(out, place.token * k.D, k.D, WARPS)
         for c in gl.static_range(CHUNKS):
-            low, high = scaled(kept[c], weight, KEPT)
-            other_low, other_high = scaled(other_kept[c], other_weight, KEPT)
-            found = packed(low + other_low, high + other_high, dtype)
+            low, high = scaled(kept[c], weight, dtype, TERMS)
+            other_low, other_high = scaled(other_kept[c], other_weight, dtype, TERMS)
+            found = packed(low + other_low, high + other_high, out.dtype.element_ty)
             store(at + c * 16 * WARPS, found, there, c, k.D, WARPS, MASKED)
             if denominator.sums is not None:
                 low, high = low + gl.abs(other_low), high + gl.abs(other_high)
@@ -278,7 +268,7 @@ def tokens(
     means: Tensor | None = None,
     inverse: Tensor | None = None,
 ) -> Tensor | None:
-    """Routes and measures one side, and writes Zh to ``out`` (B, N, d) contiguous, where given.
+    """Routes and measures one side, and writes Zh to ``out`` (B, N, d) contiguous, in its dtype, where given.
 
     Under "denominator", with ``sums``, of keys: returns the mean denominator term (segments, d) float32.  With
     ``means``, those of the keys, of queries: of one head divides Qh where ``inverse`` (T, 1) is given, and writes that;

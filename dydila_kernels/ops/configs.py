@@ -110,11 +110,12 @@ TABLE |= {
         Entry(ANY, Config(64, 64, 8, 3, reason="half a head of 128, its columns over twice the threads")),
     ),
     ("written_state", "single"): (
-        Entry(64, Config(32, 64, 4, 3, reason="of 16-bit tokens whose Kh has the range of float32: half the rows")),
-        Entry(ANY, Config(32, 32, 4, 3, reason="a quarter of a head of 128")),
+        Entry(64, Config(64, 32, 4, 3, reason="Kh of float16 under denominator: two tiles on their way; half a head")),
+        Entry(80, Config(32, 32, 4, 3, reason="columns of 128 leave room for half the rows")),
+        Entry(ANY, Config(64, 32, 4, 2, reason="the next tile is on its way; a quarter of a head of 128")),
     ),
     ("product", "single"): (
-        Entry(64, Config(64, 32, 4, reason="of 16-bit tokens whose Qh has the range of float32: half a head")),
+        Entry(64, Config(64, 32, 4, reason="Qh of float16 under denominator: half a head")),
         Entry(ANY, Config(32, 32, 4, reason="columns of 128 leave room for half the rows")),
     ),
     ("product", "half"): (

@@ -180,9 +180,11 @@ def measuring(dtype, terms):
     for p, s, root in (("p", "x", "a"), ("q", "y", "b")):
         powers += f"lg2.approx.ftz.f32 {p}, {s}; mul.ftz.f32 {p}, {p}, $7; setp.eq.f32 test, {s}, 0f00000000;"
         if roots:
-            powers += f"fma.rn.ftz.f32 {root}, {p}, 0f3f000000, 0f41700000; ex2.approx.ftz.f32 {root}, {root};"
-            powers += f"selp.f32 {root}, 0f00000000, {root}, test;"
-        powers += f"ex2.approx.ftz.f32 {p}, {p}; selp.f32 {p}, 0f00000000, {p}, test;"
+            powers += f"fma.rn.ftz.f32 {p}, {p}, 0f3f000000, 0f41700000; ex2.approx.ftz.f32 {p}, {p};"
+            powers += f"selp.f32 {root}, 0f00000000, {p}, test;"
+            powers += f"mul.ftz.f32 {p}, {root}, {root}; mul.ftz.f32 {p}, {p}, 0f30800000;"
+        else:
+            powers += f"ex2.approx.ftz.f32 {p}, {p}; selp.f32 {p}, 0f00000000, {p}, test;"
     ratios = "mul.ftz.f32 x, x, $6; mul.ftz.f32 y, y, $6;"
     squares = "mul.f32 $0, x, x; fma.rn.f32 $0, y, y, $0; mul.f32 $1, p, p; fma.rn.f32 $1, q, q, $1;"
     rounded = "cvt.rn.f16x2.f32 $2, q, p;"
@@ -360,6 +362,30 @@ def numbers_of_logits(warps):
     places, n = [[1, 0], [8, 0], *[[0, 0]] * 3], len(bits(warps))
     parts = [*([0, 1 << i] for i in bits(warps)), *places[n:2]]
     return gl.DistributedLinearLayout(parts, lanes, places[:n], [], [16, warps])
+
+
+@gluon.constexpr_function
+def words_shared(warps):
+    """(R, 16 W) in shared memory: 16 bytes a lane of :func:`words_of`, next to each other."""
+    within = [[0, 1], [0, 2], [0, 4], [0, 8], [1, 0], [2, 0], [4, 0], [8, 0]]
+    return gl.SharedLinearLayout([*within, *([0, 16 << i] for i in bits(warps))])
+
+
+@gluon.jit
+def stashed(words, WARPS: gl.constexpr):
+    """Shared memory with words (R, 16 W), each lane's its own."""
+    shared = gl.allocate_shared_memory(gl.int32, [R, 16 * WARPS], words_shared(WARPS))
+    shared.store(words)
+    return shared
+
+
+@gluon.jit
+def words_kept(kept, STASHED: gl.constexpr, WARPS: gl.constexpr):
+    """Words (R, 16 W), or what :func:`stashed` has of them."""
+    if STASHED:
+        return kept.load(words_of(WARPS))
+    else:
+        return kept
 
 
 @gluon.jit

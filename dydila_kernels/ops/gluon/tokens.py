@@ -45,9 +45,11 @@ from dydila_kernels.ops.gluon.rows import (
     share,
     share_logits,
     spread,
+    stashed,
     store,
     summed_logits,
     word_pointers,
+    words_kept,
     words_of,
 )
 from dydila_kernels.ops.gluon.terms import dots_of, store_parts, store_sums
@@ -126,9 +128,10 @@ def routed(words, router, k, PARTS: gl.constexpr, dtype: gl.constexpr, WARPS: gl
 
 
 @gluon.jit
-def measure(words, router, inv_max, gamma, k, dtype: gl.constexpr, TERMS: gl.constexpr, WARPS: gl.constexpr):
-    """Of the words of a branch: those of the powers, as :func:`scaled` takes them; and shared, what each warp has of
-    their product with a router and of the squares of s and of p."""
+def measure(words, router, inv_max, gamma, k, dtype: gl.constexpr, TERMS: gl.constexpr, STASH: gl.constexpr,
+            WARPS: gl.constexpr):  # fmt: skip
+    """Of the words of a branch: those of the powers, as :func:`scaled` takes them, in shared memory where STASH; and
+    shared, what each warp has of their product with a router and of the squares of s and of p."""
     dots = gl.zeros([WARPS, padded(k.N_D), R], gl.float32, products(WARPS))
     squares = fold(gl.zeros([R, 16 * WARPS], gl.float32, words_of(WARPS)), WARPS)
     norms = squares
@@ -137,7 +140,7 @@ def measure(words, router, inv_max, gamma, k, dtype: gl.constexpr, TERMS: gl.con
         square, norm, half, rest, again = measured(words[c], inv_max[:, None], gamma[:, None], dtype, TERMS)
         squares += fold(square, WARPS)
         norms += fold(norm, WARPS)
-        kept += (again,)
+        kept += (stashed(again, WARPS) if STASH else again,)
         if dtype == gl.bfloat16:
             rest = None  # float16 is more exact than the tokens
         dots = route(half, rest, router, c, dots, gl.float16, k.N_D, 2, WARPS)
@@ -166,7 +169,7 @@ def inverse_of_one_head(kept, other_kept, weight, other_weight, denominator, pla
     """(R, 1): 1 / (the denominator terms of all channels . denominator.vector), saved in denominator.inverse."""
     dots = fold(gl.zeros([R, 16 * WARPS], gl.float32, words_of(WARPS)), WARPS)
     for c in gl.static_range(len(kept)):
-        low, high = scaled(kept[c], weight, dtype, True)
+        low, high = scaled(words_kept(kept[c], True, WARPS), weight, dtype, True)
         other_low, other_high = scaled(other_kept[c], other_weight, dtype, True)
         low, high = low + gl.abs(other_low), high + gl.abs(other_high)
         dots += dots_of(low, high, denominator.vector + place.segment * k.D, c, k.D, WARPS)
@@ -195,13 +198,16 @@ def tokens_tile(z, y, tables, routers, stats, scaling, denominator, out, place, 
     keep(stats.index + place.T, other_index.to(gl.int8), place)
     keep(stats.norms, inv_max, place)
 
+    # Denominator terms take registers: those of the first branch wait in shared memory.
     TERMS: gl.constexpr = denominator.sums is not None or denominator.inverse is not None
-    kept, dots, squares, norms = measure(z, routers.differential, inv_max, gamma, k, dtype, TERMS, WARPS)
+    kept, dots, squares, norms = measure(z, routers.differential, inv_max, gamma, k, dtype, TERMS, TERMS, WARPS)
     other_inv = inverse_of(as_row(gl.max(other_most.load(numbers_of_rows(WARPS)), 1), WARPS))
     other_gamma = other_gamma.load(row(WARPS))
     keep(stats.norms + 3 * place.T, other_inv, place)
     other = routers.differential + CHUNKS * WARPS * 32 * 2 * padded(k.N_D)
-    other_kept, other, other_squares, other_norms = measure(y, other, other_inv, other_gamma, k, dtype, TERMS, WARPS)
+    other_kept, other, other_squares, other_norms = measure(
+        y, other, other_inv, other_gamma, k, dtype, TERMS, False, WARPS
+    )
     dots, other = summed_logits(dots, WARPS), summed_logits(other, WARPS)
     column: gl.constexpr = gl.SliceLayout(1, dots.type.layout)
     renorm, norm = norms_of(most, squares, norms, column, WARPS)
@@ -222,7 +228,7 @@ def tokens_tile(z, y, tables, routers, stats, scaling, denominator, out, place, 
             weight, other_weight = weight * inverse, other_weight * inverse
         at = word_pointers(out, place.token * k.D, k.D, WARPS)
         for c in gl.static_range(CHUNKS):
-            low, high = scaled(kept[c], weight, dtype, TERMS)
+            low, high = scaled(words_kept(kept[c], TERMS, WARPS), weight, dtype, TERMS)
             other_low, other_high = scaled(other_kept[c], other_weight, dtype, TERMS)
             found = packed(low + other_low, high + other_high, out.dtype.element_ty)
             store(at + c * 16 * WARPS, found, there, c, k.D, WARPS, MASKED)

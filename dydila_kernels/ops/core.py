@@ -5,6 +5,8 @@ Three forms.  "written", where :mod:`forms` says so: Zh is written once, in the 
     forward     tokens(K)  written_state(K, V)  tokens(Q)  written_readout(Q)
     backward    that of the others
 
+Where float16 has not the range ("denominator") what is written has memory of its own, in float32.
+
 The others by the width e = d/H of a head (:data:`LARGEST_HEAD`), see :func:`is_fused`.  "fused": Zh lives in registers
 only.
 
@@ -184,7 +186,7 @@ def empty_saved(inputs: Inputs, settings: Settings, ranks: Ranks | None = None) 
 
 
 def working_dtype(inputs: Inputs, settings: Settings) -> torch.dtype:
-    """That of the tokens; but float16 has not the range of the inverse denominator."""
+    """That of the tokens; but float16 has not the range of denominators."""
     wide = inputs.q.dtype == torch.float16 and settings.has_denominator
     return torch.float32 if wide else inputs.q.dtype
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from dydila_kernels.ops.gluon.rows import R, fold, halves, packed, words_of
+from dydila_kernels.ops.gluon.rows import R, fold, words_of
+from dydila_kernels.ops.gluon.words import halves, packed
 from dydila_kernels.ops.tiles import part_width
 
 

@@ -29,19 +29,14 @@ from dydila_kernels.ops.gluon.rows import (
     bits,
     choose,
     fold,
-    larger,
     largest,
     load,
-    measured,
     numbers_of_logits,
     numbers_of_rows,
-    packed,
     pointers,
     products,
-    rectified,
     row,
     rows_there,
-    scaled,
     share,
     share_logits,
     spread,
@@ -53,6 +48,7 @@ from dydila_kernels.ops.gluon.rows import (
     words_of,
 )
 from dydila_kernels.ops.gluon.terms import dots_of, store_parts, store_sums
+from dydila_kernels.ops.gluon.words import larger, measured, packed, rectified, scaled
 from dydila_kernels.ops.tiles import TINY, launch, padded, part_width
 
 

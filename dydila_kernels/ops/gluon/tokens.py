@@ -170,7 +170,7 @@ def inverse_of_one_head(kept, other_kept, weight, other_weight, denominator, pla
         low, high = low + gl.abs(other_low), high + gl.abs(other_high)
         dots += dots_of(low, high, denominator.vector + place.segment * k.D, c, k.D, WARPS)
     parts = share(lane_sums(dots, WARPS), WARPS)
-    inverse = inverse_of(as_row(gl.sum(parts.load(numbers_of_rows(WARPS)), 1), WARPS))
+    inverse = inverse_of(as_row(gl.sum(parts.load(numbers_of_logits(WARPS)), 1), WARPS))
     keep(denominator.inverse, inverse, place)
     return inverse[:, None]
 

@@ -41,6 +41,7 @@ from dydila_kernels.ops.tiles import (
     Tile,
     ceil_div,
     launch,
+    operand,
     padded,
     part_width,
     pin,
@@ -209,7 +210,7 @@ def product_kernel(tokens, segments, state, output_scale, denominator, out, k: t
         x = tl.load(row_ptrs + c + chunk[None, :], mask=tile_mask(tile.row_mask, c + chunk, E, k.BLOCK_D), other=0.0)
         block = state + ((tile.segment * k.H + h) * E + c + chunk[:, None]) * E + across[None, :]
         block = tl.load(block, mask=tile_mask(c + chunk < E, across, E, padded(E)), other=0.0)
-        acc = tl.dot(x, block, acc, input_precision=k.PRECISION)
+        acc = tl.dot(x, operand(block), acc, input_precision=k.PRECISION)
     acc *= output_scale
     if denominator.sums is not None:
         acc *= whole_inverse(denominator, h, tile, k)[:, None]

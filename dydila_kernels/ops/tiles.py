@@ -148,6 +148,16 @@ def product(x, y):
 
 
 @triton.jit
+def operand(x):
+    """x as a product takes it: of float32 tensor cores take 11 bits, and would cut off the others."""
+    if x.dtype == tl.float32:
+        shifted = product(x, 8193.0)  # 2^13 + 1
+        return shifted - (shifted - x)
+    else:
+        return x
+
+
+@triton.jit
 def row_dot(x, y):
     """The dot product (R,) of each row of x and y (R, C) float32, with the same bits wherever it is held."""
     return tl.sum(product(x, y), axis=1)

@@ -48,7 +48,7 @@ from dydila_kernels.ops.gluon.rows import (
     words_of,
 )
 from dydila_kernels.ops.gluon.terms import dots_of, store_parts, store_sums
-from dydila_kernels.ops.gluon.words import larger, measured, packed, rectified, scaled
+from dydila_kernels.ops.gluon.words import larger, measured, operands, rectified, scaled
 from dydila_kernels.ops.tiles import TINY, launch, padded, part_width
 
 
@@ -226,7 +226,7 @@ def tokens_tile(z, y, tables, routers, stats, scaling, denominator, out, place, 
         for c in gl.static_range(CHUNKS):
             low, high = scaled(words_kept(kept[c], TERMS, WARPS), weight, dtype, TERMS)
             other_low, other_high = scaled(other_kept[c], other_weight, dtype, TERMS)
-            found = packed(low + other_low, high + other_high, out.dtype.element_ty)
+            found = operands(low + other_low, high + other_high, out.dtype.element_ty)
             store(at + c * 16 * WARPS, found, there, c, k.D, WARPS, MASKED)
             if denominator.sums is not None:
                 low, high = low + gl.abs(other_low), high + gl.abs(other_high)
@@ -293,4 +293,4 @@ def tokens(
         denominator=Denominator(means, inverse, sums=found), out=out,
         k=context.constants(config, side.has_denominator), MASKED=ragged,
     )  # fmt: skip
-    return context.mean_of(found, rows) if sums else found
+    return context.mean_of(found, rows) if sums and found is not None else found

@@ -40,6 +40,15 @@ def packed(low, high, dtype: gl.constexpr):
 
 
 @gluon.jit
+def operands(low, high, dtype: gl.constexpr):
+    """As :func:`packed`, for a product: of float32 tensor cores take 11 bits, and would cut off the others."""
+    if dtype == gl.float32:
+        low = gl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,f", [low], gl.float32, is_pure=True, pack=1)
+        high = gl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,f", [high], gl.float32, is_pure=True, pack=1)
+    return packed(low, high, dtype)
+
+
+@gluon.jit
 def halves(words, dtype: gl.constexpr):
     """Words of two numbers of a dtype -> both in float32."""
     return gl.inline_asm_elementwise(

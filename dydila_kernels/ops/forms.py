@@ -101,7 +101,9 @@ def why_not_gluon_tokens(context: LaunchContext, side: QKOperand, *, decide: boo
         return f"the registers hold {LARGEST} channels, not {context.dim}"
     if choices(context) > MOST:
         return f"logits of {choices(context)} choices would take too much shared memory"
-    if 384 < context.dim <= 768 and choices(context) > 16:  # beyond, a program has registers for two
+    # Beyond 768 a program has registers for two, which float16 takes for denominator terms.
+    full = context.dim <= 768 or (context.dtype == torch.float16 and context.has_denominator)
+    if context.dim > 384 and full and choices(context) > 16:
         return f"logits of {choices(context)} choices would spill registers beside {context.dim} channels"
     if not in_words(side.tokens) or (side.redundant is not None and not in_words(side.redundant)):
         return "rows do not begin at even channels"

@@ -224,16 +224,25 @@ def test_says_why_not(
 
 
 @pytest.mark.parametrize(
-    ("dim", "choices", "taken"), [(768, 16, True), (768, 17, False), (384, 64, True), (384, 65, False), (832, 21, True)]
+    ("dim", "choices", "options", "taken"),
+    [
+        (768, 16, {}, True),
+        (768, 17, {}, False),
+        (384, 64, {}, True),
+        (384, 65, {}, False),
+        (832, 21, {}, True),
+        (832, 21, {"num_heads": 13, **DENOMINATOR}, False),
+        (832, 16, {"num_heads": 13, **DENOMINATOR}, True),
+    ],
 )
 def test_logits_of_many_choices_need_registers(
-    dim: int, choices: int, taken: bool, monkeypatch: pytest.MonkeyPatch
+    dim: int, choices: int, options: dict[str, Any], taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inputs = inputs_of(1, 4, dim, torch.bfloat16)
+    inputs = inputs_of(1, 4, dim, torch.float16)
     inputs.update(
         gamma=torch.ones(choices), kernel_routers=torch.zeros(4, dim, choices)
     )  # fmt: skip
-    assert (reason(monkeypatch, inputs) is None) == taken
+    assert (reason(monkeypatch, inputs, **options) is None) == taken
 
 
 def test_the_environment_forces_the_portable_form(monkeypatch: pytest.MonkeyPatch) -> None:

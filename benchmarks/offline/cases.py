@@ -52,6 +52,13 @@ def cases() -> Iterator[Case]:
                 yield Case("attention", name, d, head, partial(portable, partial(attend, dtype, d, head)))
     few = Size(factors=9)  # the default, whose logits leave registers to tokens of 768 channels
     yield Case("attention", "bf16", 768, 64, partial(attend, torch.bfloat16, 768, 64, few))
+    for head in (64, 768):
+        denominators = partial(attend, torch.bfloat16, 768, head, few, normalization="denominator")
+        yield Case("attention", "bf16", 768, head, denominators)
+    for d, head in ((384, 64), (384, 128), (1152, 72)):  # Kh and Qh in float32
+        size = Size() if d == 384 else few
+        denominators = partial(attend, torch.float16, d, head, size, normalization="denominator")
+        yield Case("attention", "fp16", d, head, denominators)
     for head in (384, 64):
         for variant in VARIANTS:
             yield Case("attention", "bf16", 384, head, partial(attend, torch.bfloat16, 384, head, **variant))

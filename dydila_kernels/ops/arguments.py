@@ -93,7 +93,8 @@ class Denominator(NamedTuple):
     vector (segments, d): the mean denominator terms of the keys, or the gradient of that mean; inverse (T, H): 1 over
     the denominator of each query and head; weights (T, H): what multiplies the terms of each token, the gradient of its
     denominator; sums: where the sums over tokens of these terms go, (programs, d), or (segments, splits, d) in
-    :func:`state_kernel`.
+    :func:`state_kernel`; of queries that are written in Gluon the parts (d / width, T) of their denominators, see
+    :func:`part_width`.
     """
 
     vector: Any = None

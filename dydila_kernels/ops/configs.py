@@ -109,6 +109,15 @@ TABLE |= {
         Entry(80, Config(64, 128, 8, 3, reason="a head of 72 at once; the columns of 128 over twice the threads")),
         Entry(ANY, Config(64, 64, 8, 3, reason="half a head of 128, its columns over twice the threads")),
     ),
+    ("written_state", "single"): (
+        Entry(64, Config(64, 32, 4, 3, reason="Kh of float16 under denominator: two tiles on their way; half a head")),
+        Entry(80, Config(32, 32, 4, 3, reason="columns of 128 leave room for half the rows")),
+        Entry(ANY, Config(64, 32, 4, 2, reason="the next tile is on its way; a quarter of a head of 128")),
+    ),
+    ("product", "single"): (
+        Entry(64, Config(64, 32, 4, reason="Qh of float16 under denominator: half a head")),
+        Entry(ANY, Config(32, 32, 4, reason="columns of 128 leave room for half the rows")),
+    ),
     ("product", "half"): (
         Entry(64, Config(64, 64, 4, reason="a head at once; many programs, of which some load")),
         Entry(80, Config(64, 32, 4, reason="72 and 80 are 3 x 32 but for 24 and 16")),

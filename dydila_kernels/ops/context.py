@@ -129,7 +129,7 @@ class LaunchContext:
         # Kept near 1 in float16: sums are means over the longest segment, and tokens, whose norm may be sqrt(d) times
         # their largest entry, are scaled down.  What that takes from the result, ``output_scale`` gives back.
         self.has_denominator = normalization == "denominator"
-        float16 = self.dtype == torch.float16
+        float16 = self.dtype == torch.float16 and not self.has_denominator
         self.fp16_prescale = 2.0 ** -(math.ceil(math.log2(self.dim) / 2) + 1) if float16 else 1.0
         self.state_scale = 1.0 / whole
         scaled = (whole if normalization == "none" else 1.0) / self.fp16_prescale**2
@@ -163,6 +163,15 @@ class LaunchContext:
         """Programs that share a sum over the tokens of a segment: enough to fill the device, each with four tiles."""
         wanted = -(-processors(self.device) // max(1, self.segments * self.heads))
         return max(1, min(wanted, self.longest // (4 * block_n)))
+
+    def mean_of(self, partials: Tensor, block_n: int) -> Tensor:
+        """(segments, d): sums over ``block_n`` tokens each, (programs, d), added up and over the longest length."""
+        if self.bounds is None:
+            return (
+                partials.view(self.batch, partials.shape[0] // max(1, self.batch), self.dim).sum(1) * self.state_scale
+            )
+        counts = [-(-(stop - start) // block_n) for start, stop in zip(self.bounds[:-1], self.bounds[1:], strict=True)]
+        return torch.stack([part.sum(0) for part in partials.split(counts)]) * self.state_scale
 
     def spans(self) -> Iterator[Span]:
         """The blocks of a (B, N, d) tensor that torch can multiply at once."""

@@ -5,6 +5,8 @@ Three forms.  "written", where :mod:`forms` says so: Zh is written once, in the 
     forward     tokens(K)  written_state(K, V)  tokens(Q)  written_readout(Q)
     backward    that of the others
 
+Where float16 has not the range ("denominator") what is written has memory of its own, in float32.
+
 The others by the width e = d/H of a head (:data:`LARGEST_HEAD`), see :func:`is_fused`.  "fused": Zh lives in registers
 only.
 
@@ -184,7 +186,7 @@ def empty_saved(inputs: Inputs, settings: Settings, ranks: Ranks | None = None) 
 
 
 def working_dtype(inputs: Inputs, settings: Settings) -> torch.dtype:
-    """That of the tokens; but float16 has not the range of the inverse denominator."""
+    """That of the tokens; but float16 has not the range of denominators."""
     wide = inputs.q.dtype == torch.float16 and settings.has_denominator
     return torch.float32 if wide else inputs.q.dtype
 
@@ -243,13 +245,14 @@ def operands_of(
 
 def forward(inputs: Inputs, settings: Settings, ranks: Ranks | None = None) -> tuple[Tensor, SavedForBackward]:
     """The output (B, N, d), contiguous, in the dtype of q, and what the backward pass needs."""
-    if working_dtype(inputs, settings) != inputs.q.dtype:
-        out, saved = forward(widened(inputs, settings), settings, ranks)
-        return out.to(inputs.q.dtype), saved
     context = context_of(inputs, settings, ranks)
     saved = empty_saved(inputs, settings, ranks)
+    sides = operands_of(context, inputs, settings, saved)
+    if working_dtype(inputs, settings) != inputs.q.dtype and not takes_written(context, settings, sides):
+        out, saved = forward(widened(inputs, settings), settings, ranks)
+        return out.to(inputs.q.dtype), saved
+    q, k = sides
     out = torch.empty(inputs.q.shape, dtype=context.dtype, device=context.device)
-    q, k = operands_of(context, inputs, settings, saved)
     if spare(context.dim, settings):
         saved.states[-spare(context.dim, settings) :].zero_()
     shaped = saved._replace(states=states_of(context, saved, settings))
@@ -272,13 +275,19 @@ def forward(inputs: Inputs, settings: Settings, ranks: Ranks | None = None) -> t
     return out, saved
 
 
+def takes_written(context: LaunchContext, settings: Settings, sides: tuple[QKOperand, QKOperand]) -> bool:
+    """Whether :func:`written_product` makes the product of these sides.  Those of Eq. 10 are routed before."""
+    if settings.differential == "map" or not is_fused(context.dim, settings):
+        return False
+    return all(forms.why_not_gluon_tokens(context, side, decide=True) is None for side in sides)
+
+
 def fused_product(
     context: LaunchContext, settings: Settings, saved: SavedForBackward, i: int, q: QKOperand, k: QKOperand, v: Tensor,
     out: Tensor, *, decide: bool, add: bool,
 ) -> None:  # fmt: skip
     """Product i: writes O (B, N, d) to ``out`` or adds it."""
-    asked = {"decide": decide, "terms": settings.has_denominator}
-    if not (add or forms.why_not_gluon_tokens(context, q, **asked) or forms.why_not_gluon_tokens(context, k, **asked)):
+    if takes_written(context, settings, (q, k)):
         written_product(context, saved, i, q, k, v, out)
         return
     if decide:
@@ -295,15 +304,21 @@ def fused_product(
 def written_product(
     context: LaunchContext, saved: SavedForBackward, i: int, q: QKOperand, k: QKOperand, v: Tensor, out: Tensor
 ) -> None:
-    """As :func:`fused_product`, where each power is made once: ``out`` holds Kh, then Qh, then O."""
+    """As :func:`fused_product`, where each power is made once: ``out`` holds Kh, then Qh, then O.
+
+    Where float16 has not the range, Kh and Qh are in memory of their own, in the working dtype.
+    """
     from dydila_kernels.ops.gluon.tokens import tokens as gluon_tokens
 
-    gluon_tokens(context, k, out)
-    total = written_state(context, k, out, v)
-    context.sum_over_ranks(total)
+    written = out if out.dtype == saved.states.dtype else torch.empty_like(out, dtype=saved.states.dtype)
+    means = gluon_tokens(context, k, written, sums=q.has_denominator)
+    total = written_state(context, k, written, v)
+    context.sum_over_ranks(total, means)
     state = saved.states[i].copy_(total)
-    gluon_tokens(context, q, out)
-    written_readout(context, out, state)
+    if means is not None and saved.means is not None:
+        saved.means[i] = means
+    parts = gluon_tokens(context, q, written, means=means)
+    written_readout(context, written, state, out, parts, None if saved.inverse is None else saved.inverse[i])
 
 
 def gemm_product(

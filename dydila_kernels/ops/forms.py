@@ -85,12 +85,14 @@ def in_words(tokens: Tensor) -> bool:
     return not (tokens.data_ptr() % 4 or images % 2 or rows % 2 or tokens.shape[-1] % 2)
 
 
-def why_not_gluon_tokens(context: LaunchContext, side: QKOperand, *, decide: bool, terms: bool) -> str | None:
-    """The same of what routes, measures and writes; ``terms``: whether denominator terms are wanted."""
+def why_not_gluon_tokens(context: LaunchContext, side: QKOperand, *, decide: bool, divide: bool = False) -> str | None:
+    """The same of what routes, measures and writes; ``divide``: whether Zh is to be over its denominators."""
     if not decide:
         return "what was decided is read"
-    if terms:
-        return "denominator terms are summed"
+    if divide and context.heads > 1:
+        return f"{context.heads} heads have denominators of their own"
+    if side.has_denominator and not divide and context.head_dim % 8:
+        return f"denominators are in parts of 8 channels, of which heads of {context.head_dim} are no multiple"
     if side.differential_router is None:
         return "no lambda is chosen"
     if side.slopes is not None:
@@ -99,7 +101,9 @@ def why_not_gluon_tokens(context: LaunchContext, side: QKOperand, *, decide: boo
         return f"the registers hold {LARGEST} channels, not {context.dim}"
     if choices(context) > MOST:
         return f"logits of {choices(context)} choices would take too much shared memory"
-    if 384 < context.dim <= 768 and choices(context) > 16:  # beyond, a program has registers for two
+    # Beyond 768 a program has registers for two, which float16 takes for denominator terms.
+    full = context.dim <= 768 or (context.dtype == torch.float16 and context.has_denominator)
+    if context.dim > 384 and full and choices(context) > 16:
         return f"logits of {choices(context)} choices would spill registers beside {context.dim} channels"
     if not in_words(side.tokens) or (side.redundant is not None and not in_words(side.redundant)):
         return "rows do not begin at even channels"

@@ -32,11 +32,23 @@ from dydila_kernels.ops.branches import (
     load_per_head,
     load_row_stats,
     powers_of,
+    reciprocal,
     summed_terms,
     weigh,
 )
 from dydila_kernels.ops.context import LaunchContext, QKOperand
-from dydila_kernels.ops.tiles import Tile, ceil_div, launch, padded, pin, row_pointers, tile_mask, tile_of_program
+from dydila_kernels.ops.tiles import (
+    Tile,
+    ceil_div,
+    launch,
+    operand,
+    padded,
+    part_width,
+    pin,
+    row_pointers,
+    tile_mask,
+    tile_of_program,
+)
 from dydila_kernels.ops.tokens import branches_of
 
 
@@ -90,6 +102,8 @@ def state_kernel(tokens, values, segments, tables, stats, scaling, denominator, 
         mask = tile_mask(active_rows, columns, E, k.BLOCK_D)
         if RAW:
             y = tl.load(row_ptrs[0] + (h * E + columns)[None, :], mask=mask, other=0.0)
+            if y.dtype == tl.float32:
+                x = x.to(tl.float32)
         else:
             powers = powers_of(branches, h * E + columns, mask, k.FAST)
             y = difference_of(powers, branches)
@@ -165,10 +179,24 @@ def readout_kernel(tokens, segments, tables, routers, stats, slopes, scaling, de
 
 
 @triton.jit
-def product_kernel(tokens, segments, state, output_scale, k: tl.constexpr):
-    """One program for a tile of queries and a head: O_h = output_scale Qh_h S_h in the place of Qh, tokens.z (B, N, d).
+def whole_inverse(denominator, h, tile, k):
+    """1 / (the denominators of head h), (R,), whose parts denominator.sums has; saved in denominator.inverse."""
+    E: tl.constexpr = k.D // k.H
+    PARTS: tl.constexpr = E // part_width(E)
+    parts = tl.arange(0, padded(PARTS, 1))
+    at = denominator.sums + (h * PARTS + parts).to(tl.int64)[None, :] * tile.T + tile.token_ids[:, None]
+    found = tl.load(at, mask=tile_mask(tile.row_mask, parts, PARTS, padded(PARTS, 1)), other=0.0)
+    inverse = reciprocal(tl.sum(found, axis=1), k.FAST)
+    tl.store(denominator.inverse + tile.token_ids * k.H + h, inverse, mask=tile.row_mask)
+    return inverse
 
-    state (segments, H, e, e) in the dtype of the tokens.
+
+@triton.jit
+def product_kernel(tokens, segments, state, output_scale, denominator, out, k: tl.constexpr):
+    """One program for a tile of queries and a head: O_h = output_scale Qh_h S_h of Qh, tokens.z (B, N, d).
+
+    state (segments, H, e, e) in the dtype of Qh; out (T, d), which may be the memory of Qh.  O_h is over the
+    denominators, where denominator.sums is given.
     """
     E: tl.constexpr = k.D // k.H
     BLOCK_D: tl.constexpr = k.BLOCK_D
@@ -182,9 +210,13 @@ def product_kernel(tokens, segments, state, output_scale, k: tl.constexpr):
         x = tl.load(row_ptrs + c + chunk[None, :], mask=tile_mask(tile.row_mask, c + chunk, E, k.BLOCK_D), other=0.0)
         block = state + ((tile.segment * k.H + h) * E + c + chunk[:, None]) * E + across[None, :]
         block = tl.load(block, mask=tile_mask(c + chunk < E, across, E, padded(E)), other=0.0)
-        acc = tl.dot(x, block, acc, input_precision=k.PRECISION)
+        acc = tl.dot(x, operand(block), acc, input_precision=k.PRECISION)
+    acc *= output_scale
+    if denominator.sums is not None:
+        acc *= whole_inverse(denominator, h, tile, k)[:, None]
     mask = tile_mask(tile.row_mask, across, E, padded(E))
-    tl.store(row_ptrs + across[None, :], (acc * output_scale).to(state.dtype.element_ty), mask=mask)
+    out += tile.token_ids[:, None] * k.D + h * E + across[None, :]
+    tl.store(out, acc.to(out.dtype.element_ty), mask=mask)
 
 
 def state(
@@ -214,7 +246,7 @@ def state(
 def written_state(context: LaunchContext, side: QKOperand, written: Tensor, values: Tensor) -> Tensor:
     """:func:`state` from ``written``, the Zh of a side (B, N, d); no values are read of rows that are all zero."""
     e = context.head_dim
-    splits = context.splits(configs.pick("written_state", context.dtype, e).block_n)
+    splits = context.splits(configs.pick("written_state", written.dtype, e).block_n)
     return partial_states(
         context, side._replace(tokens=written, redundant=written), Values(*strided(values), e), splits, width=e,
         head_dim=e, raw=True, has_denominator=False, scaling=context.scaling(side), state_scale=context.state_scale,
@@ -222,13 +254,20 @@ def written_state(context: LaunchContext, side: QKOperand, written: Tensor, valu
     ).sum(1)  # fmt: skip
 
 
-def written_readout(context: LaunchContext, written: Tensor, state: Tensor) -> None:
-    """O (B, N, d) in the place of ``written``, the Qh; state (segments, H, e, e) in their dtype."""
-    config = configs.pick("product", context.dtype, context.head_dim)
+def written_readout(
+    context: LaunchContext, written: Tensor, state: Tensor, out: Tensor, parts: Tensor | None, inverse: Tensor | None
+) -> None:
+    """Writes O (B, N, d) to ``out``, contiguous; ``written``, which may be it, are Qh, state (segments, H, e, e) in
+    their dtype.
+
+    Under "denominator" ``parts`` of the denominators, see :func:`part_width`, and ``inverse`` (T, H), written.
+    """
+    config = configs.pick("product", written.dtype, context.head_dim)
     launch(
         product_kernel, (context.programs(config.block_n), context.heads), config,
         tokens=Tokens(strided(written), None, None), segments=context.tiles(config.block_n), state=state,
-        output_scale=context.output_scale, k=context.constants(config),
+        output_scale=context.output_scale, denominator=Denominator(inverse=inverse, sums=parts),
+        out=out, k=context.constants(config),
     )  # fmt: skip
 
 
@@ -253,7 +292,7 @@ def partial_states(
 ) -> Tensor:  # fmt: skip
     """The partial sums (segments, splits, H, e, width) float32 of :func:`state_kernel`, for e = ``head_dim``."""
     heads = context.dim // head_dim
-    config = configs.pick(stage, values.x.dtype, head_dim)
+    config = configs.pick(stage, side.tokens.dtype if stage == "written_state" else values.x.dtype, head_dim)
     partials = values.x.new_empty((context.segments, splits, heads, head_dim, width), dtype=torch.float32)
     launch(
         state_kernel, (context.segments * splits * heads * ceil_div(head_dim, config.block_d),), config,

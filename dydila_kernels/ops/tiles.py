@@ -92,9 +92,15 @@ def power_of_two(n: int, least: int = 16) -> int:
 
 
 @triton.constexpr_function
-def padded(size):
+def part_width(head_dim):
+    """Channels of the parts in which Gluon kernels sum over those of a head: of one head, and of one warp."""
+    return min(32, head_dim & -head_dim)
+
+
+@triton.constexpr_function
+def padded(size, least=16):
     """The width of a tile of ``size`` columns: :func:`power_of_two` for kernels."""
-    return max(16, 1 << (size - 1).bit_length())
+    return max(least, 1 << (size - 1).bit_length())
 
 
 @triton.jit
@@ -139,6 +145,16 @@ def product(x, y):
     lane would leave its own product unrounded, and lanes that are to hold one sum would differ in its last bit.
     """
     return tl.fma(x, y, 0.0)
+
+
+@triton.jit
+def operand(x):
+    """x as a product takes it: of float32 tensor cores take 11 bits, and would cut off the others."""
+    if x.dtype == tl.float32:
+        shifted = product(x, 8193.0)  # 2^13 + 1
+        return shifted - (shifted - x)
+    else:
+        return x
 
 
 @triton.jit

@@ -242,11 +242,10 @@ def tokens(
     Under "denominator" ``means`` (segments, d) and ``inverse`` (T, H), written, are those of queries; with ``sums`` it
     returns the mean denominator term (segments, d) float32, each token's times ``weights`` (T, H) where given.
     """
-    if forms.why_not_gluon_tokens(context, side, decide=decide, terms=sums or means is not None) is None:
+    if forms.why_not_gluon_tokens(context, side, decide=decide, divide=inverse is not None) is None:
         from dydila_kernels.ops.gluon.tokens import tokens as gluon_tokens
 
-        gluon_tokens(context, side, out)
-        return None
+        return gluon_tokens(context, side, out, sums=sums, means=means, inverse=inverse)
     config = configs.pick("tokens", context.dtype, context.dim)
     programs = context.programs(config.block_n)
     partials = torch.empty(programs, context.dim, device=context.device, dtype=torch.float32) if sums else None
@@ -256,11 +255,4 @@ def tokens(
         scaling=context.scaling(side), denominator=Denominator(means, inverse, weights, partials), out=out,
         k=context.constants(config, side.has_denominator),
     )  # fmt: skip
-    if partials is None:
-        return None
-    if context.bounds is None:
-        per_image = partials.view(context.batch, programs // max(1, context.batch), context.dim)
-        return per_image.sum(1) * context.state_scale
-    bounds = context.bounds
-    counts = [-(-(stop - start) // config.block_n) for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
-    return torch.stack([part.sum(0) for part in partials.split(counts)]) * context.state_scale
+    return None if partials is None else context.mean_of(partials, config.block_n)

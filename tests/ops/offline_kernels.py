@@ -120,13 +120,17 @@ def tiles_of(rows: int, columns: int, stages: list[str]) -> dict[str, str | None
 
 
 def in_gluon() -> dict[str, list[str]]:
-    """Of each kernel in Gluon the errors: of heads, with a denominator, of one head, packed; for two targets."""
+    """Of each kernel in Gluon the errors: of heads, with denominators, of one head, packed; for two targets."""
     labels = {"stage": "test", "dtype": "", "d": 0, "head": 0}
     packed = next(variant for variant in cases.VARIANTS if "cu_seqlens" in variant)
     calls = {
         ("sm_80", "bf16, heads"): partial(cases.attend, torch.bfloat16, 64, 32),
         ("sm_90", "fp16, one head"): partial(cases.attend, torch.float16, 136, 136),
         ("sm_90", "denominator"): partial(cases.attend, torch.bfloat16, 64, 32, normalization="denominator"),
+        ("sm_80", "fp16, denominator"): partial(cases.attend, torch.float16, 64, 32, normalization="denominator"),
+        ("sm_90", "denominator of one head"): partial(
+            cases.attend, torch.bfloat16, 136, 136, normalization="denominator"
+        ),
         ("sm_90", "packed"): partial(cases.attend, torch.bfloat16, 64, 32, **packed),
     }
     found: dict[str, list[str]] = {}
@@ -148,9 +152,9 @@ def approximate() -> dict[str, list[str]]:
     }
 
 
-def fused_with_another_lane(d: int, head: int, **variant: Any) -> dict[str, int]:
+def fused_with_another_lane(d: int, head: int, normalization: str) -> dict[str, int]:
     """How often a kernel adds, to a product that it does not round, what it was sent by another lane."""
-    code = compile_code(partial(cases.attend, torch.bfloat16, d, head, **variant), "ptx")
+    code = compile_code(partial(cases.attend, torch.bfloat16, d, head, normalization=normalization), "ptx")
     found = {}
     for name, ptx in code.items():
         received = set(re.findall(r"shfl\.sync\.bfly\.b32\s+(%\w+),", ptx))

@@ -9,7 +9,7 @@ import torch
 
 from dydila_kernels import reference
 from dydila_kernels.ops import core, forms, tiles
-from dydila_kernels.testing import TOKENS, Tensors, cast, decisions
+from dydila_kernels.testing import TOKENS, Tensors, cast, decisions, relative_error
 from tests.ops.helpers import (
     DEVICE,
     HALF,
@@ -20,6 +20,7 @@ from tests.ops.helpers import (
     compare_layer,
     inputs_of,
     layer_of,
+    name_of,
     operator_arguments,
 )
 from tests.ops.test_tokens import shortfall
@@ -27,6 +28,7 @@ from tests.ops.test_tokens import shortfall
 needs_gluon = pytest.mark.skipif(tiles.INTERPRETED, reason="Gluon has no interpreter: --emulate sm_90, or a GPU")
 
 
+DENOMINATOR = {"normalization": "denominator"}
 CASES: dict[str, dict[str, Any]] = {
     "whole tiles": {"batch": 2, "length": 64, "dim": 256, "num_heads": 4},
     "none": {"batch": 1, "length": 48, "dim": 128, "normalization": "none"},
@@ -37,7 +39,16 @@ CASES: dict[str, dict[str, Any]] = {
     "one wide head": {"batch": 1, "length": 150, "dim": 136},
     "packed": {"batch": 1, "length": 60, "dim": 64, "num_heads": 2, "cu_seqlens": [0, 5, 5, 38, 60]},
     "negative powers": {"batch": 1, "length": 32, "dim": 64, "gamma": (-1.0, 2.0)},
-}
+    "denominators": {"batch": 2, "length": 33, "dim": 256, "num_heads": 4, **DENOMINATOR},
+    "denominators of heads of 32": {"batch": 1, "length": 32, "dim": 96, "num_heads": 3, **DENOMINATOR},
+    "denominators of heads of 72": {"batch": 1, "length": 40, "dim": 144, "num_heads": 2, **DENOMINATOR},
+    "denominators of heads of 96": {"batch": 1, "length": 40, "dim": 192, "num_heads": 2, **DENOMINATOR},
+    "denominators of one head": {"batch": 1, "length": 40, "dim": 128, **DENOMINATOR},
+    "denominators of negative powers": {"batch": 1, "length": 32, "dim": 64, "gamma": (-1.0, 2.0), **DENOMINATOR},
+    "denominators, packed": {
+        "batch": 1, "length": 60, "dim": 64, "num_heads": 2, "cu_seqlens": [0, 5, 5, 38, 60], **DENOMINATOR
+    },
+}  # fmt: skip
 
 
 @needs_gluon
@@ -49,21 +60,31 @@ def test_error_is_that_of_plain_pytorch(case: str, dtype: torch.dtype, launched:
 
 
 @needs_gluon
-def test_masks(launched: set[str]) -> None:
-    mask = torch.rand(2, 37, device=DEVICE) < 0.6
-    mask[1] = False
-    compare_core(torch.bfloat16, 2, 37, 64, mask=mask)
+@pytest.mark.parametrize("length", [40, 150])
+def test_denominators_of_one_wide_head(length: int, launched: set[str]) -> None:
+    """By scores, and by states; float16 goes through torch's products in float32, and is left to the Triton form."""
+    compare_core(torch.bfloat16, 1, length, 136, **DENOMINATOR)
     assert "gluon_tokens_kernel" in launched
 
 
 @needs_gluon
-def test_masked_tokens_may_hold_anything(launched: set[str]) -> None:
+@pytest.mark.parametrize("options", [{}, {"num_heads": 2, **DENOMINATOR}], ids=name_of)
+def test_masks(options: dict[str, Any], launched: set[str]) -> None:
+    mask = torch.rand(2, 37, device=DEVICE) < 0.6
+    mask[1] = False
+    compare_core(torch.bfloat16, 2, 37, 64, mask=mask, **options)
+    assert "gluon_tokens_kernel" in launched
+
+
+@needs_gluon
+@pytest.mark.parametrize("options", [{}, {"num_heads": 2, **DENOMINATOR}], ids=name_of)
+def test_masked_tokens_may_hold_anything(options: dict[str, Any], launched: set[str]) -> None:
     inputs = inputs_of(1, 40, 64, torch.bfloat16)
     mask = torch.arange(40, device=DEVICE)[None] % 3 > 0
-    clean = attend(inputs, mask=mask)
+    clean = attend(inputs, mask=mask, **options)
     for name in TOKENS:
         inputs[name] = inputs[name].masked_fill(~mask[..., None], torch.nan)
-    assert_same_bits({"out": attend(inputs, mask=mask)}, {"out": clean})
+    assert_same_bits({"out": attend(inputs, mask=mask, **options)}, {"out": clean})
     assert "gluon_tokens_kernel" in launched
 
 
@@ -108,30 +129,63 @@ def test_rows_of_any_scale(scale: float) -> None:
 
 
 @needs_gluon
-def test_nan_stays_in_its_row() -> None:
+@pytest.mark.parametrize(("dim", "heads"), [(64, 2), (128, 1)])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_denominators_of_tiny_powers(dtype: torch.dtype, dim: int, heads: int, launched: set[str]) -> None:
+    """A denominator is relative: what float16 cannot hold beside the largest power of a row may be all of a head."""
+    inputs = inputs_of(1, 32, dim, dtype, gamma=(6.0, 6.0))
+    for name in ("q", "k", "q_redundant", "k_redundant"):
+        inputs[name] = inputs[name] / 64
+        inputs[name][..., 0] = 1
+    options = {"num_heads": heads, **DENOMINATOR}
+    found = attend(inputs, **options)
+    truth = reference.dydila_attention(
+        **cast(inputs, torch.float64), indices=decisions(inputs, backend="triton", **options), **options
+    )
+    assert "gluon_tokens_kernel" in launched
+    for head, exact in zip(found.chunk(heads, -1), truth.chunk(heads, -1), strict=True):
+        assert relative_error(head, exact) < 4 * torch.finfo(dtype).eps
+
+
+@needs_gluon
+@pytest.mark.parametrize("options", [{}, DENOMINATOR], ids=name_of)
+def test_nan_stays_in_its_row(options: dict[str, Any]) -> None:
     inputs = inputs_of(1, 32, 64, torch.bfloat16)
     inputs["q"][0, 3, 5] = torch.nan
-    lost = attend(inputs).isnan().all(-1)[0]
+    lost = attend(inputs, **options).isnan().all(-1)[0]
     assert lost[3] and lost.sum() == 1
 
 
 @needs_gluon
-def test_backward_twice_is_equal_to_the_bit_in_poisoned_memory(request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("options", [{}, {"num_heads": 2, **DENOMINATOR}, DENOMINATOR], ids=name_of)
+def test_backward_twice_is_equal_to_the_bit_in_poisoned_memory(
+    options: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
     inputs = inputs_of(1, 40, 64, torch.bfloat16)
-    assert_repeats(inputs, request, mask=torch.rand(1, 40, device=DEVICE) < 0.7)
+    assert_repeats(inputs, request, mask=torch.rand(1, 40, device=DEVICE) < 0.7, **options)
 
 
 @needs_gluon
-def test_both_forms_save_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(
+    ("dim", "options"), [(128, {"num_heads": 2}), (128, {"num_heads": 2, **DENOMINATOR}), (136, DENOMINATOR)], ids=str
+)
+def test_both_forms_save_the_same(
+    dim: int, options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """So that the backward pass may take what it likes."""
-    inputs = inputs_of(1, 48, 128, torch.bfloat16)
+    inputs = inputs_of(2, 48, dim, dtype)
     saved = {}
     for form in ("gluon", "triton"):
         monkeypatch.setenv(forms.VARIABLE, form)
-        arguments = operator_arguments(inputs, num_heads=2)
+        arguments = operator_arguments(inputs, **options)
         saved[form] = core.forward(*arguments)[1]
-    assert torch.equal(saved["gluon"].indices, saved["triton"].indices)
-    torch.testing.assert_close(saved["gluon"].statistics, saved["triton"].statistics, rtol=1e-4, atol=0)
+    found, expected = saved["gluon"], saved["triton"]
+    assert torch.equal(found.indices, expected.indices)
+    torch.testing.assert_close(found.statistics, expected.statistics, rtol=1e-4, atol=0)
+    for name in ("means", "inverse"):  # of a mean the powers are rounded to the dtype of the tokens, each on its own
+        if (exact := getattr(expected, name)) is not None:
+            torch.testing.assert_close(getattr(found, name), exact, rtol=4 * torch.finfo(dtype).eps, atol=0)
 
 
 # Which form
@@ -144,7 +198,7 @@ def reason(monkeypatch: pytest.MonkeyPatch, inputs: Tensors, **options: Any) -> 
     arguments, settings = operator_arguments(inputs, **options)
     context = core.context_of(arguments, settings)
     queries, _ = core.operands_of(context, arguments, settings, core.empty_saved(arguments, settings))
-    return forms.why_not_gluon_tokens(context, queries, decide=True, terms=settings.has_denominator)
+    return forms.why_not_gluon_tokens(context, queries, decide=True)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +207,8 @@ def reason(monkeypatch: pytest.MonkeyPatch, inputs: Tensors, **options: Any) -> 
         (64, torch.bfloat16, {}, None),
         (64, torch.float32, {}, "float32"),
         (64, torch.bfloat16, {"differential": "off"}, "no lambda"),
-        (64, torch.bfloat16, {"normalization": "denominator"}, "denominator"),
+        (64, torch.bfloat16, DENOMINATOR, None),
+        (36, torch.bfloat16, DENOMINATOR, "parts of 8 channels"),
         (64, torch.bfloat16, {"router_gradient": "straight_through"}, "trained"),
         (1536, torch.bfloat16, {}, "registers"),
         (25, torch.bfloat16, {}, "even"),
@@ -169,16 +224,25 @@ def test_says_why_not(
 
 
 @pytest.mark.parametrize(
-    ("dim", "choices", "taken"), [(768, 16, True), (768, 17, False), (384, 64, True), (384, 65, False), (832, 21, True)]
+    ("dim", "choices", "options", "taken"),
+    [
+        (768, 16, {}, True),
+        (768, 17, {}, False),
+        (384, 64, {}, True),
+        (384, 65, {}, False),
+        (832, 21, {}, True),
+        (832, 21, {"num_heads": 13, **DENOMINATOR}, False),
+        (832, 16, {"num_heads": 13, **DENOMINATOR}, True),
+    ],
 )
 def test_logits_of_many_choices_need_registers(
-    dim: int, choices: int, taken: bool, monkeypatch: pytest.MonkeyPatch
+    dim: int, choices: int, options: dict[str, Any], taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inputs = inputs_of(1, 4, dim, torch.bfloat16)
+    inputs = inputs_of(1, 4, dim, torch.float16)
     inputs.update(
         gamma=torch.ones(choices), kernel_routers=torch.zeros(4, dim, choices)
     )  # fmt: skip
-    assert (reason(monkeypatch, inputs) is None) == taken
+    assert (reason(monkeypatch, inputs, **options) is None) == taken
 
 
 def test_the_environment_forces_the_portable_form(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,10 +88,13 @@ def test_kernels_for_float32_divide_and_take_roots_exactly() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("d", "head"), [(36, 12), (136, 136)])
-def test_lanes_that_hold_the_same_sum_hold_the_same_bits(d: int, head: int) -> None:
+@pytest.mark.parametrize(
+    ("d", "head", "normalization"),
+    [(36, 12, "length"), (136, 136, "length"), (64, 32, "denominator"), (136, 136, "denominator")],
+)
+def test_lanes_that_hold_the_same_sum_hold_the_same_bits(d: int, head: int, normalization: str) -> None:
     """Where rows are no multiple of 16, neighbouring channels are in neighbouring lanes."""
-    found = result_of("fused_with_another_lane", d, head)
+    found = result_of("fused_with_another_lane", d, head, normalization)
     assert len(found) > 4 and not any(found.values()), found
 
 

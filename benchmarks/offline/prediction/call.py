@@ -35,6 +35,8 @@ class Shape:
     """n_F = n_D."""
     dtype: str = "bf16"
     """bf16, fp16 or fp32."""
+    normalization: str = "length"
+    """length, none or denominator."""
     convolution: bool = False
     """With the depth-wise convolution of V."""
     rotary: bool = False
@@ -58,7 +60,9 @@ def predictions(shape: Shape, spread: bool = True) -> list[Kernel]:
     size = Size(shape.images, shape.rows, shape.columns, shape.factors, shape.convolution)
 
     def call() -> None:
-        variant = {"rotary_pairing": "interleaved"} if shape.rotary else {}
+        variant = {"normalization": shape.normalization}
+        if shape.rotary:
+            variant["rotary_pairing"] = "interleaved"
         attend(DTYPES[shape.dtype], shape.d, shape.d // shape.heads, size, **variant)
 
     return predictions_of(record(call, {}, TARGET, TARGETS[TARGET]), spread)

@@ -53,6 +53,15 @@ def inverse_of(x):
     return gl.where(x >= TINY, 1.0 / gl.where(x >= TINY, x, 1.0), 0.0)
 
 
+@gluon.jit
+def row_scale_of(renorm, other_renorm, neg_lam, scaling, place, k):
+    """What multiplies Zh: of a tile, or (R,) where it is relative to the larger renormalisation."""
+    if k.HAS_DENOMINATOR:
+        return inverse_of(gl.maximum(renorm, gl.abs(other_renorm * neg_lam)))
+    else:
+        return scale_of(scaling, place.segment)
+
+
 RELU = {
     gl.bfloat16: "max.NaN.bf16x2 t, {z}, t; shl.b32 x, t, 16; and.b32 y, t, 0xffff0000;",
     gl.float16: "max.NaN.f16x2 t, {z}, t; mov.b32 {{u, v}}, t; cvt.f32.f16 x, u; cvt.f32.f16 y, v;",

@@ -39,7 +39,7 @@ from dydila_kernels.ops.gluon.chunks import (
     row,
     total,
 )
-from dydila_kernels.ops.gluon.common import inverse_of, place_of, scale_of
+from dydila_kernels.ops.gluon.common import place_of, row_scale_of
 from dydila_kernels.ops.gluon.stream import (
     arrived,
     begin,
@@ -105,15 +105,6 @@ def incoming(dy, source, denominator, h, c, place, there, sign, k, WARPS: gl.con
         if denominator.weights is not None:
             u = u * gl.load(denominator.weights + n, mask=there, other=0.0)[:, None]
         return dy + u, dy + sign[:, None] * u
-
-
-@gluon.jit
-def row_scale_of(renorm1, renorm2, neg_lam, scaling, place, k):
-    """What multiplies Zh: of a tile, or (R,) where it is relative to the larger renormalisation."""
-    if k.HAS_DENOMINATOR:
-        return inverse_of(gl.maximum(renorm1, gl.abs(renorm2 * neg_lam)))
-    else:
-        return scale_of(scaling, place.segment)
 
 
 @gluon.jit

@@ -1,4 +1,4 @@
-"""What the Gluon kernels share: which thread holds what, the power of Eq. 5 in machine words, sums over rows.
+"""What the Gluon kernels of tokens share: which thread holds what, operands, sums over rows.
 
 A program has R = 16 tokens, whole, in registers: its W warps share the channels, a chunk of 32 W at a time, of which
 warp w has 32.  Lane l has of these, of the tokens l / 4 and l / 4 + 8, eight channels from 8 (l mod 4) on: 16 bytes,
@@ -11,7 +11,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from dydila_kernels.ops.gluon.common import REGISTERS, RELU
+from dydila_kernels.ops.gluon.words import larger_bf16, larger_fp16
 
 R = gl.constexpr(16)
 """Tokens of a program: the columns of two products of tensor cores."""
@@ -60,32 +60,16 @@ def as_right(words, dtype: gl.constexpr, WARPS: gl.constexpr):
     return gl.convert_layout(x, gl.DotOperandLayout(1, products(WARPS), 2), assert_trivial=True)
 
 
-@gluon.constexpr_function
-def packing(dtype):
-    return f"cvt.rn.{'bf16x2' if dtype == gl.bfloat16 else 'f16x2'}.f32 $0, $2, $1;"
-
-
-@gluon.jit
-def packed(low, high, dtype: gl.constexpr):
-    """Two float32 as a word of two of 16 bits."""
-    return gl.inline_asm_elementwise(packing(dtype), "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def halves(words):
-    """Words of float16 -> both in float32."""
-    return gl.inline_asm_elementwise(
-        "{ .reg .b16 u, v; mov.b32 {u, v}, $2; cvt.f32.f16 $0, u; cvt.f32.f16 $1, v; }", "=f,=f,r", [words],
-        dtype=(gl.float32, gl.float32), is_pure=True, pack=1,
-    )  # fmt: skip
-
-
 @gluon.jit
 def word_pointers(x, start, stride, WARPS: gl.constexpr):
-    """Pointers (R, 16 W) to the first words of rows of 16-bit numbers: of x, ``start`` and ``stride`` even."""
+    """Pointers (R, 16 W) to the first words of rows of x, in any of three dtypes; ``start`` and ``stride`` even."""
     rows = gl.arange(0, R, layout=row(WARPS)).to(gl.int64) * (stride // 2)
     columns = gl.arange(0, 16 * WARPS, layout=gl.SliceLayout(0, words_of(WARPS)))
-    return (x + start).to(gl.pointer_type(gl.int32)) + rows[:, None] + columns[None, :]
+    offsets = rows[:, None] + columns[None, :]
+    if x.dtype.element_ty == gl.float32:
+        return (x + start).to(gl.pointer_type(gl.int64)) + offsets
+    else:
+        return (x + start).to(gl.pointer_type(gl.int32)) + offsets
 
 
 @gluon.jit
@@ -139,68 +123,6 @@ def store(pointers, words, rows, c: gl.constexpr, D: gl.constexpr, WARPS: gl.con
         gl.store(pointers, words)
 
 
-# Two channels at a time -----------------------------------------------------------------------------------------------
-
-
-@gluon.constexpr_function
-def measuring(dtype):
-    """Assembly: s s + s' s', p p + p' p', and both p = s^gamma in f16 and what that lacks; from z, 1/m, gamma.
-
-    Results below the smallest normal number are zeros (ftz); 0^gamma is made zero, whatever gamma.
-    """
-    powers = ""
-    for p, s in (("p", "x"), ("q", "y")):
-        powers += f"lg2.approx.ftz.f32 {p}, {s}; mul.ftz.f32 {p}, {p}, $6; ex2.approx.ftz.f32 {p}, {p};"
-        powers += f"setp.eq.f32 test, {s}, 0f00000000; selp.f32 {p}, 0f00000000, {p}, test;"
-    ratios = "mul.ftz.f32 x, x, $5; mul.ftz.f32 y, y, $5;"
-    squares = "mul.f32 $0, x, x; fma.rn.f32 $0, y, y, $0; mul.f32 $1, p, p; fma.rn.f32 $1, q, q, $1;"
-    rounded = "cvt.rn.f16x2.f32 $2, q, p;"
-    # 11 leading bits, by a product with 2^13 + 1: from the word itself ptxas would keep both halves for later.
-    lacking = "".join(
-        f"mul.rn.f32 x, {p}, 0f46000400; sub.rn.f32 y, x, {p}; sub.rn.f32 x, x, y; sub.rn.f32 {p}, {p}, x;"
-        for p in ("p", "q")
-    )
-    lacking += "cvt.rn.f16x2.f32 $3, q, p; }"
-    return REGISTERS + ".reg .f32 p, q;" + RELU[dtype].format(z="$4") + ratios + powers + squares + rounded + lacking
-
-
-@gluon.jit
-def measured(words, inv_max, gamma, dtype: gl.constexpr):
-    """Words (R, C) of z, 1/m and gamma (R, 1) -> float32 sums of the squares of both s and of both p; words of p in
-    float16, and of what these lack."""
-    return gl.inline_asm_elementwise(
-        measuring(dtype), "=&f,=&f,=&r,=&r,r,f,f", [words, inv_max, gamma],
-        dtype=(gl.float32, gl.float32, gl.int32, gl.int32), is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-LARGER = {gl.bfloat16: "max.bf16x2 $0, $1, $2;", gl.float16: "max.f16x2 $0, $1, $2;"}
-
-
-@gluon.constexpr_function
-def larger_of(dtype):
-    return LARGER[dtype]
-
-
-@gluon.jit
-def larger_bf16(x, y):
-    """The larger of each two channels of words, passing over NaN."""
-    return gl.inline_asm_elementwise(larger_of(gl.bfloat16), "=r,r,r", [x, y], dtype=gl.int32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def larger_fp16(x, y):
-    return gl.inline_asm_elementwise(larger_of(gl.float16), "=r,r,r", [x, y], dtype=gl.int32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def larger(x, y, dtype: gl.constexpr):
-    if dtype == gl.bfloat16:
-        return larger_bf16(x, y)
-    else:
-        return larger_fp16(x, y)
-
-
 @gluon.jit
 def largest(words, dtype: gl.constexpr, WARPS: gl.constexpr):
     """(R, 16 W) -> (R, 4 W): of what a lane has of each row, the largest of either channel of the words."""
@@ -215,19 +137,6 @@ def largest(words, dtype: gl.constexpr, WARPS: gl.constexpr):
 def fold(x, WARPS: gl.constexpr):
     """(R, 16 W) -> (R, 4 W): the sums of what a lane has of each row."""
     return gl.sum(gl.reshape(x, (R, 4 * WARPS, 4)), 2)
-
-
-@gluon.constexpr_function
-def unpacking(dtype):
-    return REGISTERS + RELU[dtype].format(z="$2") + "mov.f32 $0, x; mov.f32 $1, y; }"
-
-
-@gluon.jit
-def unpacked(words, dtype: gl.constexpr):
-    """The ReLU of both channels of words, float32."""
-    return gl.inline_asm_elementwise(
-        unpacking(dtype), "=&f,=&f,r", [words], dtype=(gl.float32, gl.float32), is_pure=True, pack=1
-    )
 
 
 @gluon.jit
@@ -308,6 +217,30 @@ def numbers_of_logits(warps):
     places, n = [[1, 0], [8, 0], *[[0, 0]] * 3], len(bits(warps))
     parts = [*([0, 1 << i] for i in bits(warps)), *places[n:2]]
     return gl.DistributedLinearLayout(parts, lanes, places[:n], [], [16, warps])
+
+
+@gluon.constexpr_function
+def words_shared(warps):
+    """(R, 16 W) in shared memory: 16 bytes a lane of :func:`words_of`, next to each other."""
+    within = [[0, 1], [0, 2], [0, 4], [0, 8], [1, 0], [2, 0], [4, 0], [8, 0]]
+    return gl.SharedLinearLayout([*within, *([0, 16 << i] for i in bits(warps))])
+
+
+@gluon.jit
+def stashed(words, WARPS: gl.constexpr):
+    """Shared memory with words (R, 16 W), each lane's its own."""
+    shared = gl.allocate_shared_memory(gl.int32, [R, 16 * WARPS], words_shared(WARPS))
+    shared.store(words)
+    return shared
+
+
+@gluon.jit
+def words_kept(kept, STASHED: gl.constexpr, WARPS: gl.constexpr):
+    """Words (R, 16 W), or what :func:`stashed` has of them."""
+    if STASHED:
+        return kept.load(words_of(WARPS))
+    else:
+        return kept
 
 
 @gluon.jit

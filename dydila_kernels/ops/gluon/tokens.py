@@ -11,15 +11,17 @@ Between them the W warps, each with its share of the channels, exchange a few nu
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from dydila_kernels.ops import configs
+from dydila_kernels.ops.arguments import Denominator
 from dydila_kernels.ops.context import LaunchContext, QKOperand
 from dydila_kernels.ops.forms import choices
-from dydila_kernels.ops.gluon.common import inverse_of, place_of, scale_of
+from dydila_kernels.ops.gluon.common import inverse_of, place_of, row_scale_of
 from dydila_kernels.ops.gluon.routers import prepared
 from dydila_kernels.ops.gluon.rows import (
     R,
@@ -27,14 +29,10 @@ from dydila_kernels.ops.gluon.rows import (
     bits,
     choose,
     fold,
-    halves,
-    larger,
     largest,
     load,
-    measured,
     numbers_of_logits,
     numbers_of_rows,
-    packed,
     pointers,
     products,
     row,
@@ -42,13 +40,16 @@ from dydila_kernels.ops.gluon.rows import (
     share,
     share_logits,
     spread,
+    stashed,
     store,
     summed_logits,
-    unpacked,
     word_pointers,
+    words_kept,
     words_of,
 )
-from dydila_kernels.ops.tiles import TINY, launch, padded
+from dydila_kernels.ops.gluon.terms import dots_of, store_parts, store_sums
+from dydila_kernels.ops.gluon.words import larger, measured, operands, rectified, scaled
+from dydila_kernels.ops.tiles import TINY, launch, padded, part_width
 
 
 @gluon.constexpr_function
@@ -106,7 +107,7 @@ def lane_sums(x, WARPS: gl.constexpr):
 @gluon.jit
 def lane_largest(most, dtype: gl.constexpr, WARPS: gl.constexpr):
     """(R, 4 W) words of :func:`largest` -> (R, W), 0 where nothing is positive."""
-    low, high = unpacked(most, dtype)
+    low, high = rectified(most, dtype)
     return gl.max(gl.reshape(gl.maximum(low, high), (R, WARPS, 4)), 2)
 
 
@@ -123,21 +124,22 @@ def routed(words, router, k, PARTS: gl.constexpr, dtype: gl.constexpr, WARPS: gl
 
 
 @gluon.jit
-def measure(words, router, inv_max, gamma, k, dtype: gl.constexpr, WARPS: gl.constexpr):
-    """Of the words of a branch: those of the powers, in float16; and shared, what each warp has of their product with a
-    router and of the squares of s and of p."""
+def measure(words, router, inv_max, gamma, k, dtype: gl.constexpr, TERMS: gl.constexpr, STASH: gl.constexpr,
+            WARPS: gl.constexpr):  # fmt: skip
+    """Of the words of a branch: those of the powers, as :func:`scaled` takes them, in shared memory where STASH; and
+    shared, what each warp has of their product with a router and of the squares of s and of p."""
     dots = gl.zeros([WARPS, padded(k.N_D), R], gl.float32, products(WARPS))
     squares = fold(gl.zeros([R, 16 * WARPS], gl.float32, words_of(WARPS)), WARPS)
     norms = squares
     kept = ()
     for c in gl.static_range(len(words)):
-        square, norm, half, rest = measured(words[c], inv_max[:, None], gamma[:, None], dtype)
+        square, norm, half, rest, again = measured(words[c], inv_max[:, None], gamma[:, None], dtype, TERMS)
         squares += fold(square, WARPS)
         norms += fold(norm, WARPS)
+        kept += (stashed(again, WARPS) if STASH else again,)
         if dtype == gl.bfloat16:
             rest = None  # float16 is more exact than the tokens
         dots = route(half, rest, router, c, dots, gl.float16, k.N_D, 2, WARPS)
-        kept += (half,)
     squares, norms = share(lane_sums(squares, WARPS), WARPS), share(lane_sums(norms, WARPS), WARPS)
     return kept, share_logits(dots, WARPS), squares, norms
 
@@ -158,7 +160,23 @@ def keep(statistic, x, place):
 
 
 @gluon.jit
-def tokens_tile(z, y, tables, routers, stats, scaling, out, place, there, k, WARPS: gl.constexpr,
+def inverse_of_one_head(kept, other_kept, weight, other_weight, denominator, place, k, dtype: gl.constexpr,
+                        WARPS: gl.constexpr):  # fmt: skip
+    """(R, 1): 1 / (the denominator terms of all channels . denominator.vector), saved in denominator.inverse."""
+    dots = fold(gl.zeros([R, 16 * WARPS], gl.float32, words_of(WARPS)), WARPS)
+    for c in gl.static_range(len(kept)):
+        low, high = scaled(words_kept(kept[c], True, WARPS), weight, dtype, True)
+        other_low, other_high = scaled(other_kept[c], other_weight, dtype, True)
+        low, high = low + gl.abs(other_low), high + gl.abs(other_high)
+        dots += dots_of(low, high, denominator.vector + place.segment * k.D, c, k.D, WARPS)
+    parts = share(lane_sums(dots, WARPS), WARPS)
+    inverse = inverse_of(as_row(gl.sum(parts.load(numbers_of_logits(WARPS)), 1), WARPS))
+    keep(denominator.inverse, inverse, place)
+    return inverse[:, None]
+
+
+@gluon.jit
+def tokens_tile(z, y, tables, routers, stats, scaling, denominator, out, place, there, k, WARPS: gl.constexpr,
                 MASKED: gl.constexpr, dtype: gl.constexpr):  # fmt: skip
     """What :func:`gluon_tokens_kernel` does with the words z, y of both branches."""
     CHUNKS: gl.constexpr = len(z)
@@ -176,12 +194,16 @@ def tokens_tile(z, y, tables, routers, stats, scaling, out, place, there, k, WAR
     keep(stats.index + place.T, other_index.to(gl.int8), place)
     keep(stats.norms, inv_max, place)
 
-    kept, dots, squares, norms = measure(z, routers.differential, inv_max, gamma, k, dtype, WARPS)
+    # Denominator terms take registers: those of the first branch wait in shared memory.
+    TERMS: gl.constexpr = denominator.sums is not None or denominator.inverse is not None
+    kept, dots, squares, norms = measure(z, routers.differential, inv_max, gamma, k, dtype, TERMS, TERMS, WARPS)
     other_inv = inverse_of(as_row(gl.max(other_most.load(numbers_of_rows(WARPS)), 1), WARPS))
     other_gamma = other_gamma.load(row(WARPS))
     keep(stats.norms + 3 * place.T, other_inv, place)
     other = routers.differential + CHUNKS * WARPS * 32 * 2 * padded(k.N_D)
-    other_kept, other, other_squares, other_norms = measure(y, other, other_inv, other_gamma, k, dtype, WARPS)
+    other_kept, other, other_squares, other_norms = measure(
+        y, other, other_inv, other_gamma, k, dtype, TERMS, False, WARPS
+    )
     dots, other = summed_logits(dots, WARPS), summed_logits(other, WARPS)
     column: gl.constexpr = gl.SliceLayout(1, dots.type.layout)
     renorm, norm = norms_of(most, squares, norms, column, WARPS)
@@ -194,25 +216,35 @@ def tokens_tile(z, y, tables, routers, stats, scaling, out, place, there, k, WAR
     keep(stats.norms + 5 * place.T, other_norm, place)
     keep(stats.lam_index, choice.to(gl.int8), place)
     if out is not None:
-        scale = scale_of(scaling, place.segment)
+        scale = row_scale_of(renorm, other_renorm, -lam, scaling, place, k)
         weight, other_weight = spread(renorm * scale, WARPS), spread(-lam * other_renorm * scale, WARPS)
         weight, other_weight = weight.load(row(WARPS))[:, None], other_weight.load(row(WARPS))[:, None]
+        if denominator.inverse is not None:
+            inverse = inverse_of_one_head(kept, other_kept, weight, other_weight, denominator, place, k, dtype, WARPS)
+            weight, other_weight = weight * inverse, other_weight * inverse
         at = word_pointers(out, place.token * k.D, k.D, WARPS)
         for c in gl.static_range(CHUNKS):
-            low, high = halves(kept[c])
-            other_low, other_high = halves(other_kept[c])
-            low = low * weight + other_low * other_weight
-            found = packed(low, high * weight + other_high * other_weight, dtype)
+            low, high = scaled(words_kept(kept[c], TERMS, WARPS), weight, dtype, TERMS)
+            other_low, other_high = scaled(other_kept[c], other_weight, dtype, TERMS)
+            found = operands(low + other_low, high + other_high, out.dtype.element_ty)
             store(at + c * 16 * WARPS, found, there, c, k.D, WARPS, MASKED)
+            if denominator.sums is not None:
+                low, high = low + gl.abs(other_low), high + gl.abs(other_high)
+                if denominator.vector is None:
+                    sums = denominator.sums + gl.program_id(0).to(gl.int64) * k.D
+                    store_sums(sums, low, high, c, k.D, WARPS)
+                else:
+                    dots = dots_of(low, high, denominator.vector + place.segment * k.D, c, k.D, WARPS)
+                    store_parts(denominator.sums, dots, place, c, k, WARPS)
 
 
 @gluon.jit
-def gluon_tokens_kernel(tokens, segments, tables, routers, stats, scaling, out, k: gl.constexpr,
+def gluon_tokens_kernel(tokens, segments, tables, routers, stats, scaling, denominator, out, k: gl.constexpr,
                         MASKED: gl.constexpr):  # fmt: skip
     """One program for a tile of R tokens: routes and measures them, then writes Zh to out (T, d), or None.
 
     routers are :class:`PreparedRouters`, the other arguments as in :mod:`dydila_kernels.ops.arguments`; MASKED: a tile
-    may have rows that do not count.
+    may have rows that do not count.  With denominator.inverse, of one head, Zh is over the denominator.
     """
     WARPS: gl.constexpr = gl.num_warps()
     CHUNKS: gl.constexpr = (k.D + 32 * WARPS - 1) // (32 * WARPS)
@@ -226,18 +258,39 @@ def gluon_tokens_kernel(tokens, segments, tables, routers, stats, scaling, out, 
     for c in gl.static_range(CHUNKS):
         y = y + (load(y_pointers + c * 16 * WARPS, active, c, k.D, WARPS, MASKED),)  # noqa: RUF005
     dtype: gl.constexpr = tokens.z.x.dtype.element_ty
-    tokens_tile(z, y, tables, routers, stats, scaling, out, place, there, k, WARPS, MASKED, dtype)
+    tokens_tile(z, y, tables, routers, stats, scaling, denominator, out, place, there, k, WARPS, MASKED, dtype)
 
 
-def tokens(context: LaunchContext, side: QKOperand, out: Tensor | None) -> None:
-    """Routes and measures one side, and writes Zh to ``out`` (B, N, d) contiguous, where given."""
+def tokens(
+    context: LaunchContext,
+    side: QKOperand,
+    out: Tensor | None,
+    *,
+    sums: bool = False,
+    means: Tensor | None = None,
+    inverse: Tensor | None = None,
+) -> Tensor | None:
+    """Routes and measures one side, and writes Zh to ``out`` (B, N, d) contiguous, in its dtype, where given.
+
+    Under "denominator", with ``sums``, of keys: returns the mean denominator term (segments, d) float32.  With
+    ``means``, those of the keys, of queries: of one head divides Qh where ``inverse`` (T, 1) is given, and writes that;
+    else returns the denominators in parts (d / width, T) float32, see :func:`part_width`.
+    """
     stage = "gluon_tokens" if choices(context) <= 16 else "gluon_tokens_of_many"
     config = configs.pick(stage, context.dtype, context.dim)
     rows = R.value
+    programs, found = context.programs(rows), None
+    if sums:
+        found = torch.empty(programs, context.dim, device=context.device, dtype=torch.float32)
+    elif means is not None and inverse is None:
+        parts = context.dim // part_width(context.head_dim)
+        found = torch.empty(parts, context.num_tokens, device=context.device, dtype=torch.float32)
     ragged = context.mask is not None or context.bounds is not None or context.length % rows != 0
     launch(
-        gluon_tokens_kernel, (context.programs(rows),), config, tokens=context.tokens(side, masked=True),
+        gluon_tokens_kernel, (programs,), config, tokens=context.tokens(side, masked=True),
         segments=context.tiles(rows), **context.measured(side),
-        routers=prepared(context, side, config.warps), scaling=context.scaling(side), out=out,
-        k=context.constants(config), MASKED=ragged,
+        routers=prepared(context, side, config.warps), scaling=context.scaling(side),
+        denominator=Denominator(means, inverse, sums=found), out=out,
+        k=context.constants(config, side.has_denominator), MASKED=ragged,
     )  # fmt: skip
+    return context.mean_of(found, rows) if sums and found is not None else found

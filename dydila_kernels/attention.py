@@ -330,12 +330,14 @@ class DyDiLAttention(nn.Module):
         if not all(is_plain(projection, DynamicProjection) for projection in projections):
             return None
         norms = [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
+        if torch.is_grad_enabled() and (norms or not torch_backend.differentiates(x, self._options(call))):
+            return None
         if not all(any(is_plain(norm, kind) for kind in NORMS.values()) for norm in norms):
             return None
         multiplied = [linear.weight for linear in linears] + [projection.weight for projection in projections]
         if any(weight.dtype != x.dtype for weight in multiplied):
             return None
-        weights = LayerWeights(
+        return LayerWeights(
             Linear(self.qkv.weight, self.qkv.bias),
             tuple(Projector(projection.weight, projection.router) for projection in projections),
             self._norms(),
@@ -343,9 +345,6 @@ class DyDiLAttention(nn.Module):
             self._convolution(call.grids),
             Linear(self.proj.weight, self.proj.bias),
         )
-        if torch.is_grad_enabled() and not torch_backend.differentiates(x, weights, self._options(call)):
-            return None
-        return weights
 
     def _convolves_apart(self, call: CheckedArgs, backend: Backend) -> bool:
         """Whether torch convolves, after the kernels: they do not know of frames."""

@@ -117,6 +117,8 @@ def layer(
     """
     given = LayerTensors.of(x, weights)
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    if differentiated:
+        given = LayerTensors._make(None if t is None else t.to(x.dtype) for t in given)
     grids = [] if weights.convolution is None else weights.convolution.grids
     call = Call(options, mask, cu_seqlens, grids)
     if torch.compiler.is_compiling():
@@ -126,11 +128,11 @@ def layer(
     return without_gradients(x, weights, options, mask, cu_seqlens)
 
 
-def differentiates(x: Tensor, weights: LayerWeights, options: Options) -> bool:
+def differentiates(x: Tensor, options: Options) -> bool:
     """Whether :func:`layer` has all gradients that may be asked for: not those of norms, routers and rotary tables, and
     not in a dtype in which those of the weights cannot be summed over the blocks.  Within an operator there is no
     autograd."""
-    exact = all(t is None or t.dtype == accumulation_dtype(x.dtype) for t in LayerTensors.of(x, weights))
-    rotated = options.rotary is not None and any(t.requires_grad for t in options.rotary)
+    exact = x.dtype == accumulation_dtype(x.dtype)
     explicit = not torch.compiler.is_compiling() or is_explicit(options)
-    return exact and explicit and len(weights.norms) == 0 and options.router_gradient == "none" and not rotated
+    rotated = options.rotary is not None and any(t.requires_grad for t in options.rotary)
+    return exact and explicit and options.router_gradient == "none" and not rotated

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dydila_kernels.torch_backend.blocks import SPARE
 from dydila_kernels.torch_backend.blockwise import At, Block, BlockwiseForward, Decisions, States, unpack
 from dydila_kernels.torch_backend.linear_attention import heads, inverse_mass, merged, outer, read
 from dydila_kernels.torch_backend.tokens import Difference, largest_of_heads
@@ -99,11 +100,11 @@ class Backward:
         q, _, _, redundant, *_ = block.loaded(block.cut())
         side, dmass = self.side("q", q, redundant, block), None
         if side.mass is not None:
-            product = read(side.hat, states[0], memory, "product")
+            product = read(side.hat, states[0], memory, SPARE[0])
             grad, dmass, dmean = self.quotient(side.mass, states[1], product, grad)
             dstates[1] += dmean
         dstates[0] += outer(side.hat, grad, self.call.options.num_heads)
-        self.hand_over(side, read(grad, states[0].mT, memory, "gradient"), dmass, block)
+        self.hand_over(side, read(grad, states[0].mT, memory, SPARE[1]), dmass, block)
 
     def keys(self, block: Block, dstates: list[Tensor]) -> None:
         """S = Kh^T V, m = sum Mk: dKh = V dS^T, dV = Kh dS, dMk = dm."""
@@ -111,9 +112,9 @@ class Backward:
         assert v is not None
         side, dstate = self.side("k", k, redundant, block), dstates[0] * block.scale
         if (receive := self.inputs[2]) is not None:
-            receive(block.at, read(side.hat, dstate, self.call.memory, "values"))
+            receive(block.at, read(side.hat, dstate, self.call.memory, SPARE[1]))
         dmass = None if side.mass is None else dstates[1].expand_as(side.mass)
-        self.hand_over(side, read(v, dstate.mT, self.call.memory, "gradient"), dmass, block)
+        self.hand_over(side, read(v, dstate.mT, self.call.memory, SPARE[1]), dmass, block)
 
     def whole(self, block: Block, _states: list[Tensor], _dstates: list[Tensor], grad: Tensor) -> None:
         """O = A V / c with A = Qh Kh^T: dV = A^T dO, dA = dO V^T, dQh = dA Kh, dKh = dA^T Qh, with dO / c for dO."""

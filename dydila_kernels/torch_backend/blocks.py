@@ -24,6 +24,10 @@ ImageRanges = tuple[slice, list[slice]]
 """Images to take together, and the row ranges to take them in."""
 
 
+SPARE = "spare 0", "spare 1"
+"""Names in a workspace of what is done with when another function of this backend takes them."""
+
+
 class Workspace:
     """Memory for the temporaries of the blocks of one call.  A name stands for what is held at one time.
 
@@ -93,12 +97,10 @@ def image_blocks(batch: int, start: int, stop: int, rows: int) -> Iterator[Image
         yield slice(b, min(b + images, batch)), ranges
 
 
-def all_blocks(
-    tokens: Tensor, cu_seqlens: Sequence[int] | None = None, rows: int | None = None
-) -> Iterator[ImageRanges]:
+def all_blocks(tokens: Tensor, cu_seqlens: Sequence[int] | None = None) -> Iterator[ImageRanges]:
     """The blocks of a (B, N, d) tensor; with ``cu_seqlens`` those of each image packed in its one row."""
     batch, length, dim = tokens.shape
-    rows = rows or block_rows(dim, tokens.device)
+    rows = block_rows(dim, tokens.device)
     bounds = [0, length] if cu_seqlens is None else cu_seqlens
     for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
         yield from image_blocks(batch, start, stop, rows)

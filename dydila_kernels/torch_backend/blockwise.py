@@ -145,7 +145,7 @@ def state_shapes(images: int, options: Options, dim: int) -> tuple[list[tuple[in
 def state_elements(like: Tensor, options: Options, cu_seqlens: Sequence[int] | None) -> int:
     """Of what :func:`pack` makes of a call with tokens ``like`` (B, N, d)."""
     batch, length, dim = like.shape
-    rows = rows_of(like, differentiated=True)
+    rows = block_rows(dim, like.device)
     bounds = [0, length] if cu_seqlens is None else cu_seqlens
     separate = [
         stop > start
@@ -154,11 +154,6 @@ def state_elements(like: Tensor, options: Options, cu_seqlens: Sequence[int] | N
     ]
     shapes, _ = state_shapes(1, options, dim)
     return sum(map(math.prod, shapes)) * batch * sum(separate)
-
-
-def rows_of(tokens: Tensor, differentiated: bool) -> int:
-    """Rows of a block; beside gradients there are twice as many temporaries."""
-    return max(1, block_rows(tokens.shape[-1], tokens.device) // (2 if differentiated else 1))
 
 
 class Blocks(Protocol):
@@ -173,8 +168,7 @@ class BlockwiseForward:
     ``tokens`` are q, k, v, q', k', whole or made block by block; and cos and sin (B, N, e) of rotary embeddings, or
     None twice.  ``tables`` are the other four of :class:`dydila_kernels.types.CoreInputs`; ``like`` is a tensor
     (B, N, d) of the shape, dtype and device of the tokens.  The blocks compute in ``memory``, and without gradients in
-    the place of ``disposable`` blocks of the tokens.  ``differentiated``: whether a backward pass is to walk the same
-    blocks.  With ``ranks`` the tokens are a part of all there are.
+    the place of ``disposable`` blocks of the tokens.  With ``ranks`` the tokens are a part of all there are.
     """
 
     def __init__(
@@ -189,11 +183,9 @@ class BlockwiseForward:
         ranks: Ranks | None = None,
         *,
         disposable: bool = False,
-        differentiated: bool = True,
     ) -> None:
         self.options, self.cu_seqlens, self.mask, self.inputs, self.ranks = options, cu_seqlens, mask, tokens, ranks
-        self.like, self.memory, self.dtype = like, memory, accumulation_dtype(like.dtype)
-        self.disposable, self.differentiated = disposable, differentiated
+        self.like, self.memory, self.disposable, self.dtype = like, memory, disposable, accumulation_dtype(like.dtype)
         gamma, lam, *routers = (None if t is None else t.detach().to(self.dtype) for t in tables)
         # Routers multiply from the left, see parts_of_logits: they are laid out for that once.
         kernel_routers, differential_routers = (None if t is None else t.mT.contiguous().mT for t in routers)
@@ -215,13 +207,12 @@ class BlockwiseForward:
                 )
 
     def blocks(self) -> Iterator[ImageRanges]:
-        batch, length, _ = self.like.shape
-        rows = rows_of(self.like, self.differentiated)
         if self.ranks is None:
-            yield from all_blocks(self.like, self.cu_seqlens, rows)
+            yield from all_blocks(self.like, self.cu_seqlens)
             return
+        batch, length, dim = self.like.shape
         # All images at once: every rank reduces once, though they hold different numbers of tokens.
-        rows = max(1, rows // max(1, batch))
+        rows = max(1, block_rows(dim, self.like.device) // max(1, batch))
         yield slice(0, batch), [slice(n, min(n + rows, length)) for n in range(0, length, rows)]
 
     def load(self, block: Tensor | None, at: At) -> Tensor | None:

@@ -56,7 +56,6 @@ class Attention(torch.autograd.Function):
                 like,
                 memory,
                 ranks,
-                differentiated=any(ctx.needs_input_grad),
             )
             decisions = Decisions.of(call)
             totals = call.forward(lambda block, tokens: out[block.at].copy_(tokens), decisions.write)

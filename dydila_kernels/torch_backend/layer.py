@@ -40,9 +40,7 @@ def without_gradients(
             linear_into(y[block.at], tokens, weights.proj)
 
         inputs = [*tokens.inputs(), *(options.rotary or (None, None))]
-        call = BlockwiseForward(
-            options, mask, cu_seqlens, inputs, weights.tables, x, memory, disposable=True, differentiated=False
-        )
+        call = BlockwiseForward(options, mask, cu_seqlens, inputs, weights.tables, x, memory, disposable=True)
         call.forward(finish, lambda block, indices: None)
     return y
 

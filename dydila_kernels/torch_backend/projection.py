@@ -18,6 +18,7 @@ from torch import Tensor
 from dydila_kernels import reference
 from dydila_kernels.precision import accumulation_dtype, no_autocast
 from dydila_kernels.torch_backend.blocks import (
+    SPARE,
     Workspace,
     all_blocks,
     choices_of_each,
@@ -74,8 +75,8 @@ def project_block(out: Tensor, x: Tensor, weight: Tensor, index: Tensor, memory:
     """Writes Eq. 2 for a block of tokens x (b, n, d), routed by index (b, n), into the contiguous ``out`` (b, n, e)."""
     order, counts = sorted_rows(index.flatten(), len(weight))
     target, rows = out.view(-1, out.shape[-1]), x.flatten(0, 1)
-    sources = torch.index_select(rows, 0, order, out=memory.like(rows, "sorted rows"))
-    products = memory.like(target, "sorted products")
+    sources = torch.index_select(rows, 0, order, out=memory.like(rows, SPARE[0]))
+    products = memory.like(target, SPARE[1])
     for w, source, product in zip(weight, sources.split(counts), products.split(counts), strict=True):
         torch.mm(source, w, out=product)
     # (On a CPU twice as fast as index_copy_.)
@@ -88,9 +89,9 @@ def project_block_backward(
     """Adds the gradient of the weight to ``total``, where given; returns that of x (b, n, d), where needed."""
     order, counts = sorted_rows(index.flatten(), len(weight))
     rows = grad.flatten(0, 1)
-    gradients = torch.index_select(rows, 0, order, out=memory.like(rows, "sorted gradients"))
+    gradients = torch.index_select(rows, 0, order, out=memory.like(rows, SPARE[1]))
     rows = x.flatten(0, 1)
-    sources = memory.like(rows, "sorted rows")
+    sources = memory.like(rows, SPARE[0])
     if total is not None:
         torch.index_select(rows, 0, order, out=sources)
         for dw, source, gradient in zip(total, sources.split(counts), gradients.split(counts), strict=True):
@@ -99,7 +100,7 @@ def project_block_backward(
         return None
     for w, source, gradient in zip(weight, sources.split(counts), gradients.split(counts), strict=True):
         torch.mm(gradient, w.T, out=source)
-    out = memory.like(rows, "unsorted")
+    out = gradients if gradients.shape == rows.shape else torch.empty_like(rows)
     return torch.index_select(sources, 0, places_of(order), out=out).view(x.shape)
 
 

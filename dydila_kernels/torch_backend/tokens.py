@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dydila_kernels import reference
-from dydila_kernels.torch_backend.blocks import Workspace, router_choices, router_logits
+from dydila_kernels.torch_backend.blocks import SPARE, Workspace, router_choices, router_logits
 from dydila_kernels.types import Options
 
 Indices = dict[str, Tensor]
@@ -103,7 +103,7 @@ class Measured(NamedTuple):
         """
         gamma, largest, s, log, slope, p, s_norm, p_norm = self
         p_norm, alive = p_norm.clamp_min(0.5), live(largest)
-        terms = torch.mul(p, grad, out=memory.like(s, "terms"))
+        terms = torch.mul(p, grad, out=memory.like(s, SPARE[0]))
         c = terms.sum(-1, keepdim=True)
         t = torch.addcmul(grad, p, c / p_norm.square(), value=-1, out=p).mul_(slope)
         dgamma = weight * math.log(2) * self.scale * log.mul_(s).mul_(t).sum(-1, keepdim=True)
@@ -258,7 +258,7 @@ def tokens_of(
         gamma = reference.choose(tables.gamma, *decide(name, (tokens, router)))[..., None]
         if torch.is_grad_enabled():
             return Power.apply(tokens, gamma, memory, place)
-        out = tokens if disposable else memory.like(tokens, f"{place} power")
+        out = tokens if disposable else memory.like(tokens, f"{place} p")
         p, scale = power(tokens, gamma, tables.exact_zeros, out, memory)
         return p.mul_(scale)
 
@@ -292,7 +292,7 @@ def difference(
 
     def measure(name: str, tokens: Tensor, router: Tensor, place: str) -> tuple[Tensor, Tensor]:
         indices[name] = router_choices((tokens, router))
-        out = tokens if disposable else memory.like(tokens, f"{place} power")
+        out = tokens if disposable else memory.like(tokens, f"{place} p")
         return power(tokens, tables.gamma[indices[name]][..., None], tables.exact_zeros, out, memory)
 
     p, scale = measure(names[0], z, tables.kernel_routers[number], f"{place} tokens")

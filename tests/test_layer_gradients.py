@@ -123,6 +123,15 @@ def test_a_graph_that_is_kept_gives_the_same_again() -> None:
     assert all(map(torch.equal, first, second))
 
 
+def test_a_backward_pass_under_autocast_has_the_dtype_of_its_forward_pass() -> None:
+    attn, x = DyDiLAttention(16, 2), torch.randn(2, 16, 16, requires_grad=True)
+    y = attn(x).sum()
+    expected = torch.autograd.grad(y, [x, attn.qkv.weight], retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(y, [x, attn.qkv.weight])
+    assert all(map(torch.equal, found, expected))
+
+
 def test_recomputation_changes_nothing() -> None:
     attn, x = DyDiLAttention(16, 2), torch.randn(2, 16, 16, requires_grad=True)
     expected = gradients(attn, x, {})

@@ -76,7 +76,7 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Those of V, weight and bias that are needed, from that of the output (B, N, d)."""
     dv = torch.zeros_like(v, memory_format=torch.contiguous_format) if needed[0] else None
-    dweight = torch.zeros_like(weight) if needed[1] else None
+    dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if needed[1] else None
     dbias = torch.zeros_like(bias) if needed[2] and bias is not None else None
     mirrored = weight.flip(-2, -1)
     for grid in grids:

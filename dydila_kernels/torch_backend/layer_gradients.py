@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dydila_kernels import reference
+from dydila_kernels.precision import no_autocast
 from dydila_kernels.torch_backend.backward import Backward, Receive
 from dydila_kernels.torch_backend.blocks import Workspace, differentiable_gradients, workspace
 from dydila_kernels.torch_backend.blockwise import At, BlockwiseForward, Decisions, pack
@@ -126,21 +127,21 @@ def backward_of(call: Call, given: LayerTensors, needed: Sequence[bool], saved: 
     total: Any = LayerTensors._make(
         zeros(t) if need and t is not None else None for t, need in zip(given, needed, strict=True)
     )
-    weights = given.weights(call.grids)
-    if total.proj is not None:
-        torch.mm(grad.flatten(0, 1).T, saved.attended.flatten(0, 1), out=total.proj)
-    if total.proj_bias is not None:
-        torch.sum(grad, (0, 1), out=total.proj_bias)
-    dattended = grad @ given.proj
-    dv = None
-    if given.kernel is not None:
-        v, grids = saved.kept[2], list(frames_of(call.grids))
-        assert v is not None
-        through = any(t is not None for t in (total.x, total.qkv, total.qkv_bias))
-        wanted = (through, total.kernel is not None, total.kernel_bias is not None)
-        dv, dkernel, dbias = gradients(dattended, v, given.kernel, given.kernel_bias, grids, wanted)
-        total = total._replace(kernel=dkernel, kernel_bias=dbias)
-    with workspace() as memory:
+    with workspace() as memory, no_autocast(grad.device):
+        weights = given.weights(call.grids)
+        if total.proj is not None:
+            torch.mm(grad.flatten(0, 1).T, saved.attended.flatten(0, 1), out=total.proj)
+        if total.proj_bias is not None:
+            torch.sum(grad, (0, 1), out=total.proj_bias)
+        dattended = grad @ given.proj
+        dv = None
+        if given.kernel is not None:
+            v, grids = saved.kept[2], list(frames_of(call.grids))
+            assert v is not None
+            through = any(t is not None for t in (total.x, total.qkv, total.qkv_bias))
+            wanted = (through, total.kernel is not None, total.kernel_bias is not None)
+            dv, dkernel, dbias = gradients(dattended, v, given.kernel, given.kernel_bias, grids, wanted)
+            total = total._replace(kernel=dkernel, kernel_bias=dbias)
         inputs = [*saved.kept, *(call.options.rotary or (None, None))]
         blocks = BlockwiseForward(call.options, call.mask, call.cu_seqlens, inputs, weights.tables, given.x, memory)
         receivers = receivers_of(call, given, total, saved.choices, dv, memory)

@@ -15,6 +15,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from dydila_kernels import DyDiLAttention
 from dydila_kernels.testing import away_from_kinks, relative_error, with_distinct_factors
@@ -130,6 +131,18 @@ def test_a_backward_pass_under_autocast_has_the_dtype_of_its_forward_pass() -> N
     with torch.autocast("cpu", torch.bfloat16):
         found = torch.autograd.grad(y, [x, attn.qkv.weight])
     assert all(map(torch.equal, found, expected))
+
+
+def test_every_product_is_counted() -> None:
+    """By FlopCounterMode: a backward pass multiplies twice as much as a forward pass, the routers left out."""
+    attn, x = DyDiLAttention(16, 2, dwc_branches=()), torch.randn(2, 64, 16, requires_grad=True)
+    with FlopCounterMode(display=False) as inference, torch.no_grad():
+        attn(x)
+    with FlopCounterMode(display=False) as training:
+        attn(x).sum().backward()
+    routers = 2 * x.numel() * (2 * 3 + 4 * 9 + 2 * 2 * 9)
+    forward, both = inference.get_total_flops(), training.get_total_flops()
+    assert both - forward == 2 * (forward - routers)
 
 
 def test_recomputation_changes_nothing() -> None:

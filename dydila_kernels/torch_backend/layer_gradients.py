@@ -189,9 +189,10 @@ def receivers_of(
     def linear(part: int, at: At, gradient: Tensor) -> None:
         dw, db, rows = dqkv[part], dbias[part], gradient.flatten(0, 1)
         if total.x is not None:
-            total.x[at].view(rows.shape).addmm_(rows, weights[part])
+            dx = total.x[at].view(rows.shape)
+            torch.addmm(dx, rows, weights[part], out=dx)  # which FlopCounterMode knows, and not addmm_
         if dw is not None:
-            dw.addmm_(rows.T, given.x[at].flatten(0, 1))
+            torch.addmm(dw, rows.T, given.x[at].flatten(0, 1), out=dw)
         if db is not None:
             db += rows.sum(0)
 

@@ -95,7 +95,7 @@ def project_block_backward(
     if total is not None:
         torch.index_select(rows, 0, order, out=sources)
         for dw, source, gradient in zip(total, sources.split(counts), gradients.split(counts), strict=True):
-            dw.addmm_(source.to(dw.dtype).T, gradient.to(dw.dtype))
+            torch.addmm(dw, source.to(dw.dtype).T, gradient.to(dw.dtype), out=dw)
     if not need_x:
         return None
     for w, source, gradient in zip(weight, sources.split(counts), gradients.split(counts), strict=True):

@@ -112,8 +112,9 @@ def test_gradcheck(configuration: dict[str, Any], block_of: Callable[[int], None
 
 
 @pytest.mark.slow
-def test_second_derivatives() -> None:
-    function, leaves = differentiable({"num_heads": 2})
+@pytest.mark.parametrize("configuration", CONFIGURATIONS[:2], ids=str)
+def test_second_derivatives(configuration: dict[str, Any]) -> None:
+    function, leaves = differentiable(configuration)
     assert gradgradcheck(function, leaves)
 
 

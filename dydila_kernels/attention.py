@@ -330,7 +330,9 @@ class DyDiLAttention(nn.Module):
         if not all(is_plain(projection, DynamicProjection) for projection in projections):
             return None
         norms = [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
-        if torch.is_grad_enabled() and (norms or not torch_backend.differentiates(x, self._options(call))):
+        if norms and (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            return None
+        if torch.is_grad_enabled() and not torch_backend.differentiates(x, self._options(call)):
             return None
         if not all(any(is_plain(norm, kind) for kind in NORMS.values()) for norm in norms):
             return None

@@ -205,13 +205,26 @@ def test_a_compiled_layer_is_one_operator_and_equal_to_the_bit(kind: str, normal
 
 @compiled
 @pytest.mark.slow
+def test_what_a_compiled_layer_takes_the_equations_for() -> None:
+    """Norms, which are no tensors of the operators, and routers that are trained."""
+    x = torch.randn(2, 16, 16)
+    for configuration in ({"qk_norm": "rms"}, {"router_gradient": "straight_through"}):
+        attn = with_distinct_factors(DyDiLAttention(16, 2, **configuration))  # type: ignore[arg-type]
+        layer = torch.compile(attn, fullgraph=True, backend="aot_eager")
+        assert relative_error(layer(x), attn(x)) < 1e-5
+        with torch.no_grad():
+            assert relative_error(layer(x), attn(x)) < 1e-5
+
+
+@compiled
+@pytest.mark.slow
 def test_a_new_size_compiles_once_in_training() -> None:
     """Images with states and images without, each of any number and size."""
-    attn = DyDiLAttention(16, 2, dtype=torch.float64)
+    attn = DyDiLAttention(16, 1, dtype=torch.float64)
     counter = CompileCounterWithBackend("aot_eager")
     layer = torch.compile(attn, fullgraph=True, backend=counter)
     counts = []
-    for batch, side in ((2, 4), (3, 5), (4, 6), (6, 9)):
+    for batch, side in ((2, 4), (3, 5), (4, 2), (4, 6), (6, 9), (2, 3)):
         x = torch.randn(batch, side * side, 16, dtype=torch.float64, requires_grad=True)
         found, expected = gradients(layer, x, {}), gradients(attn, x, {})
         assert all(map(torch.equal, found.values(), expected.values()))

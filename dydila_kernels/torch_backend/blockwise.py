@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dydila_kernels.precision import accumulation_dtype
-from dydila_kernels.torch_backend.blocks import ROW_TILE, ImageRanges, Workspace, all_blocks, block_rows
+from dydila_kernels.torch_backend.blocks import ImageRanges, Workspace, all_blocks, block_rows
 from dydila_kernels.torch_backend.linear_attention import readout, states_of, states_pay, whole_attention
 from dydila_kernels.torch_backend.tokens import Indices, Tables, Tokens, needs_exact_zeros, tokens_of
 from dydila_kernels.types import Options, Ranks, decision_names
@@ -142,18 +142,9 @@ def state_shapes(images: int, options: Options, dim: int) -> tuple[list[tuple[in
     return shapes, maps
 
 
-def state_elements(like: Tensor, options: Options, cu_seqlens: Sequence[int] | None) -> int:
-    """Of what :func:`pack` makes of a call with tokens ``like`` (B, N, d)."""
-    batch, length, dim = like.shape
-    rows = block_rows(dim, like.device)
-    bounds = [0, length] if cu_seqlens is None else cu_seqlens
-    separate = [
-        stop > start
-        and (states_pay(stop - start, dim, options.num_heads) or stop - start > rows - rows % min(rows, ROW_TILE))
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
-    ]
-    shapes, _ = state_shapes(1, options, dim)
-    return sum(map(math.prod, shapes)) * batch * sum(separate)
+def state_elements(options: Options, dim: int) -> int:
+    """Of the states of one image in what :func:`pack` makes."""
+    return sum(map(math.prod, state_shapes(1, options, dim)[0]))
 
 
 class Blocks(Protocol):

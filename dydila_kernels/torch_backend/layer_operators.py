@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dydila_kernels.precision import accumulation_dtype
@@ -13,7 +14,7 @@ from dydila_kernels.torch_backend.backward import is_explicit
 from dydila_kernels.torch_backend.blockwise import decision_dtype, state_elements
 from dydila_kernels.torch_backend.layer import without_gradients
 from dydila_kernels.torch_backend.layer_gradients import Call, Layer, LayerTensors, Saved, backward_of, forward
-from dydila_kernels.types import Grid, LayerWeights, Options, decision_names, frames_of
+from dydila_kernels.types import LayerWeights, Options, Video, decision_names
 
 TENSORS = """
     Tensor x, Tensor qkv, Tensor? qkv_bias, Tensor proj, Tensor? proj_bias, Tensor? projector_q, Tensor? projector_k,
@@ -28,7 +29,9 @@ FIELDS = len(LayerTensors._fields)
 def flat(call: Call) -> tuple[Any, ...]:
     """The arguments of the operators that say what a call is."""
     options = call.options
-    numbers = [number for grid in frames_of(call.grids) for number in grid]
+    # The frames of a video are not told apart, so that one graph serves any number of them.
+    videos = (grid if isinstance(grid, Video) else Video(grid.start, 1, *grid[1:]) for grid in call.grids)
+    numbers = [number for video in videos for number in video]
     chosen = (*options[:4], options.rotary_pairing)
     return call.mask, *(options.rotary or (None, None)), *chosen, call.cu_seqlens, numbers
 
@@ -39,7 +42,7 @@ def call_of(
 ) -> Call:  # fmt: skip
     rotary = None if cos is None or sin is None else (cos, sin)
     options = Options(num_heads, normalization, router_gradient, differential, rotary, pairing)
-    grids = [Grid(*numbers[i : i + 3]) for i in range(0, len(numbers), 3)]
+    grids = [Video(*numbers[i : i + 4]) for i in range(0, len(numbers), 4)]
     return Call(options, mask, cu_seqlens, grids)
 
 
@@ -57,7 +60,16 @@ def _(x: Tensor, *arguments: Any) -> Tensor:
 @torch.library.custom_op("dydila_kernels::layer", mutates_args=(), schema=f"({TENSORS}, {CALL}) -> Tensor[]")
 def layer_operator(*arguments: Any) -> list[Tensor]:
     """The output, and what is saved for the backward pass."""
-    return list(forward(call_of(*arguments[FIELDS:]), LayerTensors(*arguments[:FIELDS])))
+    given, call = LayerTensors(*arguments[:FIELDS]), call_of(*arguments[FIELDS:])
+    *tensors, states = forward(call, given)
+    return [*tensors, F.pad(states, (0, most_states(given.x, call) - len(states)))]
+
+
+def most_states(x: Tensor, call: Call) -> int:
+    """Elements of the states of all images, with those that are so short that they have none: a size that does not
+    depend on how many those are."""
+    images = x.shape[0] if call.cu_seqlens is None else len(call.cu_seqlens) - 1
+    return images * state_elements(call.options, x.shape[-1])
 
 
 @layer_operator.register_fake
@@ -70,7 +82,7 @@ def _(*arguments: Any) -> list[Tensor]:
     routers = (given.kernel_routers, given.differential_routers)
     dtype = decision_dtype(*routers)
     decisions = [x.new_empty(x.shape[:2], dtype=dtype) for _ in decision_names(call.options.differential)]
-    return [*wholes, *choices, *decisions, x.new_empty(state_elements(x, call.options, call.cu_seqlens))]
+    return [*wholes, *choices, *decisions, x.new_empty(most_states(x, call))]
 
 
 @torch.library.custom_op(

@@ -18,7 +18,7 @@ from torch import Tensor
 from dydila_kernels.torch_backend.blocks import SPARE
 from dydila_kernels.torch_backend.blockwise import At, Block, BlockwiseForward, Decisions, States, unpack
 from dydila_kernels.torch_backend.linear_attention import heads, inverse_mass, merged, outer, read
-from dydila_kernels.torch_backend.tokens import Difference, largest_of_heads
+from dydila_kernels.torch_backend.tokens import Difference, largest_of_heads, names_of, over_heads
 from dydila_kernels.types import Options
 
 Receive = Callable[[At, Tensor], object]
@@ -33,10 +33,12 @@ def is_explicit(options: Options) -> bool:
 
 
 class Side(NamedTuple):
-    """The queries or keys of a block: what they are made of, and ``hat`` and ``mass`` (b, n, d) after a division by
-    ``divisor``, (b, n, H, 1) or (b, 1, 1, 1), which has no gradient; the latter two under "denominator"."""
+    """The queries or keys of a block: the decisions (b, n), as :func:`names_of` names them; what they are made of, and
+    ``hat`` and ``mass`` (b, n, d) after a division by ``divisor``, (b, n, H, 1) or (b, 1, 1, 1), which has no gradient;
+    the latter two under "denominator"."""
 
     name: str
+    decisions: list[Tensor]
     made_of: Difference
     hat: Tensor
     mass: Tensor | None
@@ -151,22 +153,21 @@ class Backward:
     def side(self, name: str, z: Tensor | None, redundant: Tensor | None, block: Block, place: str = "side") -> Side:
         (gamma, lam, *_), heads_, memory = self.call.tables, self.call.options.num_heads, self.call.memory
         assert z is not None and redundant is not None and lam is not None
-        measure, other, choice = (index[..., None] for index in self.chosen(name, block))
+        taken = self.decisions.read(block)
+        decisions = [taken[decision].long() for decision in names_of(name)]
+        measure, other, choice = (index[..., None] for index in decisions)
         has_mass = self.call.options.normalization == "denominator"
         made_of = Difference.of(z, redundant, gamma[measure], gamma[other], lam[choice], has_mass, memory, place)
         hat, mass = made_of.hat, made_of.mass
         if mass is None:
-            return Side(name, made_of, hat, None, None)
+            return Side(name, decisions, made_of, hat, None, None)
         if name == "q":
             divisor = largest_of_heads(mass, heads_)
         else:
             (scale,) = block.key_scales or [mass.amax((1, 2), keepdim=True)]
             divisor = (scale + (scale == 0))[..., None]
-        return Side(name, made_of, over_heads(hat, divisor, heads_), over_heads(mass, divisor, heads_), divisor)
-
-    def chosen(self, side: str, block: Block) -> list[Tensor]:
-        taken = self.decisions.read(block)
-        return [taken[name].long() for name in (f"measure_{side}", f"measure_{side}_redundant", f"differential_{side}")]
+        hat, mass = over_heads(hat, divisor, heads_), over_heads(mass, divisor, heads_)
+        return Side(name, decisions, made_of, hat, mass, divisor)
 
     def hand_over(self, side: Side, dhat: Tensor, dmass: Tensor | None, block: Block) -> None:
         """What follows from the gradients of a side."""
@@ -174,7 +175,7 @@ class Backward:
             dhat, dmass = (over_heads(t, side.divisor, self.call.options.num_heads) for t in (dhat, dmass))
         dz, dredundant, *rows = side.made_of.gradients(dhat, dmass, self.call.memory)
         gamma, lam, *_ = self.tables
-        for table, index, row in zip((gamma, gamma, lam), self.chosen(side.name, block), rows, strict=True):
+        for table, index, row in zip((gamma, gamma, lam), side.decisions, rows, strict=True):
             if table is not None:
                 table.index_put_((index,), row[..., 0], accumulate=True)
         number = "qk".index(side.name)
@@ -197,8 +198,3 @@ class Backward:
             found = torch.autograd.grad([o for o, _ in roots], leaves, incoming, materialize_grads=True)
             for (_, take), gradient in zip(slots, found, strict=True):
                 take(gradient)
-
-
-def over_heads(tokens: Tensor, divisor: Tensor, num_heads: int) -> Tensor:
-    """tokens (b, n, d) divided by (b, n, H, 1) or (b, 1, 1, 1)."""
-    return (tokens.unflatten(-1, (num_heads, -1)) / divisor).flatten(-2)

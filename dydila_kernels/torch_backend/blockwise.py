@@ -127,7 +127,7 @@ def pack(states: Sequence[States], like: Tensor) -> Tensor:
 def unpack(flat: Tensor, images: int, options: Options, dim: int) -> tuple[States, Tensor]:
     """The states of the first so many images in what :func:`pack` made, and the rest of it."""
     shapes, maps = state_shapes(images, options, dim)
-    parts = flat.split([*map(math.prod, shapes), len(flat) - sum(map(math.prod, shapes))])
+    parts = flat.split([*map(math.prod, shapes), len(flat) - images * state_elements(options, dim)])
     tensors = [part.view(shape) for part, shape in zip(parts, shapes, strict=False)]
     counts = len(shapes) - (maps if options.normalization == "denominator" else 0)
     return States(tensors[:counts], tensors[counts:]), parts[-1]

@@ -47,16 +47,7 @@ class Attention(torch.autograd.Function):
         like = tensors[0]
         out = torch.empty_like(like, memory_format=torch.contiguous_format)
         with workspace() as memory:
-            call = BlockwiseForward(
-                options,
-                mask,
-                cu_seqlens,
-                tensors[:TOKENS],
-                tensors[TOKENS:],
-                like,
-                memory,
-                ranks,
-            )
+            call = BlockwiseForward(options, mask, cu_seqlens, tensors[:TOKENS], tensors[TOKENS:], like, memory, ranks)
             decisions = Decisions.of(call)
             totals = call.forward(lambda block, tokens: out[block.at].copy_(tokens), decisions.write)
         ctx.options, ctx.cu_seqlens, ctx.ranks = options, cu_seqlens, ranks

@@ -85,11 +85,15 @@ class LayerTensors(NamedTuple):
         )
 
 
+def kept_tokens(call: Call, given: LayerTensors) -> int:
+    """How many tensors of tokens are saved: q, k, v, and q', k' where the layer has both."""
+    return 5 if given.projector_q is not None and call.options.differential != "off" else 3
+
+
 def forward(call: Call, given: LayerTensors) -> tuple[Tensor, ...]:
     """The output, and what :func:`backward_of` needs beside the arguments."""
     x, weights = given.x, given.weights(call.grids)
-    routed = bool(weights.projectors) and call.options.differential != "off"
-    kept = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(5 if routed else 3)]
+    kept = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(kept_tokens(call, given))]
     attended = torch.empty_like(kept[0])
     with workspace() as memory:
         tokens = LazyTokens(x, weights, call.options, call.mask, memory, kept=kept)
@@ -115,11 +119,12 @@ class Saved(NamedTuple):
 
     @classmethod
     def of(cls, call: Call, given: LayerTensors, tensors: Sequence[Tensor]) -> Saved:
-        names, routed = decision_names(call.options.differential), given.projector_q is not None
-        count = 5 if routed and call.options.differential != "off" else 3
+        names, count = decision_names(call.options.differential), kept_tokens(call, given)
         kept = [*tensors[:count], *(None,) * (5 - count)]
         decisions = Decisions(names, tensors[-1 - len(names) : -1])
-        return cls(kept, tensors[count], tensors[count + 1] if routed else None, decisions, tensors[-1])
+        return cls(
+            kept, tensors[count], tensors[count + 1] if given.projector_q is not None else None, decisions, tensors[-1]
+        )
 
 
 def backward_of(call: Call, given: LayerTensors, needed: Sequence[bool], saved: Saved, grad: Tensor) -> LayerTensors:

@@ -13,7 +13,15 @@ from dydila_kernels.precision import accumulation_dtype
 from dydila_kernels.torch_backend.backward import is_explicit
 from dydila_kernels.torch_backend.blockwise import decision_dtype, state_elements
 from dydila_kernels.torch_backend.layer import without_gradients
-from dydila_kernels.torch_backend.layer_gradients import Call, Layer, LayerTensors, Saved, backward_of, forward
+from dydila_kernels.torch_backend.layer_gradients import (
+    Call,
+    Layer,
+    LayerTensors,
+    Saved,
+    backward_of,
+    forward,
+    kept_tokens,
+)
 from dydila_kernels.types import LayerWeights, Options, Video, decision_names
 
 TENSORS = """
@@ -46,9 +54,14 @@ def call_of(
     return Call(options, mask, cu_seqlens, grids)
 
 
+def parsed(arguments: Sequence[Any]) -> tuple[LayerTensors, Call]:
+    """The arguments of an operator."""
+    return LayerTensors(*arguments[:FIELDS]), call_of(*arguments[FIELDS:])
+
+
 @torch.library.custom_op("dydila_kernels::layer_inference", mutates_args=(), schema=f"({TENSORS}, {CALL}) -> Tensor")
 def layer_inference(*arguments: Any) -> Tensor:
-    given, call = LayerTensors(*arguments[:FIELDS]), call_of(*arguments[FIELDS:])
+    given, call = parsed(arguments)
     return without_gradients(given.x, given.weights(call.grids), call.options, call.mask, call.cu_seqlens)
 
 
@@ -60,7 +73,7 @@ def _(x: Tensor, *arguments: Any) -> Tensor:
 @torch.library.custom_op("dydila_kernels::layer", mutates_args=(), schema=f"({TENSORS}, {CALL}) -> Tensor[]")
 def layer_operator(*arguments: Any) -> list[Tensor]:
     """The output, and what is saved for the backward pass."""
-    given, call = LayerTensors(*arguments[:FIELDS]), call_of(*arguments[FIELDS:])
+    given, call = parsed(arguments)
     *tensors, states = forward(call, given)
     return [*tensors, F.pad(states, (0, most_states(given.x, call) - len(states)))]
 
@@ -74,13 +87,11 @@ def most_states(x: Tensor, call: Call) -> int:
 
 @layer_operator.register_fake
 def _(*arguments: Any) -> list[Tensor]:
-    given, call = LayerTensors(*arguments[:FIELDS]), call_of(*arguments[FIELDS:])
-    x, routed = given.x, given.projector_q is not None
-    tokens = 5 if routed and call.options.differential != "off" else 3
-    wholes = [x.new_empty(x.shape) for _ in range(1 + tokens + 1)]
-    choices = [x.new_empty((2, *x.shape[:2]), dtype=torch.int64)] if routed else []
-    routers = (given.kernel_routers, given.differential_routers)
-    dtype = decision_dtype(*routers)
+    given, call = parsed(arguments)
+    x = given.x
+    wholes = [x.new_empty(x.shape) for _ in range(1 + kept_tokens(call, given) + 1)]
+    choices = [] if given.projector_q is None else [x.new_empty((2, *x.shape[:2]), dtype=torch.int64)]
+    dtype = decision_dtype(given.kernel_routers, given.differential_routers)
     decisions = [x.new_empty(x.shape[:2], dtype=dtype) for _ in decision_names(call.options.differential)]
     return [*wholes, *choices, *decisions, x.new_empty(most_states(x, call))]
 
@@ -92,7 +103,7 @@ def _(*arguments: Any) -> list[Tensor]:
 )
 def layer_backward(grad: Tensor, saved: Sequence[Tensor], needed: Sequence[bool], *arguments: Any) -> list[Tensor]:
     """The gradients of the tensors that are needed."""
-    given, call = LayerTensors(*arguments[:FIELDS]), call_of(*arguments[FIELDS:])
+    given, call = parsed(arguments)
     found = backward_of(call, given, needed, Saved.of(call, given, saved), grad)
     return [t for t in found if t is not None]
 

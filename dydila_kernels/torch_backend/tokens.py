@@ -18,6 +18,11 @@ Indices = dict[str, Tensor]
 """Routing decisions (b, n) by name, see :func:`dydila_kernels.types.decision_names`."""
 
 
+def names_of(side: str) -> tuple[str, str, str]:
+    """The decisions of the queries ("q") or keys ("k") under the token-wise difference."""
+    return f"measure_{side}", f"measure_{side}_redundant", f"differential_{side}"
+
+
 class Tables(NamedTuple):
     """gamma (n_F,), lam (n_D,), kernel_routers (4 or 2, d, n_F), differential_routers (2 or 1, 2d, n_D).
 
@@ -288,7 +293,7 @@ def difference(
 ) -> Tensor:  # fmt: skip
     """Eqs. 5-8 of one side without gradients or denominator terms."""
     assert tables.lam is not None and tables.differential_routers is not None
-    number, names = "qk".index(side), (f"measure_{side}", f"measure_{side}_redundant", f"differential_{side}")
+    number, names = "qk".index(side), names_of(side)
 
     def measure(name: str, tokens: Tensor, router: Tensor, place: str) -> tuple[Tensor, Tensor]:
         indices[name] = router_choices((tokens, router))
@@ -311,8 +316,7 @@ def at_unit_scale(tokens: Tokens, side: str, options: Options) -> Tokens:
     for hat, mass in tokens.maps:
         assert mass is not None
         largest = largest_of_heads(mass, options.num_heads)
-        hat, mass = ((t.unflatten(-1, (options.num_heads, -1)) / largest).flatten(-2) for t in (hat, mass))
-        maps.append((hat, mass))
+        maps.append((over_heads(hat, largest, options.num_heads), over_heads(mass, largest, options.num_heads)))
     return Tokens(maps, tokens.lam)
 
 
@@ -320,3 +324,8 @@ def largest_of_heads(mass: Tensor, num_heads: int) -> Tensor:
     """The largest entry of each head, or 1 where there is none, without a gradient: (b, n, H, 1)."""
     largest = mass.detach().unflatten(-1, (num_heads, -1)).amax(-1, keepdim=True)
     return largest.where(largest > 0, 1)
+
+
+def over_heads(tokens: Tensor, divisor: Tensor, num_heads: int) -> Tensor:
+    """tokens (b, n, d) divided by (b, n, H, 1) or (b, 1, 1, 1)."""
+    return (tokens.unflatten(-1, (num_heads, -1)) / divisor).flatten(-2)

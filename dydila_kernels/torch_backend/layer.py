@@ -17,6 +17,7 @@ from dydila_kernels.torch_backend.blocks import Workspace, workspace
 from dydila_kernels.torch_backend.blockwise import At, Block, BlockwiseForward
 from dydila_kernels.torch_backend.depthwise import ValueBlocks
 from dydila_kernels.torch_backend.linear_attention import states_pay
+from dydila_kernels.torch_backend.products import multiply
 from dydila_kernels.torch_backend.projection import project_block, route
 from dydila_kernels.types import LayerWeights, Linear, Options
 
@@ -47,11 +48,7 @@ def without_gradients(
 
 def linear_into(out: Tensor, x: Tensor, linear: Linear) -> None:
     """``F.linear`` of a block x (b, n, d) into a block of a contiguous tensor."""
-    rows, columns = x.flatten(0, 1), out.view(-1, len(linear.weight))
-    if linear.bias is None:
-        torch.mm(rows, linear.weight.T, out=columns)
-    else:
-        torch.addmm(linear.bias, rows, linear.weight.T, out=columns)
+    multiply(x.flatten(0, 1), linear.weight.T, out.view(-1, len(linear.weight)), linear.bias)
 
 
 class LazyBlocks:

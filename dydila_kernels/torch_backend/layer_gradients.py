@@ -22,7 +22,8 @@ from dydila_kernels.torch_backend.blocks import Workspace, differentiable_gradie
 from dydila_kernels.torch_backend.blockwise import At, BlockwiseForward, Decisions, pack
 from dydila_kernels.torch_backend.core import plain_attention
 from dydila_kernels.torch_backend.depthwise import add_depthwise, gradients, plain_depthwise
-from dydila_kernels.torch_backend.layer import LazyTokens
+from dydila_kernels.torch_backend.layer import LazyTokens, linear_into
+from dydila_kernels.torch_backend.products import add_product, multiply
 from dydila_kernels.torch_backend.projection import project_block_backward
 from dydila_kernels.torch_backend.tokens import Indices
 from dydila_kernels.types import (
@@ -104,7 +105,8 @@ def forward(call: Call, given: LayerTensors) -> tuple[Tensor, ...]:
     if given.kernel is not None:
         add_depthwise(attended, kept[2], given.kernel, given.kernel_bias, list(frames_of(call.grids)))
     choices = () if tokens.choices is None else (tokens.choices,)
-    y = F.linear(attended, *weights.proj)
+    y = torch.empty_like(attended)
+    linear_into(y, attended, weights.proj)
     return y, *kept, attended, *choices, *decisions.tensors.values(), pack(states, x)
 
 
@@ -135,10 +137,11 @@ def backward_of(call: Call, given: LayerTensors, needed: Sequence[bool], saved: 
     with workspace() as memory, no_autocast(grad.device):
         weights = given.weights(call.grids)
         if total.proj is not None:
-            torch.mm(grad.flatten(0, 1).T, saved.attended.flatten(0, 1), out=total.proj)
+            multiply(grad.flatten(0, 1).T, saved.attended.flatten(0, 1), total.proj)
         if total.proj_bias is not None:
             torch.sum(grad, (0, 1), out=total.proj_bias)
-        dattended = grad @ given.proj
+        dattended = torch.empty_like(saved.attended)
+        multiply(grad.flatten(0, 1), given.proj, dattended.flatten(0, 1))
         dv = None
         if given.kernel is not None:
             v, grids = saved.kept[2], list(frames_of(call.grids))
@@ -194,10 +197,9 @@ def receivers_of(
     def linear(part: int, at: At, gradient: Tensor) -> None:
         dw, db, rows = dqkv[part], dbias[part], gradient.flatten(0, 1)
         if total.x is not None:
-            dx = total.x[at].view(rows.shape)
-            torch.addmm(dx, rows, weights[part], out=dx)  # which FlopCounterMode knows, and not addmm_
+            add_product(total.x[at].view(rows.shape), rows, weights[part])
         if dw is not None:
-            torch.addmm(dw, rows.T, given.x[at].flatten(0, 1), out=dw)
+            add_product(dw, rows.T, given.x[at].flatten(0, 1))
         if db is not None:
             db += rows.sum(0)
 

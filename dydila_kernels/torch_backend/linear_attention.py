@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dydila_kernels.torch_backend.blocks import Workspace
+from dydila_kernels.torch_backend.products import multiply
 from dydila_kernels.torch_backend.tokens import Tokens
 from dydila_kernels.types import Options
 
@@ -32,6 +33,10 @@ def states_pay(tokens: int, dim: int, num_heads: int) -> bool:
 def read(tokens: Tensor, states: Tensor, memory: Workspace, name: str) -> Tensor:
     """Tokens (b, n, d) times states (b, H, e, e) per head: (b, n, d) in the workspace."""
     out, num_heads = memory.like(tokens, name), states.shape[1]
+    if num_heads == 1:
+        for image, (state,), product in zip(tokens, states, out, strict=True):
+            multiply(image, state, product)
+        return out
     for image, state, product in zip(heads(tokens, num_heads), states, heads(out, num_heads), strict=True):
         torch.bmm(image, state, out=product)
     return out
@@ -39,7 +44,12 @@ def read(tokens: Tensor, states: Tensor, memory: Workspace, name: str) -> Tensor
 
 def outer(left: Tensor, right: Tensor, num_heads: int) -> Tensor:
     """left^T right per head: tokens (b, n, d) twice -> (b, H, e, e)."""
-    return heads(left, num_heads).mT @ heads(right, num_heads)
+    if num_heads > 1 or torch.is_grad_enabled():
+        return heads(left, num_heads).mT @ heads(right, num_heads)
+    out = left.new_empty(len(left), 1, left.shape[-1], right.shape[-1])
+    for one, other, (product,) in zip(left, right, out, strict=True):
+        multiply(one.T, other, product)
+    return out
 
 
 def key_masses(keys: Tokens, options: Options) -> list[Tensor]:

@@ -1,0 +1,74 @@
+"""Matrix products, written into memory that is there: by torch, or on a CPU with AVX-512 by oneDNN itself.
+
+For float32 torch asks MKL, which leaves AVX-512 unused on AMD's processors; oneDNN, which is in torch as well, does not
+ask who made the processor, and takes half the time there.  ``torch.backends.mkldnn.flags(enabled=False)`` turns it off.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SMALLEST = 2**23
+"""Multiplications from which on oneDNN is faster, for all that it takes 9 microseconds to call it."""
+LONGEST = 384
+"""Products that oneDNN may add up one after the other: MKL begins anew after 192, and rounds less for it."""
+TILE = 32
+"""Rows of which a group of rows had better be a multiple: oneDNN compiles for each new size, in half a millisecond."""
+
+HAS_ONEDNN = (
+    torch.backends.mkldnn.is_available()
+    and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+)
+
+
+def takes_onednn(like: Tensor, multiplications: int) -> bool:
+    """Whether a product of so many multiplications of tensors such as this is oneDNN's."""
+    return (
+        HAS_ONEDNN
+        and multiplications >= SMALLEST
+        and like.dtype == torch.float32
+        and like.device.type == "cpu"
+        and bool(torch.backends.mkldnn.enabled)
+        and not torch._C._len_torch_dispatch_stack()  # where a mode looks on, it is to see what it knows
+    )
+
+
+def group_tile(rows: Tensor, weight: Tensor) -> int:
+    """Of what groups of rows (m, k) are to be multiples, one for each of the matrices (n, k, l) of ``weight``."""
+    return TILE if takes_onednn(rows, len(rows) * weight[0].numel() // len(weight)) else 1
+
+
+def multiply(left: Tensor, right: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``out = left right + bias``: (n, k), (k, m), out (n, m), bias (m,)."""
+    if takes_onednn(left, left.numel() * right.shape[1]):
+        first, *rest = terms(left, right)
+        out.copy_(onednn(*first, bias))
+        for term in rest:
+            out += onednn(*term)
+        return out
+    return torch.mm(left, right, out=out) if bias is None else torch.addmm(bias, left, right, out=out)
+
+
+def add_product(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``out += left right``: (n, k), (k, m), out (n, m)."""
+    if takes_onednn(left, left.numel() * right.shape[1]):
+        for term in terms(left, right):
+            out += onednn(*term)
+        return out
+    return torch.addmm(out, left, right, out=out)  # FlopCounterMode does not know addmm_
+
+
+def terms(left: Tensor, right: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """What to add up the products of: (n, k'), (m, k') with k' <= LONGEST."""
+    count = -(-left.shape[1] // LONGEST)
+    return list(zip(left.tensor_split(count, 1), right.T.tensor_split(count, 1), strict=True))
+
+
+def onednn(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """left right^T + bias: (n, k), (m, k), bias (m,) -> (n, m)."""
+    # Of other strides than these it makes the product in a thousand times the time.
+    left, right = (t if t.is_contiguous() or t.T.is_contiguous() else t.contiguous() for t in (left, right))
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
+    return result

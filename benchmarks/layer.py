@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
 from typing import Any, Literal
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,11 @@ from benchmarks.suite import Case, Comparison, Contender
 from dydila_kernels import DyDiLAttention
 from dydila_kernels.testing import equations, layer_error_ratio
 from dydila_kernels.testing import error_ratio as error_ratio_of
+from dydila_kernels.torch_backend import products
 
-Rival = Literal["softmax", "softmax flash", "softmax cudnn", "sana", "sana compiled", "dydila eager", "dydila compiled"]
+Rival = Literal[
+    "softmax", "softmax flash", "softmax cudnn", "sana", "sana compiled", "dydila eager", "dydila compiled", "dydila mm"
+]
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Config(suite.Options):
     heads: tuple[int, ...] = ()  # Of ours and of Sana's; by default 1 and d/64, which the softmax layer always has.
     rivals: tuple[Rival, ...] = ("softmax", "sana")
     """Layers to compare ours with; "dydila eager" is our reference equations in eager PyTorch, "compiled" a layer under
-    torch.compile."""
+    torch.compile, "mm" a layer whose matrix products are all torch.mm's, as the rivals' are."""
 
 
 def comparisons(config: Config) -> Iterator[Comparison]:
@@ -49,7 +53,7 @@ def comparisons(config: Config) -> Iterator[Comparison]:
 
 
 def contender(case: Case) -> Contender:
-    checks = case.name not in ("dydila eager", "dydila compiled")  # which are the formula that ours is checked against
+    checks = case.name not in ("dydila eager", "dydila compiled", "dydila mm")  # which are the formula that ours is checked against
     return Contender(
         partial(prepare, case),
         case.labels,
@@ -90,7 +94,7 @@ def prepare(case: Case) -> Call:
     call = suite.call_of(case.mode, partial(layer, leaf), [leaf, *trainable], x)
     if case.name.endswith("compiled"):
         call()  # a long first call would be taken for a long call, and kept
-    return call
+    return mock.patch.object(products, "HAS_ONEDNN", False)(call) if case.name.endswith("mm") else call
 
 
 def layer_of(case: Case) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 SMALLEST = 2**23
 """Multiplications from which on oneDNN is faster, for all that it takes 9 microseconds to call it."""
-LONGEST = 384
+LONGEST = 192
 """Products that oneDNN may add up one after the other: MKL begins anew after 192, and rounds less for it."""
 TILE = 32
 """Rows of which a group of rows had better be a multiple: oneDNN compiles for each new size, in half a millisecond."""
@@ -44,10 +44,10 @@ def multiply(left: Tensor, right: Tensor, out: Tensor, bias: Tensor | None = Non
     """``out = left right + bias``: (n, k), (k, m), out (n, m), bias (m,)."""
     if takes_onednn(left, left.numel() * right.shape[1]):
         first, *rest = terms(left, right)
-        out.copy_(onednn(*first, bias))
+        total = onednn(*first, bias)
         for term in rest:
-            out += onednn(*term)
-        return out
+            total = torch.add(total, onednn(*term), out=out)
+        return total if rest else out.copy_(total)
     return torch.mm(left, right, out=out) if bias is None else torch.addmm(bias, left, right, out=out)
 
 

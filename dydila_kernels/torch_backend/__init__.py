@@ -7,6 +7,7 @@ and outputs are in a lower dtype.
 ``blocks`` cuts the tokens into blocks that fit the caches, ``blockwise`` walks them: the keys of an image, which add up
 to its states, then its queries, which read these.  ``backward`` walks the same blocks, makes again from the tokens what
 it needs, with the decisions of the forward pass, and hands on the gradient of each block as soon as it is there.
+``products`` multiplies matrices, by oneDNN where that is faster than what torch takes.
 
     module by module    ``project``, ``attend`` with ``depthwise``: each takes and returns whole tensors (B, N, d)
     ``layer``           the same walk, on tokens that are projected when a block is asked for, and gradients that go

@@ -189,7 +189,7 @@ class DyDiLAttention(nn.Module):
         backend = self._backend(call)
         weights = self._plain_weights(call) if backend is torch_backend else None
         if weights is None:
-            y = self.proj(self._attention(call, backend))
+            y = torch_backend.linear(self.proj, self._attention(call, backend))
         else:
             y = torch_backend.layer(call.x, weights, self._options(call), call.mask, call.cu_seqlens)
         return call.visible(self.proj_drop(y))
@@ -362,7 +362,7 @@ class DyDiLAttention(nn.Module):
 
     def _core_inputs(self, x: Tensor, backend: Backend) -> CoreInputs:
         """Q, K, V, Q', K' of Eqs. 1-2, and the tables."""
-        tokens = self.qkv(x).chunk(3, dim=-1)
+        tokens = torch_backend.linear(self.qkv, x).chunk(3, dim=-1)
         inputs = core_inputs(tokens, self._redundant(x, backend), self._norms(), self._tables(), self.differential_kind)
         return agreeing(inputs, x.shape)
 

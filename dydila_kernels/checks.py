@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as modules
 
 from dydila_kernels.types import Grid, Grids, RotaryTables, Video
 
@@ -352,6 +352,14 @@ CALL = nn.Module.__call__
 FORWARDS: dict[type[nn.Module], Any] = {nn.Linear: nn.Linear.forward}
 """As torch has them; some tools put others in their place, for all modules."""
 
+GLOBAL_HOOKS = (
+    modules._global_forward_pre_hooks,
+    modules._global_forward_hooks,
+    modules._global_backward_pre_hooks,
+    modules._global_backward_hooks,
+)
+"""Of all modules.  Torch fills and empties these tables; 2.6 has no function that asks for all of them."""
+
 
 PLAIN = frozenset((nn.Parameter, Tensor, type(None)))
 """Types of parameters that are nothing but their numbers."""
@@ -364,7 +372,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """
     if type(module) is not kind or kind.forward is not FORWARDS.get(kind, kind.forward):
         return False
-    if nn.Module.__call__ is not CALL or module._compiled_call_impl is not None or _has_any_global_hook():
+    if nn.Module.__call__ is not CALL or module._compiled_call_impl is not None or any(GLOBAL_HOOKS):
         return False
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False

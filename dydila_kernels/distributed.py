@@ -28,7 +28,7 @@ from dydila_kernels import checks
 from dydila_kernels.attention import DyDiLAttention
 from dydila_kernels.checks import CheckedArgs
 from dydila_kernels.precision import accumulation_dtype, autocast_dtype
-from dydila_kernels.torch_backend import depthwise, takes_plain_path
+from dydila_kernels.torch_backend import depthwise, linear, takes_plain_path
 from dydila_kernels.types import Convolution, Grid, Video, frames_of
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -227,7 +227,7 @@ class SequenceParallelAttention(DyDiLAttention):
             dist.all_reduce(counts, group=self.group.group)
         call = call._replace(grids=grids)
         out = self._over_ranks(call, SharedTokens(self.group, length, counts), ranges_of(lengths))
-        return call.visible(self.proj_drop(self.proj(out)))
+        return call.visible(self.proj_drop(linear(self.proj, out)))
 
     def _over_ranks(self, call: CheckedArgs, ranks: SharedTokens, held: Sequence[Range]) -> Tensor:
         """Eqs. 1-9 for this rank's tokens."""

@@ -31,6 +31,7 @@ from dydila_kernels.torch_backend.blocks import is_transformed, takes_blocks, ta
 from dydila_kernels.torch_backend.core import attend, decisions
 from dydila_kernels.torch_backend.depthwise import depthwise
 from dydila_kernels.torch_backend.layer_operators import differentiates, layer
+from dydila_kernels.torch_backend.products import linear
 from dydila_kernels.torch_backend.projection import project, projection_logits, route, straight_through
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "differentiates",
     "is_transformed",
     "layer",
+    "linear",
     "project",
     "projection_logits",
     "route",

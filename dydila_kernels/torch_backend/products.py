@@ -1,4 +1,4 @@
-"""Matrix products, written into memory that is there: by torch, or on a CPU with AVX-512 by oneDNN itself.
+"""Matrix products: by torch, or on a CPU with AVX-512 by oneDNN itself.
 
 For float32 torch asks MKL, which leaves AVX-512 unused on AMD's processors; oneDNN, which is in torch as well, does not
 ask who made the processor, and takes half the time there.  ``torch.backends.mkldnn.flags(enabled=False)`` turns it off.
@@ -6,8 +6,14 @@ ask who made the processor, and takes half the time there.  ``torch.backends.mkl
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from dydila_kernels.checks import is_plain
+from dydila_kernels.precision import autocast_dtype
+from dydila_kernels.torch_backend.blocks import takes_plain_path
 
 SMALLEST = 2**23
 """Multiplications from which on oneDNN is faster, for all that it takes 9 microseconds to call it."""
@@ -55,6 +61,11 @@ def add_product(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return torch.addmm(out, left, right, out=out)  # FlopCounterMode does not know addmm_
 
 
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left right: (n, k), (k, m) -> (n, m)."""
+    return onednn(left, right) if takes_onednn(left, left.numel() * right.shape[1]) else left @ right
+
+
 def onednn(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """left right + bias: (n, k), (k, m), bias (m,) -> (n, m)."""
     linear, count = torch.ops.mkldnn._linear_pointwise, -(-left.shape[1] // LONGEST)
@@ -72,3 +83,31 @@ def onednn(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
 def dense(matrix: Tensor) -> Tensor:
     """As it is where rows or columns lie one after the other; of others oneDNN takes a thousand times as long."""
     return matrix if matrix.is_contiguous() or matrix.T.is_contiguous() else matrix.contiguous()
+
+
+class LinearProduct(torch.autograd.Function):
+    """``F.linear`` of x (..., d)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return onednn(x.flatten(0, -2), weight.T, bias).view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), rows, needed = ctx.saved_tensors, grad.flatten(0, -2), ctx.needs_input_grad
+        multiplied = torch.matmul if torch.is_grad_enabled() else product  # a second derivative is torch's
+        return (
+            multiplied(rows, weight).view(x.shape) if needed[0] else None,
+            multiplied(rows.T, x.flatten(0, -2)) if needed[1] else None,
+            rows.sum(0) if needed[2] else None,
+        )
+
+
+def linear(module: nn.Module, x: Tensor) -> Tensor:
+    """``module(x)`` for x (..., d), which is a product of oneDNN where it is one at all, and nothing looks on."""
+    if type(x) is Tensor and is_plain(module, nn.Linear) and autocast_dtype(x.device) is None:
+        weight: Tensor = module.weight
+        if takes_onednn(x, x.numel() * len(weight)) and weight.dtype == x.dtype and not takes_plain_path(x, weight):
+            return LinearProduct.apply(x, weight, module.bias)
+    return module(x)

@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dydila_kernels import DyDiLAttention, torch_backend
 from dydila_kernels.torch_backend import products
 from dydila_kernels.torch_backend.blocks import Workspace
-from dydila_kernels.torch_backend.products import add_product, group_tile, multiply, takes_onednn
+from dydila_kernels.torch_backend.products import add_product, group_tile, linear, multiply, takes_onednn
 from dydila_kernels.torch_backend.projection import Groups
 
 needs_onednn = pytest.mark.skipif(not products.HAS_ONEDNN, reason="a CPU with AVX-512, and a torch with oneDNN")
@@ -97,6 +97,46 @@ def test_rows_that_fill_a_group_up_add_nothing(small: None) -> None:
     assert weight.grad is not None
     assert weight.grad[0].isnan().all() and weight.grad[1].isfinite().all() and not weight.grad[2].any()
     torch.testing.assert_close(weight.grad[1], x[0, 1::2].sum(0)[:, None].expand(16, 16))
+
+
+@needs_onednn
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_linear_module_and_its_derivatives(has_bias: bool, small: None) -> None:
+    torch.manual_seed(0)
+    module, x = nn.Linear(24, 40, bias=has_bias), torch.randn(2, 7, 24, requires_grad=True)
+    leaves = [x, *module.parameters()]
+
+    def derivatives(call: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        y = call(x)
+        first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+        return [y, *torch.autograd.grad(call(x).sum(), leaves), *first, *second]
+
+    y = linear(module, x)
+    assert y.grad_fn is not None and "LinearProduct" in y.grad_fn.name()
+    for ours, plain in zip(derivatives(lambda x: linear(module, x)), derivatives(module), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-4)
+    module.weight.requires_grad_(False)
+    (dx,) = torch.autograd.grad(linear(module, x).sum(), x)
+    torch.testing.assert_close(dx, module.weight.sum(0).expand_as(x))
+
+
+@needs_onednn
+def test_a_module_that_is_more_than_its_product_is_called(small: None) -> None:
+    x, seen = torch.randn(3, 8), []
+
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    doubled, hooked, low = Doubled(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+    hooked.register_forward_hook(lambda *_: seen.append(True))
+    assert torch.equal(linear(doubled, x), doubled(x))
+    linear(hooked, x)
+    assert seen == [True]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(low, x).dtype == torch.bfloat16
+    assert linear(low.double(), x.double()).dtype == torch.float64
 
 
 @needs_onednn

@@ -106,9 +106,9 @@ class LinearProduct(torch.autograd.Function):
 
 def linear(module: nn.Module, x: Tensor) -> Tensor:
     """``module(x)`` for x (..., d), which is a product of oneDNN where it is one at all, and nothing looks on."""
-    if type(x) is Tensor and isinstance(module, nn.Linear) and is_plain(module, nn.Linear):
+    plain = type(x) is Tensor and not takes_plain_path(x) and autocast_dtype(x.device) is None
+    if plain and isinstance(module, nn.Linear) and is_plain(module, nn.Linear):
         weight = module.weight
-        fast = takes_onednn(x, x.numel() * len(weight)) and weight.dtype == x.dtype
-        if fast and autocast_dtype(x.device) is None and not takes_plain_path(x, weight):
+        if takes_onednn(x, x.numel() * len(weight)) and weight.dtype == x.dtype and weight.device == x.device:
             return LinearProduct.apply(x, weight, module.bias)
     return module(x)

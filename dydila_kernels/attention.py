@@ -311,7 +311,8 @@ class DyDiLAttention(nn.Module):
         return Options(self.num_heads, self.normalization, self.router_gradient, self.differential_kind)
 
     def _options(self, call: CheckedArgs) -> Options:
-        return Options(*self.options[:4], call.rotary, call.rotary_pairing)
+        num_heads, normalization, router_gradient, differential, *_ = self.options
+        return Options(num_heads, normalization, router_gradient, differential, call.rotary, call.rotary_pairing)
 
     def _backend(self, call: CheckedArgs) -> Backend:
         """Raises RuntimeError where "triton" was asked for and cannot run."""
@@ -374,7 +375,7 @@ class DyDiLAttention(nn.Module):
             indices = backend.route(x, [p.router for p in projections])  # in one pass over x
             return [p(x, index, backend, norm) for p, index, norm in zip(projections, indices, norms, strict=True)]
         redundant = []
-        for p, norm in zip(projections, norms, strict=False):
+        for p, norm in zip(projections, norms[: len(projections)], strict=True):
             if not checks.is_replaced(p, DynamicProjection):
                 redundant.append(p(x, None, backend, norm))
             else:  # which knows of x alone

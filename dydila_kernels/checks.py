@@ -199,11 +199,14 @@ def sides(value: Any, minimum: int, where: str = "") -> tuple[int, ...]:
     return tuple(integer(f"HW[{i}]", side, minimum) for i, side in enumerate(listed))
 
 
+TEXTS = (str, bytes, bytearray)
+
+
 def as_list(value: Any) -> list[Any] | None:
     """The items of a sequence, an array or a tensor; None where there is no such order."""
     if hasattr(value, "tolist") and not isinstance(value, torch.Size):
         value = value.tolist()
-    return list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray) else None
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, TEXTS) else None
 
 
 def grids(HW: Any, length: int, bounds: Sequence[int] | None, num_prefix_tokens: int) -> list[Grid | Video]:
@@ -361,7 +364,7 @@ GLOBAL_HOOKS = (
 """Of all modules.  Torch fills and empties these tables; 2.6 has no function that asks for all of them."""
 
 
-PLAIN = frozenset((nn.Parameter, Tensor, type(None)))
+PLAIN = (nn.Parameter, Tensor, type(None))
 """Types of parameters that are nothing but their numbers."""
 
 
@@ -376,9 +379,12 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         return False
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
-    if "forward" in module.__dict__ or any(map(isinstance, module.__dict__.values(), repeat(Tensor))):
+    if "forward" in module.__dict__:
         return False
-    return PLAIN.issuperset(map(type, module._parameters.values()))
+    # (The Dynamo of torch 2.6 cannot list a module's attributes.)
+    if not torch.compiler.is_compiling() and any(map(isinstance, module.__dict__.values(), repeat(Tensor))):
+        return False
+    return all(type(parameter) in PLAIN for parameter in module._parameters.values())
 
 
 def outliving(module: nn.Module, parameter: Tensor) -> Tensor:

@@ -261,19 +261,23 @@ def core_inputs(
     return CoreInputs(q, k, v, q_redundant, k_redundant, *tables)
 
 
+FIELDS = CoreInputs._fields
+TOKENS = FIELDS[:5]
+
+
 def agreeing(inputs: CoreInputs, shape: Sequence[int]) -> CoreInputs:
     """The same, tokens in the autocast dtype where there is one.
 
     Raises ValueError where tokens have another shape than this or differ in dtype, or tensors in device.
     """
+    # (The Dynamo of torch 2.6 to 2.9 follows neither _replace nor _asdict.)
     dtype = autocast_dtype(inputs.q.device)
-    tokens: dict[str, Tensor | None] = dict(zip(CoreInputs._fields[:5], inputs[:5], strict=True))
-    if dtype is not None:
-        tokens = {name: t if t is None or t.dtype == torch.float64 else t.to(dtype) for name, t in tokens.items()}
-        inputs = inputs._replace(**tokens)  # type: ignore[arg-type]
-    for name, t in tokens.items():
+    named: dict[str, Tensor | None] = dict(zip(FIELDS, inputs, strict=True))
+    for name in TOKENS:
+        t = named[name]
         if t is not None:
             checks.shaped(name, t, tuple(shape), "(B, N, d)")
-    checks.same("dtype", tokens)
-    checks.same("device", inputs._asdict())
-    return inputs
+            named[name] = t if dtype is None or t.dtype == torch.float64 else t.to(dtype)
+    checks.same("dtype", {name: named[name] for name in TOKENS})
+    checks.same("device", named)
+    return CoreInputs(**named)  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ in strips of rows, each with the neighbouring row on either side, so that what t
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -130,13 +131,13 @@ def conv2d_weight(tokens: Tensor, shape: torch.Size, grad: Tensor, columns: int)
 def plain_depthwise(out: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, grids: Grids) -> Tensor:
     """The reference equation in the dtype of the weight, out of place."""
     parts, position = [], 0
-    for grid in grids:
-        if grid.start == grid.stop:
+    for start, *sides in grids:  # (The Dynamo of torch 2.6 knows neither slices nor properties of a named tuple.)
+        stop = start + math.prod(sides)
+        if start == stop:
             continue
-        inside = slice(grid.start, grid.stop)
-        image = reference.depthwise(v[:, inside].to(weight.dtype), weight, bias, grid[1:])
-        parts += [out[:, position : grid.start], (out[:, inside] + image).to(out.dtype)]
-        position = grid.stop
+        image = reference.depthwise(v[:, start:stop].to(weight.dtype), weight, bias, sides)
+        parts += [out[:, position:start], (out[:, start:stop] + image).to(out.dtype)]
+        position = stop
     return torch.cat([*parts, out[:, position:]], 1)
 
 
@@ -146,12 +147,12 @@ def depthwise(out: Tensor, v: Tensor, convolution: Convolution) -> Tensor:
     Tokens outside of the grids keep what ``out`` holds.
     """
     dtype = accumulation_dtype(v.dtype)
-    weight, bias = (None if t is None else t.to(dtype) for t in convolution[:2])
-    assert weight is not None
+    weight, bias, grids = convolution
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     with no_autocast(v.device):
         if takes_plain_path(out, v, weight, bias):
-            return plain_depthwise(out, v, weight, bias, convolution.grids)
-        return Depthwise.apply(out, v, weight, bias, list(frames_of(convolution.grids)))
+            return plain_depthwise(out, v, weight, bias, grids)
+        return Depthwise.apply(out, v, weight, bias, list(frames_of(grids)))
 
 
 class ValueBlocks:

@@ -14,6 +14,7 @@ from dydila_kernels.checks import CheckedArgs, is_plain
 from dydila_kernels.depthwise import DepthwiseConv
 from dydila_kernels.differential import TokenDifferential
 from dydila_kernels.functional import agreeing, backend_of, core_inputs
+from dydila_kernels.linear import linear
 from dydila_kernels.measure import DynamicMeasureKernel
 from dydila_kernels.norms import NORMS, check_norm, norm_of, normed
 from dydila_kernels.precision import autocast_dtype
@@ -189,7 +190,7 @@ class DyDiLAttention(nn.Module):
         backend = self._backend(call)
         weights = self._plain_weights(call) if backend is torch_backend else None
         if weights is None:
-            y = torch_backend.linear(self.proj, self._attention(call, backend))
+            y = linear(self.proj, self._attention(call, backend))
         else:
             y = torch_backend.layer(call.x, weights, self._options(call), call.mask, call.cu_seqlens)
         return call.visible(self.proj_drop(y))
@@ -326,18 +327,15 @@ class DyDiLAttention(nn.Module):
         if autocast_dtype(x.device) is not None or not takes_blocks(x):
             return None
         projections = [p for p in (self.projection_q, self.projection_k) if p is not None]
-        if not all(is_plain(linear, nn.Linear) for linear in linears):
-            return None
-        if not all(is_plain(projection, DynamicProjection) for projection in projections):
-            return None
+        plain = [is_plain(each, nn.Linear) for each in linears] + [is_plain(p, DynamicProjection) for p in projections]
         norms = [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
-        if norms and (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        if not all(plain) or (norms and (torch.is_grad_enabled() or torch.compiler.is_compiling())):
             return None
         if torch.is_grad_enabled() and not torch_backend.differentiates(x, self._options(call)):
             return None
         if not all(any(is_plain(norm, kind) for kind in NORMS.values()) for norm in norms):
             return None
-        multiplied = [linear.weight for linear in linears] + [projection.weight for projection in projections]
+        multiplied = [each.weight for each in linears] + [projection.weight for projection in projections]
         if any(weight.dtype != x.dtype for weight in multiplied):
             return None
         return LayerWeights(
@@ -363,7 +361,7 @@ class DyDiLAttention(nn.Module):
 
     def _core_inputs(self, x: Tensor, backend: Backend) -> CoreInputs:
         """Q, K, V, Q', K' of Eqs. 1-2, and the tables."""
-        tokens = torch_backend.linear(self.qkv, x).chunk(3, dim=-1)
+        tokens = linear(self.qkv, x).chunk(3, dim=-1)
         inputs = core_inputs(tokens, self._redundant(x, backend), self._norms(), self._tables(), self.differential_kind)
         return agreeing(inputs, x.shape)
 

@@ -27,8 +27,9 @@ from torch.distributed.fsdp import FSDPModule
 from dydila_kernels import checks
 from dydila_kernels.attention import DyDiLAttention
 from dydila_kernels.checks import CheckedArgs
+from dydila_kernels.linear import linear
 from dydila_kernels.precision import accumulation_dtype, autocast_dtype
-from dydila_kernels.torch_backend import depthwise, linear, takes_plain_path
+from dydila_kernels.torch_backend import depthwise, takes_plain_path
 from dydila_kernels.types import Convolution, Grid, Video, frames_of
 
 Module = TypeVar("Module", bound=nn.Module)

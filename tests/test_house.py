@@ -28,11 +28,13 @@ MAY_IMPORT = {
     "differential": {"routers"},
     "projection": {"precision", "routers", "torch_backend", "types"},
     "depthwise": {"checks", "precision"},
+    "linear": {"checks", "precision", "torch_backend"},
     "routing": {"precision", "projection", "reference", "types", "attention"},  # the layer for its type alone
     "norms": {"checks"},
     "attention": {
         "checks",
         "functional",
+        "linear",
         "norms",
         "precision",
         "routing",
@@ -40,7 +42,7 @@ MAY_IMPORT = {
         "types",
         *MODULES,
     },
-    "distributed": {"attention", "checks", "precision", "torch_backend", "types"},
+    "distributed": {"attention", "checks", "linear", "precision", "torch_backend", "types"},
     "convert": {"attention", "checks", "norms"},
     "tuning": {"attention", "checks", "functional", "ops"},
     "testing": {"attention", "functional", "reference", "types"},

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dydila_kernels import DyDiLAttention, torch_backend
+from dydila_kernels.linear import linear
 from dydila_kernels.torch_backend import products
 from dydila_kernels.torch_backend.blocks import Workspace
-from dydila_kernels.torch_backend.products import add_product, group_tile, linear, multiply, takes_onednn
+from dydila_kernels.torch_backend.products import add_product, group_tile, multiply, takes_onednn
 from dydila_kernels.torch_backend.projection import Groups
 
 needs_onednn = pytest.mark.skipif(not products.HAS_ONEDNN, reason="a CPU with AVX-512, and a torch with oneDNN")

@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
-from dydila_kernels.checks import is_plain
-from dydila_kernels.precision import autocast_dtype
 from dydila_kernels.torch_backend.blocks import takes_plain_path
 
 SMALLEST = 2**23
@@ -104,11 +103,9 @@ class LinearProduct(torch.autograd.Function):
         )
 
 
-def linear(module: nn.Module, x: Tensor) -> Tensor:
-    """``module(x)`` for x (..., d), which is a product of oneDNN where it is one at all, and nothing looks on."""
-    plain = type(x) is Tensor and not takes_plain_path(x) and autocast_dtype(x.device) is None
-    if plain and isinstance(module, nn.Linear) and is_plain(module, nn.Linear):
-        weight = module.weight
-        if takes_onednn(x, x.numel() * len(weight)) and weight.dtype == x.dtype and weight.device == x.device:
-            return LinearProduct.apply(x, weight, module.bias)
-    return module(x)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear`` of x (..., d), outside of autocast."""
+    fast = takes_onednn(x, x.numel() * len(weight)) and weight.dtype == x.dtype and weight.device == x.device
+    if fast and type(x) is Tensor and not takes_plain_path(x, weight):
+        return LinearProduct.apply(x, weight, bias)
+    return F.linear(x, weight, bias)

@@ -119,8 +119,8 @@ TABLE |= {
         Entry(ANY, Config(32, 32, 4, reason="columns of 128 leave room for half the rows")),
     ),
     ("product", "half"): (
-        Entry(64, Config(64, 64, 4, reason="a head at once; many programs, of which some load")),
-        Entry(80, Config(64, 32, 4, reason="72 and 80 are 3 x 32 but for 24 and 16")),
+        Entry(64, Config(128, 64, 8, reason="a head at once; its state is read for twice the rows of a program of 64")),
+        Entry(80, Config(64, 128, 4, reason="a head of 72 at once: three barriers less than in steps of 32 channels")),
         Entry(ANY, Config(64, 64, 4, reason="a head in two steps")),
     ),
 }

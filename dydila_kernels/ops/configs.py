@@ -95,9 +95,9 @@ TABLE |= {
     ("gluon_tokens", "half"): (
         Entry(384, Config(16, 32, 4, registers=128, reason=HELD)),
         Entry(768, Config(16, 32, 8, registers=128, reason=HELD)),
-        Entry(ANY, Config(16, 32, 8, reason="one program, which may have all registers: the words of 1280 channels")),
+        Entry(ANY, Config(16, 32, 8, registers=128, reason=f"{HELD}; powers of one branch wait in shared memory")),
     ),
-    ("gluon_tokens_of_many", "half"): (
+    ("gluon_tokens_with_more", "half"): (
         Entry(384, Config(16, 32, 4, registers=168, reason="logits of more than 16 choices on top: three programs")),
         Entry(ANY, Config(16, 32, 8, reason="one program, which may have all registers: the words of 1280 channels")),
     ),

@@ -251,9 +251,9 @@ def written_state(context: LaunchContext, side: QKOperand, written: Tensor, valu
     e = context.head_dim
     splits = context.splits(configs.pick("written_state", written.dtype, e).block_n)
     return partial_states(
-        context, side._replace(tokens=written, redundant=written), Values(*strided(values), constant(e)), splits, width=e,
-        head_dim=e, raw=True, has_denominator=False, scaling=context.scaling(side), state_scale=context.state_scale,
-        denominator=Denominator(), stage="written_state",
+        context, side._replace(tokens=written, redundant=written), Values(*strided(values), constant(e)), splits,
+        width=e, head_dim=e, raw=True, has_denominator=False, scaling=context.scaling(side),
+        state_scale=context.state_scale, denominator=Denominator(), stage="written_state",
     ).sum(1)  # fmt: skip
 
 
@@ -283,8 +283,8 @@ def correlation(context: LaunchContext, side: QKOperand, values: Tensor, raw: bo
     splits = context.splits(configs.pick("state", torch.float32, e).block_n)
     values = values.view(context.batch, context.length, width)
     found = partial_states(
-        context, side, Values(*strided(values), constant(0)), splits, width=width, head_dim=e, raw=raw, has_denominator=False,
-        scaling=Scaling(1.0, None), state_scale=1.0, denominator=Denominator(),
+        context, side, Values(*strided(values), constant(0)), splits, width=width, head_dim=e, raw=raw,
+        has_denominator=False, scaling=Scaling(1.0, None), state_scale=1.0, denominator=Denominator(),
     )  # fmt: skip
     return found.sum((0, 1)).view(context.dim, width)
 

@@ -203,10 +203,11 @@ def tokens_tile(z, y, tables, routers, stats, scaling, denominator, out, place, 
     gamma, other_gamma = of_both(gamma, WARPS)
     inv_max, other_inv = of_both(inverses, WARPS)
 
-    # Denominator terms take registers, and so do many channels: powers of the first branch wait in shared memory.
-    # Beside logits of many choices there is no room.
+    # Denominator terms take registers, and so do many channels, or masks beside logits of many choices: powers of the
+    # first branch wait in shared memory.  Of many channels and choices there is one program, which has registers.
     TERMS: gl.constexpr = denominator.sums is not None or denominator.inverse is not None
-    STASH: gl.constexpr = TERMS or (CHUNKS > 3 and k.N_F <= 16 and k.N_D <= 16)
+    MANY: gl.constexpr = k.N_F > 16 or k.N_D > 16
+    STASH: gl.constexpr = TERMS or (CHUNKS > 3 and not MANY) or (CHUNKS <= 3 and MANY and MASKED)
     dots, squares, norms = shared_logits(octets_summed(k.N_D, 2), WARPS), shared_numbers(WARPS), shared_numbers(WARPS)
     kept, found = measure(z, routers.differential, inv_max, gamma, squares, norms, 0, k, dtype, TERMS, STASH, WARPS)
     share_logits(dots, found, 0)

@@ -261,9 +261,8 @@ def share(shared, x, branch: gl.constexpr):
 
 @gluon.constexpr_function
 def both_rows(warps):
-    """(2, R): what is known of tokens of both branches, see :func:`row`."""
-    lanes = [[0, 0], [0, 0], [0, 1], [0, 2], [0, 4]]
-    return gl.DistributedLinearLayout([[0, 8], [1, 0]], lanes, [[0, 0] for _ in bits(warps)], [], [2, 16])
+    """(2 R,): what is known of tokens of both branches, see :func:`row`."""
+    return gl.DistributedLinearLayout([[8], [16]], [[0], [0], [1], [2], [4]], [[0] for _ in bits(warps)], [], [32])
 
 
 @gluon.jit
@@ -278,9 +277,8 @@ def spread(x):
 @gluon.jit
 def of_both(shared, WARPS: gl.constexpr):
     """Two (R,) in the layout of rows, of (2 R,) that was spread."""
-    layout: gl.constexpr = both_rows(WARPS)
-    at = shared._reinterpret(gl.float32, [2, R], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-    z, y = gl.split(gl.permute(at.load(layout), (1, 0)))
+    x = shared.load(both_rows(WARPS))
+    z, y = gl.split(gl.permute(gl.reshape(x, (2, R)), (1, 0)))
     z = gl.convert_layout(z, row(WARPS), assert_trivial=True)
     return z, gl.convert_layout(y, row(WARPS), assert_trivial=True)
 

@@ -95,9 +95,9 @@ TABLE |= {
     ("gluon_tokens", "half"): (
         Entry(384, Config(16, 32, 4, registers=128, reason=HELD)),
         Entry(768, Config(16, 32, 8, registers=128, reason=HELD)),
-        Entry(ANY, Config(16, 32, 8, reason="one program, which may have all registers: the words of 1280 channels")),
+        Entry(ANY, Config(16, 32, 8, registers=128, reason=f"{HELD}; powers of one branch wait in shared memory")),
     ),
-    ("gluon_tokens_of_many", "half"): (
+    ("gluon_tokens_with_more", "half"): (
         Entry(384, Config(16, 32, 4, registers=168, reason="logits of more than 16 choices on top: three programs")),
         Entry(ANY, Config(16, 32, 8, reason="one program, which may have all registers: the words of 1280 channels")),
     ),
@@ -119,8 +119,8 @@ TABLE |= {
         Entry(ANY, Config(32, 32, 4, reason="columns of 128 leave room for half the rows")),
     ),
     ("product", "half"): (
-        Entry(64, Config(64, 64, 4, reason="a head at once; many programs, of which some load")),
-        Entry(80, Config(64, 32, 4, reason="72 and 80 are 3 x 32 but for 24 and 16")),
+        Entry(64, Config(128, 64, 8, reason="a head at once; its state is read for twice the rows of a program of 64")),
+        Entry(80, Config(64, 128, 4, reason="a head of 72 at once: three barriers less than in steps of 32 channels")),
         Entry(ANY, Config(64, 64, 4, reason="a head in two steps")),
     ),
 }

@@ -160,9 +160,14 @@ class LaunchContext:
         return len(tiles_of(self.bounds, block_n))
 
     def splits(self, block_n: int) -> int:
-        """Programs that share a sum over the tokens of a segment: enough to fill the device, each with four tiles."""
-        wanted = -(-processors(self.device) // max(1, self.segments * self.heads))
-        return max(1, min(wanted, self.longest // (4 * block_n)))
+        """Programs that share a sum over the tokens of a segment, each with four tiles at least.
+
+        Together they are two to four for each multiprocessor, whichever leaves fewest of them with less to do.
+        """
+        groups = max(1, self.segments * self.heads)
+        programs = [(each, max(1, each * processors(self.device) // (2 * groups))) for each in (2, 3, 4)]
+        _, even = min(programs, key=lambda found: found[0] / found[1])
+        return max(1, min(even, self.longest // (4 * block_n)))
 
     def mean_of(self, partials: Tensor, block_n: int) -> Tensor:
         """(segments, d): sums over ``block_n`` tokens each, (programs, d), added up and over the longest length."""

@@ -79,6 +79,13 @@ def choices(context: LaunchContext) -> int:
     return max(context.gammas, context.lambdas)
 
 
+def holds_more(context: LaunchContext) -> bool:
+    """Whether the registers of :mod:`dydila_kernels.ops.gluon.tokens` hold more than words and logits of 16 choices:
+    those of more; beyond 768 channels, denominator terms or what powers of float16 tokens lack."""
+    full = context.has_denominator or context.dtype == torch.float16
+    return choices(context) > 16 or (context.dim > 768 and full)
+
+
 def in_words(tokens: Tensor) -> bool:
     """Whether the rows of tokens (B, N, d) of 16 bits are whole words of two."""
     images, rows, _ = tokens.stride()
@@ -99,7 +106,9 @@ def why_not_gluon_tokens(context: LaunchContext, side: QKOperand, *, decide: boo
         return "routers are trained"
     if context.dim > LARGEST:
         return f"the registers hold {LARGEST} channels, not {context.dim}"
-    if choices(context) > MOST:
+    # Beyond 768 channels powers lie there, too, under "denominator".
+    most = MOST // 2 if context.dim > 768 and context.has_denominator else MOST
+    if choices(context) > most:
         return f"logits of {choices(context)} choices would take too much shared memory"
     # Beyond 768 a program has registers for two, which float16 takes for denominator terms.
     full = context.dim <= 768 or (context.dtype == torch.float16 and context.has_denominator)

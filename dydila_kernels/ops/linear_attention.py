@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dydila_kernels.ops import configs
-from dydila_kernels.ops.arguments import Denominator, Scaling, Tokens, strided
+from dydila_kernels.ops.arguments import Denominator, Scaling, Tokens, constant, strided
 from dydila_kernels.ops.branches import (
     branch_pointers,
     difference_of,
@@ -53,7 +53,10 @@ from dydila_kernels.ops.tokens import branches_of
 
 
 class Values(NamedTuple):
-    """x (B, N, H x WIDTH) with its strides; stride_xh is 0 where all heads share WIDTH columns."""
+    """x (B, N, H x WIDTH) with its strides; stride_xh, a constant, is 0 where all heads share WIDTH columns.
+
+    Of a variable Triton knows only whether it is a multiple of 16: heads of 72 would be loaded two bytes at a time.
+    """
 
     x: Any
     stride_xb: Any
@@ -236,7 +239,7 @@ def state(
     splits = context.splits(configs.pick("state", context.dtype, e).block_n)
     partials = values.new_empty((context.segments, splits, context.dim), dtype=torch.float32) if sums else None
     found = partial_states(
-        context, side, Values(*strided(values), e), splits, width=e, head_dim=e, raw=False,
+        context, side, Values(*strided(values), constant(e)), splits, width=e, head_dim=e, raw=False,
         has_denominator=side.has_denominator, scaling=context.scaling(side), state_scale=context.state_scale,
         denominator=Denominator(inverse=inverse, weights=weights, sums=partials),
     )  # fmt: skip
@@ -248,9 +251,9 @@ def written_state(context: LaunchContext, side: QKOperand, written: Tensor, valu
     e = context.head_dim
     splits = context.splits(configs.pick("written_state", written.dtype, e).block_n)
     return partial_states(
-        context, side._replace(tokens=written, redundant=written), Values(*strided(values), e), splits, width=e,
-        head_dim=e, raw=True, has_denominator=False, scaling=context.scaling(side), state_scale=context.state_scale,
-        denominator=Denominator(), stage="written_state",
+        context, side._replace(tokens=written, redundant=written), Values(*strided(values), constant(e)), splits,
+        width=e, head_dim=e, raw=True, has_denominator=False, scaling=context.scaling(side),
+        state_scale=context.state_scale, denominator=Denominator(), stage="written_state",
     ).sum(1)  # fmt: skip
 
 
@@ -280,8 +283,8 @@ def correlation(context: LaunchContext, side: QKOperand, values: Tensor, raw: bo
     splits = context.splits(configs.pick("state", torch.float32, e).block_n)
     values = values.view(context.batch, context.length, width)
     found = partial_states(
-        context, side, Values(*strided(values), 0), splits, width=width, head_dim=e, raw=raw, has_denominator=False,
-        scaling=Scaling(1.0, None), state_scale=1.0, denominator=Denominator(),
+        context, side, Values(*strided(values), constant(0)), splits, width=width, head_dim=e, raw=raw,
+        has_denominator=False, scaling=Scaling(1.0, None), state_scale=1.0, denominator=Denominator(),
     )  # fmt: skip
     return found.sum((0, 1)).view(context.dim, width)
 

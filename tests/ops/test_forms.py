@@ -36,6 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "channels do not fill the warps": {"batch": 1, "length": 32, "dim": 40},
     "heads of 72": {"batch": 1, "length": 40, "dim": 144, "num_heads": 2},
     "heads of 96": {"batch": 1, "length": 40, "dim": 192, "num_heads": 2},
+    "powers of one branch in shared memory": {"batch": 1, "length": 24, "dim": 800, "num_heads": 10},
     "one wide head": {"batch": 1, "length": 150, "dim": 136},
     "packed": {"batch": 1, "length": 60, "dim": 64, "num_heads": 2, "cu_seqlens": [0, 5, 5, 38, 60]},
     "negative powers": {"batch": 1, "length": 32, "dim": 64, "gamma": (-1.0, 2.0)},
@@ -96,11 +97,17 @@ def test_convolution(launched: set[str]) -> None:
 
 @needs_gluon
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize(("dim", "factors", "differences"), [(256, 9, 9), (40, 21, 21), (64, 21, 9), (64, 9, 21)])
+@pytest.mark.parametrize(
+    ("dim", "factors", "differences"),
+    [(256, 9, 9), (40, 21, 21), (64, 21, 9), (64, 9, 21), (64, 2, 4), (64, 10, 12), (64, 8, 18)],
+)
 def test_decides_as_float64_but_for_rounding(
     dim: int, factors: int, differences: int, dtype: torch.dtype, launched: set[str]
 ) -> None:
-    """Routers in float32; the powers of Eq. 7 are rounded to float16 for bfloat16 tokens, and are in two parts else."""
+    """Routers in float32; the powers of Eq. 7 are rounded to float16 for bfloat16 tokens, and are in two parts else.
+
+    Choices fill octets of a router, or fit into one together, or are left over for the octet of all parts.
+    """
     inputs = inputs_of(2, 150, dim, num_kernel_factors=factors, num_differential_factors=differences)
     inputs.update({name: inputs[name].to(dtype) for name in TOKENS})
     at = decisions(inputs, backend="triton")
@@ -224,21 +231,24 @@ def test_says_why_not(
 
 
 @pytest.mark.parametrize(
-    ("dim", "choices", "options", "taken"),
+    ("dim", "choices", "dtype", "options", "taken"),
     [
-        (768, 16, {}, True),
-        (768, 17, {}, False),
-        (384, 64, {}, True),
-        (384, 65, {}, False),
-        (832, 21, {}, True),
-        (832, 21, {"num_heads": 13, **DENOMINATOR}, False),
-        (832, 16, {"num_heads": 13, **DENOMINATOR}, True),
+        (768, 16, torch.float16, {}, True),
+        (768, 17, torch.float16, {}, False),
+        (384, 64, torch.float16, {}, True),
+        (384, 65, torch.float16, {}, False),
+        (832, 21, torch.float16, {}, True),
+        (832, 21, torch.float16, {"num_heads": 13, **DENOMINATOR}, False),
+        (832, 16, torch.float16, {"num_heads": 13, **DENOMINATOR}, True),
+        (832, 32, torch.bfloat16, {"num_heads": 13, **DENOMINATOR}, True),
+        (832, 33, torch.bfloat16, {"num_heads": 13, **DENOMINATOR}, False),
     ],
 )
-def test_logits_of_many_choices_need_registers(
-    dim: int, choices: int, options: dict[str, Any], taken: bool, monkeypatch: pytest.MonkeyPatch
+def test_logits_of_many_choices_need_registers_and_shared_memory(
+    dim: int, choices: int, dtype: torch.dtype, options: dict[str, Any], taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inputs = inputs_of(1, 4, dim, torch.float16)
+    """Of 33 choices, 832 channels with denominators would take 106 KiB: sm_86, sm_89 and sm_120 have 99."""
+    inputs = inputs_of(1, 4, dim, dtype)
     inputs.update(
         gamma=torch.ones(choices), kernel_routers=torch.zeros(4, dim, choices)
     )  # fmt: skip

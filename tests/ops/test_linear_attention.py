@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -100,6 +101,19 @@ def test_sums_split_over_programs(packed: bool, normalization: str, monkeypatch:
     bounds = {"cu_seqlens": [0, 3, 133]} if packed else {}
     compare_core(torch.float32, 1, 133, 16, seeds=1, normalization=normalization, **bounds)
     assert set(made) == {2}
+
+
+@pytest.mark.parametrize(
+    ("segments", "heads", "length", "expected"),
+    [(8, 12, 4096, 4), (8, 16, 4096, 2), (1, 12, 65536, 22), (512, 12, 256, 1)],
+)
+def test_multiprocessors_have_as_much_to_do(
+    segments: int, heads: int, length: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 132: three programs each, but for 12; two, but for 8; two; many."""
+    monkeypatch.setattr(context, "processors", lambda _: 264)
+    call = SimpleNamespace(segments=segments, heads=heads, longest=length, device=DEVICE)
+    assert context.LaunchContext.splits(cast(Any, call), 64) == expected
 
 
 @pytest.mark.usefixtures("poisoned")

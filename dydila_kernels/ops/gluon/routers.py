@@ -14,18 +14,43 @@ import triton.language as tl
 from dydila_kernels.ops import configs
 from dydila_kernels.ops.arguments import Routers
 from dydila_kernels.ops.context import LaunchContext, QKOperand
-from dydila_kernels.ops.tiles import ceil_div, launch, padded, power_of_two
+from dydila_kernels.ops.tiles import ceil_div, launch, padded
 
 
 class PreparedRouters(NamedTuple):
-    """kernel (2, d / 32, parts, 32 n_F), of Z and Z', in the dtype of the tokens; differential of n_D, float16.
+    """kernel (2, d / 32, octets, 8, 32), of Z and Z', in the dtype of the tokens; differential of n_D, float16.
 
-    d and the options are padded with zeros.  Each router is the sum of its parts, the smallest first, times a power of
-    two; of each 32 channels the options lie in the order of the operands of tensor cores, see :func:`route`.
+    Each router is the sum of its parts, the smallest first, times a power of two, and d is padded with zeros.  Octets
+    of options are what tensor cores take at least: those of each part, and then one with all parts of the options that
+    are left, :func:`spare` of each, where there is room.
     """
 
     kernel: Any
     differential: Any
+
+
+@triton.constexpr_function
+def spare(parts):
+    """Options of each part in an octet of all parts."""
+    return 2 if parts == 3 else 4
+
+
+@triton.constexpr_function
+def whole(n, parts):
+    """Octets of each part of n options: without those that the octet of all parts has room for."""
+    return (n + 7 - spare(parts)) // 8
+
+
+@triton.constexpr_function
+def octets_summed(n, parts):
+    """Octets of results: those of each part are added up."""
+    return whole(n, parts) + (n > 8 * whole(n, parts))
+
+
+@triton.constexpr_function
+def octets(n, parts):
+    """Octets of a prepared router."""
+    return octets_summed(n, parts) + (parts - 1) * whole(n, parts)
 
 
 @triton.jit
@@ -41,20 +66,21 @@ def power_near(router, ROWS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr)
 
 @triton.jit
 def split_router(router, out, scale, c, D: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr):
-    """Parts of the channels c (32,) of router (D, N), times ``scale``, to out (PARTS, 32 N padded).
-
-    Channel 8 q + 4 i + 2 h + b of 32 and option 16 t + 8 o + g lie at [t, i, g, q, h, o, b].
-    """
+    """Parts of the channels c (32,) of router (D, N), times ``scale``, to out (octets, 8, 32)."""
+    WHOLE: tl.constexpr = whole(N, PARTS)
     columns = tl.arange(0, padded(N))
     mask = (c < D)[:, None] & (columns < N)[None, :]
     x = tl.load(router + c[:, None] * N + columns[None, :], mask=mask, other=0.0).to(tl.float32) * scale
-    channel = c % 32
-    place = channel // 4 % 2 * 256 + channel // 8 * 8 + channel // 2 % 2 * 4 + channel % 2
-    option = columns // 16 * 512 + columns % 8 * 32 + columns // 8 % 2 * 2
-    for part in tl.static_range(PARTS):
+    at = out + (c % 32)[:, None]
+    left = columns - 8 * WHOLE
+    # Of the octet of all parts, the last: what three parts leave is a fourth, or zeros.
+    for part in tl.static_range(8 // spare(PARTS)):
         y = x.to(out.dtype.element_ty)
         x -= y.to(tl.float32)
-        tl.store(out + (PARTS - 1 - part) * padded(N) * 32 + place[:, None] + option[None, :], y)
+        if part < PARTS:
+            tl.store(at + ((PARTS - 1 - part) * WHOLE * 8 + columns)[None, :] * 32, y, mask=(left < 0)[None, :])
+        rest = PARTS * WHOLE * 8 + part * spare(PARTS) + left
+        tl.store(at + rest[None, :] * 32, y, mask=((left >= 0) & (left < spare(PARTS)) & (WHOLE * 8 < N))[None, :])
 
 
 @triton.jit
@@ -64,7 +90,7 @@ def prepare_kernel(routers, prepared, D: tl.constexpr, BLOCKS: tl.constexpr, N_F
     block = tl.program_id(0) % BLOCKS
     c = block * 32 + tl.arange(0, 32)
     which = tl.program_id(0) // BLOCKS
-    F: tl.constexpr = PARTS * padded(N_F) * 32
+    F: tl.constexpr = octets(N_F, PARTS) * 256
     for i in tl.static_range(2):
         if which == i:
             router = routers.kernel if i == 0 else routers.kernel_redundant
@@ -74,7 +100,7 @@ def prepare_kernel(routers, prepared, D: tl.constexpr, BLOCKS: tl.constexpr, N_F
             split_router(router, prepared.kernel + (i * BLOCKS + block) * F, scale, c, D, N_F, PARTS)
     if which >= 2:
         router = routers.differential + (which - 2) * D * N_D
-        out = prepared.differential + ((which - 2) * BLOCKS + block) * (2 * padded(N_D) * 32)
+        out = prepared.differential + ((which - 2) * BLOCKS + block) * (octets(N_D, 2) * 256)
         split_router(router, out, power_near(routers.differential, 2 * D, N_D, BLOCK), c, D, N_D, 2)
 
 
@@ -85,8 +111,8 @@ def prepared(context: LaunchContext, side: QKOperand, warps: int) -> PreparedRou
     n_f, n_d = context.gammas, context.lambdas
     blocks = ceil_div(context.dim, 32 * warps) * warps
     found = PreparedRouters(
-        torch.empty(2, blocks, parts, 32 * power_of_two(n_f), device=context.device, dtype=context.dtype),
-        torch.empty(2, blocks, 2, 32 * power_of_two(n_d), device=context.device, dtype=torch.float16),
+        torch.empty(2, blocks, octets(n_f, parts), 8, 32, device=context.device, dtype=context.dtype),
+        torch.empty(2, blocks, octets(n_d, 2), 8, 32, device=context.device, dtype=torch.float16),
     )
     config = configs.pick("prepare", context.dtype)
     launch(prepare_kernel, (4 * blocks,), config, routers=routers, prepared=found, D=context.dim, BLOCKS=blocks,

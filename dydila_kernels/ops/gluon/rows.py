@@ -3,7 +3,7 @@
 A program has R = 16 tokens, whole, in registers: its W warps share the channels, a chunk of 32 W at a time, of which
 warp w has 32.  Lane l has of these, of the tokens l / 4 and l / 4 + 8, eight channels from 8 (l mod 4) on: 16 bytes,
 four words of two channels (:func:`words_of`).  Products on tensor cores may take the channels of a sum in any order, so
-the words are operands as they are: :func:`as_right` moves nothing.
+the words are operands as they are: :func:`as_left` moves nothing but registers.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from dydila_kernels.ops.gluon.routers import spare, whole
 from dydila_kernels.ops.gluon.words import larger_bf16, larger_fp16
+from dydila_kernels.ops.tiles import padded
 
 R = gl.constexpr(16)
-"""Tokens of a program: the columns of two products of tensor cores."""
+"""Tokens of a program: the rows of a product of tensor cores."""
 
 
 @gluon.constexpr_function
@@ -25,7 +27,7 @@ def bits(warps):
 
 @gluon.constexpr_function
 def products(warps):
-    """(W, options, R): results of products on tensor cores, one for each warp; tokens are columns."""
+    """(W, R, 8): results of products on tensor cores, one for each warp."""
     return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[warps, 1, 1], instr_shape=[1, 16, 8])
 
 
@@ -53,11 +55,11 @@ def channels(words, dtype: gl.constexpr):
 
 
 @gluon.jit
-def as_right(words, dtype: gl.constexpr, WARPS: gl.constexpr):
-    """Words (R, 16 W) as right operand (W, 32, R)."""
+def as_left(words, dtype: gl.constexpr, WARPS: gl.constexpr):
+    """Words (R, 16 W) as left operand (W, R, 32)."""
     x = gl.reshape(channels(words, dtype), (2, 8, WARPS, 4, 2, 2, 2))
-    x = gl.reshape(gl.permute(x, (2, 4, 5, 3, 6, 0, 1)), (WARPS, 32, R))
-    return gl.convert_layout(x, gl.DotOperandLayout(1, products(WARPS), 2), assert_trivial=True)
+    x = gl.reshape(gl.permute(x, (2, 0, 1, 4, 5, 3, 6)), (WARPS, R, 32))
+    return gl.convert_layout(x, gl.DotOperandLayout(0, products(WARPS), 2), assert_trivial=True)
 
 
 @gluon.jit
@@ -161,45 +163,80 @@ def choose(logits, table, CHOICES: gl.constexpr):
 @gluon.constexpr_function
 def columns_of(options):
     """The bits of the number of an option."""
-    return [1 << i for i in range((options - 1).bit_length())]
+    return [1 << i for i in bits(options)]
 
 
 @gluon.constexpr_function
 def logits_shared(options, warps):
-    """(2, W, R, options) in shared memory: the lanes of a warp write, and read, different banks."""
+    """(W, 2 R, options) of both branches in shared memory: the lanes of a warp read different banks."""
     tokens, columns = [[0, 1 << i, 0] for i in range(4)], [[0, 0, n] for n in columns_of(options)]
-    order = [*columns[:3], *tokens[1:3], *columns[3:], tokens[0], tokens[3]]
-    return gl.SharedLinearLayout([*order, *([1 << i, 0, 0] for i in bits(warps))])
+    across = [[1 << i, 0, 0] for i in bits(warps)]
+    return gl.SharedLinearLayout([*columns[:3], tokens[0], [0, 16, 0], *tokens[1:], *columns[3:], *across])
 
 
 @gluon.constexpr_function
 def logits_gathered(options, warps):
-    """(W, R, options): the parts of a sum over the warps in one lane, the tokens over the warps."""
-    tokens, columns = [[0, 1 << i, 0] for i in range(4)], [[0, 0, n] for n in columns_of(options)]
-    places, n = [tokens[0], tokens[3], *[[0, 0, 0]] * 3], len(bits(warps))
-    parts = [*([1 << i, 0, 0] for i in bits(warps)), *columns[3:], *places[n:2]]
-    return gl.DistributedLinearLayout(parts, [*columns[:3], *tokens[1:3]], places[:n], [], [warps, 16, options])
+    """(W, 2 R, options): the parts of a sum over the warps in one lane; a warp has a few tokens, both branches."""
+    tokens, columns = [[0, 1 << i, 0] for i in range(1, 4)], [[0, 0, n] for n in columns_of(options)]
+    places, n = [*tokens, *[[0, 0, 0]] * 2], len(bits(warps))
+    parts = [*([1 << i, 0, 0] for i in bits(warps)), *columns[3:], *places[n:3]]
+    lanes = [*columns[:3], [0, 1, 0], [0, 16, 0]]
+    return gl.DistributedLinearLayout(parts, lanes, places[:n], [], [warps, 32, options])
+
+
+@gluon.constexpr_function
+def earlier(i, n):
+    """i, or the last of n."""
+    return min(i, n - 1)
 
 
 @gluon.jit
-def share_logits(logits, WARPS: gl.constexpr):
-    """Shared memory with logits (W, n, R)."""
-    N: gl.constexpr = logits.shape[1]
-    shared = gl.allocate_shared_memory(gl.float32, [WARPS, R, N], logits_shared(N, WARPS))
-    shared.store(gl.permute(logits, (0, 2, 1)))
-    return shared
+def shared_logits(SUMS: gl.constexpr, WARPS: gl.constexpr):
+    """Shared memory for octets of logits of both branches; their number is padded to a power of two."""
+    N: gl.constexpr = padded(8 * SUMS, 8)
+    return gl.allocate_shared_memory(gl.float32, [WARPS, 2 * R, N], logits_shared(N, WARPS))
 
 
 @gluon.jit
-def summed_logits(shared, WARPS: gl.constexpr):
-    """(R, n) of what :func:`share_logits` shared, summed over the warps."""
-    return gl.sum(shared.load(logits_gathered(shared.shape[2], WARPS)), 0)
+def share_logits(shared, logits, branch: gl.constexpr):
+    """Stores octets of logits (W, R, 8) of a branch; what pads their number are the last of them."""
+    for octet in gl.static_range(shared.shape[2] // 8):
+        part = shared.slice(branch * R, R, 1).slice(octet * 8, 8, 2)
+        part.store(logits[earlier(octet, len(logits))])
+
+
+@gluon.jit
+def summed_logits(shared, N: gl.constexpr, PARTS: gl.constexpr):
+    """(2 R, n) of what :func:`share_logits` shared, summed over the warps, and over the parts of the options that are
+    together in the last octet."""
+    WHOLE: gl.constexpr = whole(N, PARTS)
+    OCTETS: gl.constexpr = shared.shape[2] // 8
+    S: gl.constexpr = spare(PARTS)
+    logits = gl.sum(shared.load(logits_gathered(shared.shape[2], shared.shape[0])), 0)
+    if N > 8 * WHOLE:
+        layout: gl.constexpr = logits.type.layout
+        options = gl.arange(0, 8 * OCTETS, layout=gl.SliceLayout(0, layout))[None, :]
+        options += gl.zeros([2 * R, 8 * OCTETS], gl.int32, layout)
+        parts = gl.reshape(logits, (2 * R, OCTETS, 8 // S, S))
+        first = gl.reshape(options, (2 * R, OCTETS, 8 // S, S)) < 8 * WHOLE
+        logits = gl.where(first, parts, gl.expand_dims(gl.sum(parts, 2), 2))
+        logits = gl.convert_layout(gl.reshape(logits, (2 * R, 8 * OCTETS)), layout, assert_trivial=True)
+    return logits
 
 
 @gluon.constexpr_function
 def numbers_shared(warps):
-    """(R, W) in shared memory."""
-    return gl.SharedLinearLayout([*([0, 1 << i] for i in bits(warps)), *([1 << i, 0] for i in range(4))])
+    """(2 R, W) in shared memory."""
+    return gl.SharedLinearLayout([*([1 << i, 0] for i in range(5)), *([0, 1 << i] for i in bits(warps))])
+
+
+@gluon.constexpr_function
+def numbers_gathered(warps):
+    """(2 R, W), of the tokens that a lane has of :func:`logits_gathered`."""
+    places, n = [*([1 << i, 0] for i in range(1, 4)), *[[0, 0]] * 2], len(bits(warps))
+    parts = [*([0, 1 << i] for i in bits(warps)), *places[n:3]]
+    lanes = [[0, 0], [0, 0], [0, 0], [1, 0], [16, 0]]
+    return gl.DistributedLinearLayout(parts, lanes, places[:n], [], [32, warps])
 
 
 @gluon.constexpr_function
@@ -210,13 +247,40 @@ def numbers_of_rows(warps):
     return gl.DistributedLinearLayout(parts, lanes, [[0, 0] for _ in bits(warps)], [], [16, warps])
 
 
+@gluon.jit
+def shared_numbers(WARPS: gl.constexpr):
+    """Shared memory for a number (R, W) of both branches."""
+    return gl.allocate_shared_memory(gl.float32, [2 * R, WARPS], numbers_shared(WARPS))
+
+
+@gluon.jit
+def share(shared, x, branch: gl.constexpr):
+    """Stores x (R, W) of a branch."""
+    shared.slice(branch * R, R, 0).store(x)
+
+
 @gluon.constexpr_function
-def numbers_of_logits(warps):
-    """(R, W), of the tokens that a lane has of :func:`logits_gathered`."""
-    lanes = [[0, 0], [0, 0], [0, 0], [2, 0], [4, 0]]
-    places, n = [[1, 0], [8, 0], *[[0, 0]] * 3], len(bits(warps))
-    parts = [*([0, 1 << i] for i in bits(warps)), *places[n:2]]
-    return gl.DistributedLinearLayout(parts, lanes, places[:n], [], [16, warps])
+def both_rows(warps):
+    """(2 R,): what is known of tokens of both branches, see :func:`row`."""
+    return gl.DistributedLinearLayout([[8], [16]], [[0], [0], [1], [2], [4]], [[0] for _ in bits(warps)], [], [32])
+
+
+@gluon.jit
+def spread(x):
+    """Shared memory with x (R,) or (2 R,) float32, which some lanes have."""
+    N: gl.constexpr = x.shape[0]
+    shared = gl.allocate_shared_memory(gl.float32, [N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    shared.store(x)
+    return shared
+
+
+@gluon.jit
+def of_both(shared, WARPS: gl.constexpr):
+    """Two (R,) in the layout of rows, of (2 R,) that was spread."""
+    x = shared.load(both_rows(WARPS))
+    z, y = gl.split(gl.permute(gl.reshape(x, (2, R)), (1, 0)))
+    z = gl.convert_layout(z, row(WARPS), assert_trivial=True)
+    return z, gl.convert_layout(y, row(WARPS), assert_trivial=True)
 
 
 @gluon.constexpr_function
@@ -241,19 +305,3 @@ def words_kept(kept, STASHED: gl.constexpr, WARPS: gl.constexpr):
         return kept.load(words_of(WARPS))
     else:
         return kept
-
-
-@gluon.jit
-def share(x, WARPS: gl.constexpr):
-    """Shared memory with x (R, W)."""
-    shared = gl.allocate_shared_memory(gl.float32, [R, WARPS], numbers_shared(WARPS))
-    shared.store(x)
-    return shared
-
-
-@gluon.jit
-def spread(x, WARPS: gl.constexpr):
-    """Shared memory with x (R,) float32, which some lanes have."""
-    shared = gl.allocate_shared_memory(gl.float32, [R], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    shared.store(x)
-    return shared

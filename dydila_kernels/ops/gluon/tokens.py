@@ -20,25 +20,28 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from dydila_kernels.ops import configs
 from dydila_kernels.ops.arguments import Denominator
 from dydila_kernels.ops.context import LaunchContext, QKOperand
-from dydila_kernels.ops.forms import choices
+from dydila_kernels.ops.forms import holds_more
 from dydila_kernels.ops.gluon.common import inverse_of, place_of, row_scale_of
-from dydila_kernels.ops.gluon.routers import prepared
+from dydila_kernels.ops.gluon.routers import octets, octets_summed, prepared, whole
 from dydila_kernels.ops.gluon.rows import (
     R,
-    as_right,
+    as_left,
     bits,
     choose,
     fold,
     largest,
     load,
-    numbers_of_logits,
+    numbers_gathered,
     numbers_of_rows,
+    of_both,
     pointers,
     products,
     row,
     rows_there,
     share,
     share_logits,
+    shared_logits,
+    shared_numbers,
     spread,
     stashed,
     store,
@@ -49,39 +52,49 @@ from dydila_kernels.ops.gluon.rows import (
 )
 from dydila_kernels.ops.gluon.terms import dots_of, store_parts, store_sums
 from dydila_kernels.ops.gluon.words import larger, measured, operands, rectified, scaled
-from dydila_kernels.ops.tiles import TINY, launch, padded, part_width
+from dydila_kernels.ops.tiles import TINY, launch, part_width, product
 
 
 @gluon.constexpr_function
-def router_layout(options, warps):
-    """(W, options 32) elements of a prepared router: 16 bytes a lane, of its own channels in each warp."""
-    tiles = [[0, 512 << i] for i in range((options // 16).bit_length() - 1)]
+def router_layout(warps):
+    """(W, 256) elements of an octet of a prepared router: 16 bytes a lane, of its own channels in each warp."""
+    elements, across = [[0, 1], [0, 2], [0, 4]], [[1 << i, 0] for i in bits(warps)]
     lanes = [[0, 8], [0, 16], [0, 32], [0, 64], [0, 128]]
-    across = [[1 << i, 0] for i in bits(warps)]
-    return gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 4], [0, 256], *tiles], lanes, across, [], [warps, options * 32]
-    )
+    return gl.DistributedLinearLayout(elements, lanes, across, [], [warps, 256])
 
 
 @gluon.jit
 def route(words, rest, router, c: gl.constexpr, logits, dtype: gl.constexpr, N: gl.constexpr, PARTS: gl.constexpr,
           WARPS: gl.constexpr):  # fmt: skip
-    """logits (W, n, R) + of each warp the parts of a router (d / 32, PARTS, 32 n) times the words of chunk c, and the
-    largest part times what these lack, where given."""
-    SIZE: gl.constexpr = padded(N) * 32
-    layout: gl.constexpr = router_layout(padded(N), WARPS)
+    """Octets of logits (W, R, 8) + of each warp the words of chunk c times a router (d / 32, octets, 8, 32), and what
+    these lack times its largest part, where given."""
+    OCTETS: gl.constexpr = octets(N, PARTS)
+    WHOLE: gl.constexpr = whole(N, PARTS)
+    layout: gl.constexpr = router_layout(WARPS)
     warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, layout))[:, None]
-    at = warp * (PARTS * SIZE) + gl.arange(0, SIZE, layout=gl.SliceLayout(0, layout))[None, :]
-    z = as_right(words, dtype, WARPS)
-    for part in gl.static_range(PARTS):
-        x = gl.load(router + (c * WARPS * PARTS + part) * SIZE + at)
-        x = gl.reshape(x, (WARPS, padded(N) // 16, 2, 8, 4, 2, 2, 2))
-        x = gl.reshape(gl.permute(x, (0, 1, 6, 3, 2, 5, 4, 7)), (WARPS, padded(N), 32))
-        x = gl.convert_layout(x, gl.DotOperandLayout(0, products(WARPS), 2), assert_trivial=True)
-        logits = mma_v2(x, z, logits)
-        if part == PARTS - 1 and rest is not None:
-            logits = mma_v2(x, as_right(rest, dtype, WARPS), logits)
-    return logits
+    at = warp * (OCTETS * 256) + gl.arange(0, 256, layout=gl.SliceLayout(0, layout))[None, :]
+    z = as_left(words, dtype, WARPS)
+    found = ()
+    for i in gl.static_range(octets_summed(N, PARTS)):
+        total = logits[i]
+        for part in gl.static_range(0 if i < WHOLE else PARTS - 1, PARTS):
+            x = gl.load(router + (c * WARPS * OCTETS + part * WHOLE + i) * 256 + at)
+            x = gl.reshape(gl.permute(gl.reshape(x, (WARPS, 8, 4, 2, 2, 2)), (0, 3, 4, 2, 5, 1)), (WARPS, 32, 8))
+            x = gl.convert_layout(x, gl.DotOperandLayout(1, products(WARPS), 2), assert_trivial=True)
+            total = mma_v2(z, x, total)
+            if rest is not None and part == PARTS - 1:
+                total = mma_v2(as_left(rest, dtype, WARPS), x, total)
+        found = found + (total,)  # noqa: RUF005  Triton knows no stars
+    return found
+
+
+@gluon.jit
+def no_logits(N: gl.constexpr, PARTS: gl.constexpr, WARPS: gl.constexpr):
+    """Octets of zeros (W, R, 8)."""
+    found = ()
+    for _ in gl.static_range(octets_summed(N, PARTS)):
+        found = found + (gl.zeros([WARPS, R, 8], gl.float32, products(WARPS)),)  # noqa: RUF005
+    return found
 
 
 @gluon.jit
@@ -90,12 +103,6 @@ def renorm_of(m, squares, powers):
     nonzero = (m >= TINY) | (powers != powers)
     ratio = squares / gl.where(nonzero, powers, 1.0)
     return gl.where(nonzero, m * gl.sqrt(ratio), 0.0), gl.where(nonzero, powers, 0.0)
-
-
-@gluon.jit
-def as_row(x, WARPS: gl.constexpr):
-    """(R,) in the layout of rows."""
-    return gl.convert_layout(x, row(WARPS))
 
 
 @gluon.jit
@@ -112,23 +119,25 @@ def lane_largest(most, dtype: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def routed(words, router, k, PARTS: gl.constexpr, dtype: gl.constexpr, WARPS: gl.constexpr):
-    """Of what each warp has of a branch, as words: its logits and largest entries (R, W), shared."""
-    logits = gl.zeros([WARPS, padded(k.N_F), R], gl.float32, products(WARPS))
+def routed(words, router, most_in, branch: gl.constexpr, k, PARTS: gl.constexpr, dtype: gl.constexpr,
+           WARPS: gl.constexpr):  # fmt: skip
+    """Octets of logits of what each warp has of a branch, as words; shares its largest entries."""
+    logits = no_logits(k.N_F, PARTS, WARPS)
     most = largest(words[0], dtype, WARPS)
     for c in gl.static_range(len(words)):
         logits = route(words[c], None, router, c, logits, dtype, k.N_F, PARTS, WARPS)
         if c > 0:
             most = larger(most, largest(words[c], dtype, WARPS), dtype)
-    return share_logits(logits, WARPS), share(lane_largest(most, dtype, WARPS), WARPS)
+    share(most_in, lane_largest(most, dtype, WARPS), branch)
+    return logits
 
 
 @gluon.jit
-def measure(words, router, inv_max, gamma, k, dtype: gl.constexpr, TERMS: gl.constexpr, STASH: gl.constexpr,
-            WARPS: gl.constexpr):  # fmt: skip
-    """Of the words of a branch: those of the powers, as :func:`scaled` takes them, in shared memory where STASH; and
-    shared, what each warp has of their product with a router and of the squares of s and of p."""
-    dots = gl.zeros([WARPS, padded(k.N_D), R], gl.float32, products(WARPS))
+def measure(words, router, inv_max, gamma, squares_in, norms_in, branch: gl.constexpr, k, dtype: gl.constexpr,
+            TERMS: gl.constexpr, STASH: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
+    """Of the words of a branch: those of the powers, as :func:`scaled` takes them, in shared memory where STASH, and
+    octets of what each warp has of their product with a router; shares what it has of the squares of s and of p."""
+    dots = no_logits(k.N_D, 2, WARPS)
     squares = fold(gl.zeros([R, 16 * WARPS], gl.float32, words_of(WARPS)), WARPS)
     norms = squares
     kept = ()
@@ -140,23 +149,18 @@ def measure(words, router, inv_max, gamma, k, dtype: gl.constexpr, TERMS: gl.con
         if dtype == gl.bfloat16:
             rest = None  # float16 is more exact than the tokens
         dots = route(half, rest, router, c, dots, gl.float16, k.N_D, 2, WARPS)
-    squares, norms = share(lane_sums(squares, WARPS), WARPS), share(lane_sums(norms, WARPS), WARPS)
-    return kept, share_logits(dots, WARPS), squares, norms
+    share(squares_in, lane_sums(squares, WARPS), branch)
+    share(norms_in, lane_sums(norms, WARPS), branch)
+    return kept, dots
 
 
 @gluon.jit
-def norms_of(most, squares, norms, layout: gl.constexpr, WARPS: gl.constexpr):
-    """:func:`renorm_of` from what the warps share of m, |s|^2 and |p|^2."""
-    m = gl.convert_layout(gl.max(most.load(numbers_of_logits(WARPS)), 1), layout)
-    squares = gl.convert_layout(gl.sum(squares.load(numbers_of_logits(WARPS)), 1), layout)
-    return renorm_of(m, squares, gl.convert_layout(gl.sum(norms.load(numbers_of_logits(WARPS)), 1), layout))
-
-
-@gluon.jit
-def keep(statistic, x, place):
-    """Stores x (R,) of the tokens of a tile in their places of a statistic (T,)."""
-    rows = gl.arange(0, R, layout=x.type.layout)
-    gl.store(statistic + place.token + rows, x, mask=place.first + rows < place.end)
+def keep(statistic, x, place, stride):
+    """Stores x (R,), or (2 R,) of both branches, of the tokens of a tile in their places of a statistic (T,), that of
+    the second branch so much further."""
+    rows = gl.arange(0, x.shape[0], layout=x.type.layout)
+    at = place.token + rows % R + (rows // R) * stride
+    gl.store(statistic + at, x, mask=place.first + rows % R < place.end)
 
 
 @gluon.jit
@@ -169,9 +173,11 @@ def inverse_of_one_head(kept, other_kept, weight, other_weight, denominator, pla
         other_low, other_high = scaled(other_kept[c], other_weight, dtype, True)
         low, high = low + gl.abs(other_low), high + gl.abs(other_high)
         dots += dots_of(low, high, denominator.vector + place.segment * k.D, c, k.D, WARPS)
-    parts = share(lane_sums(dots, WARPS), WARPS)
-    inverse = inverse_of(as_row(gl.sum(parts.load(numbers_of_logits(WARPS)), 1), WARPS))
-    keep(denominator.inverse, inverse, place)
+    parts = shared_numbers(WARPS)
+    share(parts, lane_sums(dots, WARPS), 0)
+    inverse = inverse_of(gl.sum(parts.slice(0, R, 0).load(numbers_of_rows(WARPS)), 1))
+    inverse = gl.convert_layout(inverse, row(WARPS), assert_trivial=True)
+    keep(denominator.inverse, inverse, place, 0)
     return inverse[:, None]
 
 
@@ -181,58 +187,65 @@ def tokens_tile(z, y, tables, routers, stats, scaling, denominator, out, place, 
     """What :func:`gluon_tokens_kernel` does with the words z, y of both branches."""
     CHUNKS: gl.constexpr = len(z)
     PARTS: gl.constexpr = 3 if dtype == gl.bfloat16 else 2
-    logits, most = routed(z, routers.kernel, k, PARTS, dtype, WARPS)
-    other = routers.kernel + CHUNKS * WARPS * 32 * PARTS * padded(k.N_F)
-    other, other_most = routed(y, other, k, PARTS, dtype, WARPS)
-    index, gamma = choose(summed_logits(logits, WARPS), tables.gamma, k.N_F)
-    other_index, other_gamma = choose(summed_logits(other, WARPS), tables.gamma, k.N_F)
-    gamma, other_gamma = spread(gamma, WARPS), spread(other_gamma, WARPS)
-    inv_max = inverse_of(as_row(gl.max(most.load(numbers_of_rows(WARPS)), 1), WARPS))
-    gamma = gamma.load(row(WARPS))
+    logits, most = shared_logits(octets_summed(k.N_F, PARTS), WARPS), shared_numbers(WARPS)
+    share_logits(logits, routed(z, routers.kernel, most, 0, k, PARTS, dtype, WARPS), 0)
+    other = routers.kernel + CHUNKS * WARPS * 256 * octets(k.N_F, PARTS)
+    share_logits(logits, routed(y, other, most, 1, k, PARTS, dtype, WARPS), 1)
 
-    keep(stats.index, index.to(gl.int8), place)
-    keep(stats.index + place.T, other_index.to(gl.int8), place)
-    keep(stats.norms, inv_max, place)
+    # Here a lane has a token of a branch and some options.
+    index, gamma = choose(summed_logits(logits, k.N_F, PARTS), tables.gamma, k.N_F)
+    column: gl.constexpr = index.type.layout
+    m = gl.convert_layout(gl.max(most.load(numbers_gathered(WARPS)), 1), column, assert_trivial=True)
+    inv_max = inverse_of(m)
+    gamma, inverses = spread(gamma), spread(inv_max)
+    keep(stats.index, index.to(gl.int8), place, place.T)
+    keep(stats.norms, inv_max, place, 3 * place.T)
+    gamma, other_gamma = of_both(gamma, WARPS)
+    inv_max, other_inv = of_both(inverses, WARPS)
 
-    # Denominator terms take registers: those of the first branch wait in shared memory.
+    # Denominator terms take registers, and so do many channels, or masks beside logits of many choices: powers of the
+    # first branch wait in shared memory.  Of many channels and choices there is one program, which has registers.
     TERMS: gl.constexpr = denominator.sums is not None or denominator.inverse is not None
-    kept, dots, squares, norms = measure(z, routers.differential, inv_max, gamma, k, dtype, TERMS, TERMS, WARPS)
-    other_inv = inverse_of(as_row(gl.max(other_most.load(numbers_of_rows(WARPS)), 1), WARPS))
-    other_gamma = other_gamma.load(row(WARPS))
-    keep(stats.norms + 3 * place.T, other_inv, place)
-    other = routers.differential + CHUNKS * WARPS * 32 * 2 * padded(k.N_D)
-    other_kept, other, other_squares, other_norms = measure(
-        y, other, other_inv, other_gamma, k, dtype, TERMS, False, WARPS
-    )
-    dots, other = summed_logits(dots, WARPS), summed_logits(other, WARPS)
-    column: gl.constexpr = gl.SliceLayout(1, dots.type.layout)
-    renorm, norm = norms_of(most, squares, norms, column, WARPS)
-    other_renorm, other_norm = norms_of(other_most, other_squares, other_norms, column, WARPS)
-    choice, lam = choose(dots * renorm[:, None] + other * other_renorm[:, None], tables.lam, k.N_D)
+    MANY: gl.constexpr = k.N_F > 16 or k.N_D > 16
+    STASH: gl.constexpr = TERMS or (CHUNKS > 3 and not MANY) or (CHUNKS <= 3 and MANY and MASKED)
+    dots, squares, norms = shared_logits(octets_summed(k.N_D, 2), WARPS), shared_numbers(WARPS), shared_numbers(WARPS)
+    kept, found = measure(z, routers.differential, inv_max, gamma, squares, norms, 0, k, dtype, TERMS, STASH, WARPS)
+    share_logits(dots, found, 0)
+    other = routers.differential + CHUNKS * WARPS * 256 * octets(k.N_D, 2)
+    other_kept, found = measure(y, other, other_inv, other_gamma, squares, norms, 1, k, dtype, TERMS, False, WARPS)
 
-    keep(stats.norms + place.T, renorm, place)
-    keep(stats.norms + 2 * place.T, norm, place)
-    keep(stats.norms + 4 * place.T, other_renorm, place)
-    keep(stats.norms + 5 * place.T, other_norm, place)
-    keep(stats.lam_index, choice.to(gl.int8), place)
+    share_logits(dots, found, 1)
+    dots = summed_logits(dots, k.N_D, 2)
+    squares, norms = gl.sum(squares.load(numbers_gathered(WARPS)), 1), gl.sum(norms.load(numbers_gathered(WARPS)), 1)
+    renorm, norm = renorm_of(m, gl.convert_layout(squares, column, assert_trivial=True),
+                             gl.convert_layout(norms, column, assert_trivial=True))  # fmt: skip
+    renorms = spread(renorm)
+    keep(stats.norms + place.T, renorm, place, 3 * place.T)
+    keep(stats.norms + 2 * place.T, norm, place, 3 * place.T)
+    weights = gl.convert_layout(renorm, gl.SliceLayout(1, dots.type.layout), assert_trivial=True)
+    dots = gl.reshape(product(dots, weights[:, None]), (2, R, dots.shape[1]))
+    choice, lam = choose(gl.sum(dots, 0), tables.lam, k.N_D)
+    lam = spread(lam)
+    keep(stats.lam_index, choice.to(gl.int8), place, 0)
     if out is not None:
+        renorm, other_renorm = of_both(renorms, WARPS)
+        lam = lam.load(row(WARPS))
         scale = row_scale_of(renorm, other_renorm, -lam, scaling, place, k)
-        weight, other_weight = spread(renorm * scale, WARPS), spread(-lam * other_renorm * scale, WARPS)
-        weight, other_weight = weight.load(row(WARPS))[:, None], other_weight.load(row(WARPS))[:, None]
+        weight, other_weight = (renorm * scale)[:, None], (-lam * other_renorm * scale)[:, None]
         if denominator.inverse is not None:
             inverse = inverse_of_one_head(kept, other_kept, weight, other_weight, denominator, place, k, dtype, WARPS)
             weight, other_weight = weight * inverse, other_weight * inverse
         at = word_pointers(out, place.token * k.D, k.D, WARPS)
         for c in gl.static_range(CHUNKS):
-            low, high = scaled(words_kept(kept[c], TERMS, WARPS), weight, dtype, TERMS)
+            low, high = scaled(words_kept(kept[c], STASH, WARPS), weight, dtype, TERMS)
             other_low, other_high = scaled(other_kept[c], other_weight, dtype, TERMS)
             found = operands(low + other_low, high + other_high, out.dtype.element_ty)
             store(at + c * 16 * WARPS, found, there, c, k.D, WARPS, MASKED)
             if denominator.sums is not None:
                 low, high = low + gl.abs(other_low), high + gl.abs(other_high)
                 if denominator.vector is None:
-                    sums = denominator.sums + gl.program_id(0).to(gl.int64) * k.D
-                    store_sums(sums, low, high, c, k.D, WARPS)
+                    sums_of = denominator.sums + gl.program_id(0).to(gl.int64) * k.D
+                    store_sums(sums_of, low, high, c, k.D, WARPS)
                 else:
                     dots = dots_of(low, high, denominator.vector + place.segment * k.D, c, k.D, WARPS)
                     store_parts(denominator.sums, dots, place, c, k, WARPS)
@@ -276,7 +289,7 @@ def tokens(
     ``means``, those of the keys, of queries: of one head divides Qh where ``inverse`` (T, 1) is given, and writes that;
     else returns the denominators in parts (d / width, T) float32, see :func:`part_width`.
     """
-    stage = "gluon_tokens" if choices(context) <= 16 else "gluon_tokens_of_many"
+    stage = "gluon_tokens_with_more" if holds_more(context) else "gluon_tokens"
     config = configs.pick(stage, context.dtype, context.dim)
     rows = R.value
     programs, found = context.programs(rows), None

@@ -18,7 +18,7 @@ from dydila_kernels.linear import linear
 from dydila_kernels.measure import DynamicMeasureKernel
 from dydila_kernels.norms import NORMS, check_norm, norm_of, normed
 from dydila_kernels.precision import autocast_dtype
-from dydila_kernels.projection import DynamicProjection
+from dydila_kernels.projection import DynamicProjection, choices
 from dydila_kernels.routing import Routing
 from dydila_kernels.torch_backend import depthwise, takes_blocks
 from dydila_kernels.types import (
@@ -370,8 +370,8 @@ class DyDiLAttention(nn.Module):
         projections = [p for p in (self.projection_q, self.projection_k) if p is not None]
         norms = self._norms() or (None, None)
         if projections and all(is_plain(p, DynamicProjection) for p in projections):
-            indices = backend.route(x, [p.router for p in projections])  # in one pass over x
-            return [p(x, index, backend, norm) for p, index, norm in zip(projections, indices, norms, strict=True)]
+            chosen = choices(x, projections, backend)
+            return [p(x, choice, backend, norm) for p, choice, norm in zip(projections, chosen, norms, strict=True)]
         redundant = []
         for p, norm in zip(projections, norms[: len(projections)], strict=True):
             if not checks.is_replaced(p, DynamicProjection):

@@ -6,9 +6,9 @@ Computed by ``ops/projection.py`` on a GPU, and by ``torch_backend/projection.py
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -83,31 +83,40 @@ class DynamicProjection(nn.Module):
     def forward(
         self,
         x: Tensor,
-        index: Tensor | None = None,
+        chosen: tuple[Tensor, Any] | None = None,
         backend: Backend = torch_backend,
         norm: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """x (B, N, d) -> (B, N, d) in the dtype that ``nn.Linear`` would give.
 
-        ``index`` (B, N): what ``backend.route`` chose with this router, where that is known.  ``norm``: of the tokens
-        once they are projected, or None.  A trained router chooses among normed tokens: a norm takes away the scale of
-        a token, which is what carries the router's gradient.
+        ``chosen``: its :func:`choices` for x, where they are known.  ``norm``: of the tokens once they are projected,
+        or None.  A trained router chooses among normed tokens: a norm takes away the scale of a token, which is what
+        carries the router's gradient.
         """
         weight: Tensor = self.weight
         differentiated = torch.is_grad_enabled() or torch_backend.is_transformed()
         logits = self.logits(x) if self.trainable_routers and differentiated else None
-        if index is None:
-            index = backend.route(x, [self.router])[0]
+        index, plan = choices(x, [self], backend)[0] if chosen is None else chosen
         if not torch.compiler.is_compiling() and recording.decisions is not None:
             noted = self.logits(x) if logits is None else logits
             recording.decisions[self] = Decision(index, noted, self.num_projectors)
         dtype = autocast_dtype(x.device)
         if dtype is not None and x.dtype != torch.float64:
             x, weight = x.to(dtype), weight.to(dtype)
-        out = backend.project(x, weight, index)
+        out = backend.project(x, weight, plan)
         if norm is not None:
             out = norm(out)
         return out if logits is None else torch_backend.straight_through(out, logits, index.long())
 
     def extra_repr(self) -> str:
         return f"{self.dim}, num_projectors={self.num_projectors}"
+
+
+def choices(x: Tensor, projections: Sequence[DynamicProjection], backend: Backend) -> list[tuple[Tensor, Any]]:
+    """What each of ``projections``, of one shape, chooses for x: the index (B, N), and what the backend plans with it.
+
+    All of them read x (B, N, d) at once.
+    """
+    index = backend.route(x, [p.router for p in projections])
+    plans = backend.plan(index, projections[0].router.shape[1])
+    return list(zip(index.unbind(), plans, strict=True))

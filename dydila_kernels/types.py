@@ -6,7 +6,7 @@ Symbols: B batch, N tokens, d channels, e = d/H channels of a head; tokens are (
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -158,8 +158,11 @@ class Backend(Protocol):
     def route(self, x: Tensor, routers: Sequence[Tensor]) -> Tensor:
         """Eq. 1 for routers (d, n_P) of one shape: x (B, N, d) -> (routers, B, N) integers."""
 
-    def project(self, x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-        """Eq. 2: x (B, N, d), weight (n_P, d, e), index (B, N) of :meth:`route` -> (B, N, e) in the dtype of x."""
+    def plan(self, index: Tensor, num_projectors: int) -> Sequence[Any]:
+        """What :meth:`project` is told of the choices, for each side of index (sides, B, N) of :meth:`route`."""
+
+    def project(self, x: Tensor, weight: Tensor, plan: Any) -> Tensor:
+        """Eq. 2: x (B, N, d), weight (n_P, d, e), one :meth:`plan` -> (B, N, e) in the dtype of x."""
 
     def attend(
         self,

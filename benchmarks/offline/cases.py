@@ -76,9 +76,9 @@ def cases() -> Iterator[Case]:
 def project(dtype: torch.dtype, d: int) -> None:
     x, weight = empty(IMAGES, TOKENS, d, dtype=dtype), empty(PROJECTORS, d, d, dtype=dtype)
     router = empty(d, PROJECTORS)
-    (index,) = projection.route(x, [router])
-    projection.route(x, [router, router])
-    plan = projection.plan(index, PROJECTORS)
+    projection.route(x, [router])
+    order, ends = projection.plan(projection.route(x, [router, router]), PROJECTORS)
+    plan = projection.Plan(order[0], ends[0])
     projection.project(x, weight, plan)
     projection.project_input_gradient(x, weight, plan)
     projection.project_weight_gradient(x, x, plan)

@@ -143,11 +143,16 @@ def route_forward(x: Tensor, routers: Sequence[Tensor]) -> Tensor:
         return projection.route(x, routers)
 
 
-def projection_forward(x: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x (B, N, d), weight (n_P, d, e), index (B, N) int8 -> (B, N, e) and the :class:`Plan`."""
+def plan_forward(index: Tensor, num_options: int) -> tuple[Tensor, Tensor]:
+    """index (sides, B, N) int8 -> order (sides, T), ends (sides, n_P) int32 of the plans."""
+    with launching_for(index):
+        return projection.plan(index, num_options)
+
+
+def projection_forward(x: Tensor, weight: Tensor, order: Tensor, ends: Tensor) -> Tensor:
+    """x (B, N, d), weight (n_P, d, e), and the fields of its :class:`Plan` -> (B, N, e)."""
     with launching_for(x):
-        plan = projection.plan(index, weight.shape[0])
-        return projection.project(x, weight, plan), *plan
+        return projection.project(x, weight, projection.Plan(order, ends))
 
 
 def projection_backward(grad: Tensor, x: Tensor, weight: Tensor, order: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,21 +163,21 @@ def projection_backward(grad: Tensor, x: Tensor, weight: Tensor, order: Tensor, 
         return dx, projection.project_weight_gradient(x, grad, plan, weight.dtype)
 
 
-def save_projection(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+def save_projection(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     """Saves x, weight and the plan."""
-    ctx.save_for_backward(*inputs[:2], *output[1:])
+    ctx.save_for_backward(*inputs)
     ctx.set_materialize_grads(False)
 
 
-def differentiate_projection(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def differentiate_projection(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     """A gradient, or None, for each argument of :func:`projection_forward`; grad (B, N, e) or None."""
     refuse_second_derivative()
     if grad is None:
-        return None, None, None
+        return None, None, None, None
     function: Callable[..., tuple[Tensor, Tensor]] = torch.ops.dydila_kernels.projection_backward
     if can_bypass_dispatcher(grad):
         function = projection_backward
-    return *function(grad, *ctx.saved_tensors), None
+    return *function(grad, *ctx.saved_tensors), None, None
 
 
 class RoutedProjection(torch.autograd.Function):
@@ -182,6 +187,6 @@ class RoutedProjection(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Tensor) -> Tensor:
         output = projection_forward(*arguments)
         save_projection(ctx, arguments, output)
-        return output[0]
+        return output
 
     backward = staticmethod(differentiate_projection)

@@ -3,7 +3,7 @@
 All functions take validated arguments.  None of them has second derivatives.  The kernels of a stage, with its formula,
 its shapes and its launcher, are in one file:
 
-    Eqs. 1-2        :mod:`projection`         route, project
+    Eqs. 1-2        :mod:`projection`         route, plan, project
     Eqs. 5-7        :mod:`tokens`             the statistics of a token
     Eqs. 8, 10      :mod:`linear_attention`   state and readout; :mod:`gemm` where heads are wide
                     :mod:`rotary`             what turns Qh and Kh in between
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dydila_kernels.ops import operators
 from dydila_kernels.ops.core import Inputs, Settings
+from dydila_kernels.ops.projection import Plan
 from dydila_kernels.types import Convolution, CoreInputs, Options, Ranks
 
 
@@ -29,9 +30,14 @@ def route(x: Tensor, routers: Sequence[Tensor]) -> Tensor:
     return operators.route(x, routers)
 
 
-def project(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-    """Eq. 2: x (B, N, d), weight (n_P, d, e), index (B, N) int8 -> (B, N, e), differentiable in x and weight."""
-    return operators.project(x, weight, index)
+def plan(index: Tensor, num_projectors: int) -> list[Plan]:
+    """Which tokens go to which projector, for each side of index (sides, B, N), made together."""
+    return operators.plan(index, num_projectors)
+
+
+def project(x: Tensor, weight: Tensor, plan: Plan) -> Tensor:
+    """Eq. 2: x (B, N, d), weight (n_P, d, e) and its plan -> (B, N, e), differentiable in x and weight."""
+    return operators.project(x, weight, plan)
 
 
 def attend(

@@ -94,7 +94,7 @@ def route(x: Shape, routers: Sequence[Shape], **_: Any) -> int:
     return 2 * prod(x[:2]) * sum(map(prod, routers))
 
 
-def projection(x: Shape, weight: Shape, *_index: Shape, **_: Any) -> int:
+def projection(x: Shape, weight: Shape, *_plan: Shape, **_: Any) -> int:
     """Of each token one product, whatever n_P is."""
     return 2 * prod(x[:2]) * prod(weight[1:])
 

@@ -3,6 +3,7 @@
     attention               Eqs. 5-9 (or 10)        :mod:`dydila_kernels.ops.core`
     attention_backward
     route                   Eq. 1, for both routers :mod:`dydila_kernels.ops.projection`
+    plan                    which tokens go to which projector, of both sides
     projection              Eq. 2
     projection_backward
 
@@ -25,6 +26,7 @@ from torch.utils.flop_counter import register_flop_formula
 from dydila_kernels.ops import autograd, core, flops
 from dydila_kernels.ops.autograd import INPUTS, SAVED, can_bypass_dispatcher
 from dydila_kernels.ops.core import Inputs, SavedForBackward, Settings
+from dydila_kernels.ops.projection import Plan
 from dydila_kernels.types import Ranks, decision_names
 
 _ATTENTION = """Tensor q, Tensor k, Tensor v, Tensor? q_redundant, Tensor? k_redundant, Tensor gamma, Tensor? lam,
@@ -115,11 +117,17 @@ route_op = torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor x, Tensor[] routers) -> Tensor",
 )
+plan_op = torch.library.custom_op(
+    "dydila_kernels::plan",
+    autograd.plan_forward,
+    mutates_args=(),
+    schema="(Tensor index, int num_options) -> (Tensor, Tensor)",
+)
 projection_op = torch.library.custom_op(
     "dydila_kernels::projection",
     autograd.projection_forward,
     mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor index) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor x, Tensor weight, Tensor order, Tensor ends) -> Tensor",
 )
 projection_backward_op = torch.library.custom_op(
     "dydila_kernels::projection_backward",
@@ -134,10 +142,16 @@ def _(x: Tensor, routers: Sequence[Tensor]) -> Tensor:
     return x.new_empty((len(routers), *x.shape[:2]), dtype=torch.int8)
 
 
+@plan_op.register_fake
+def _(index: Tensor, num_options: int) -> tuple[Tensor, Tensor]:
+    sides, batch, length = index.shape
+    order = index.new_empty((sides, batch * length), dtype=torch.int32)
+    return order, index.new_empty((sides, num_options), dtype=torch.int32)
+
+
 @projection_op.register_fake
-def _(x: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    order = index.new_empty(index.numel(), dtype=torch.int32)
-    return x.new_empty((*x.shape[:2], weight.shape[2])), order, index.new_empty(len(weight), dtype=torch.int32)
+def _(x: Tensor, weight: Tensor, order: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:2], weight.shape[2]))
 
 
 @projection_backward_op.register_fake
@@ -148,7 +162,7 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, order: Tensor, ends: Tensor) -> t
 torch.library.register_autograd(
     "dydila_kernels::projection",
     autograd.differentiate_projection,
-    setup_context=autograd.of_operator(autograd.save_projection),
+    setup_context=autograd.save_projection,
 )
 
 
@@ -157,13 +171,18 @@ def route(x: Tensor, routers: Sequence[Tensor]) -> Tensor:
     return (autograd.route_forward if can_bypass_dispatcher(x) else route_op)(x, routers)
 
 
-def project(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-    """Eq. 2: x (B, N, d), weight (n_P, d, e), index (B, N) int8 -> (B, N, e), contiguous."""
+def plan(index: Tensor, num_options: int) -> list[Plan]:
+    """Which tokens go to which projector, of each side: index (sides, B, N) int8 with values in [0, num_options)."""
+    order, ends = (autograd.plan_forward if can_bypass_dispatcher(index) else plan_op)(index, num_options)
+    return [Plan(*lists) for lists in zip(order.unbind(), ends.unbind(), strict=True)]
+
+
+def project(x: Tensor, weight: Tensor, plan: Plan) -> Tensor:
+    """Eq. 2: x (B, N, d), weight (n_P, d, e) and its plan -> (B, N, e), contiguous."""
     if not can_bypass_dispatcher(x):
-        return projection_op(x, weight, index)[0]
-    if torch.is_grad_enabled():
-        return autograd.RoutedProjection.apply(x, weight, index)
-    return autograd.projection_forward(x, weight, index)[0]
+        return projection_op(x, weight, *plan)
+    function = autograd.RoutedProjection.apply if torch.is_grad_enabled() else autograd.projection_forward
+    return function(x, weight, *plan)
 
 
 for _name, _formula in flops.FORMULAS.items():

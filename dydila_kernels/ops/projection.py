@@ -5,9 +5,9 @@
     dx_t = dy_t W[u_t]^T                             project_input_gradient
     dW[u] = sum over t with u_t = u of x_t^T dy_t    project_weight_gradient
 
-A plan lists the tokens of each projector, in their order.  The products then run group by group over tiles of that
-list: rows are gathered as they are read and scattered as they are written, so the work is that of one projection
-whatever n_P is.
+A plan lists the tokens of each projector, in their order; those of both sides, for Q' and K', are made together.  The
+products then run group by group over tiles of that list: rows are gathered as they are read and scattered as they are
+written, so the work is that of one projection whatever n_P is.
 
 How the tokens of a projector fill tiles is known to the GPU only.  The host launches a bound, min(T, T // rows + n_P)
 for T tokens: each of the at most n_P projectors leaves one tile partly filled, and no tile is empty.  Each program
@@ -120,7 +120,7 @@ def route(x: Tensor, routers: Sequence[Tensor]) -> Tensor:
 
 
 class Plan(NamedTuple):
-    """Which tokens go to which projector.
+    """Which tokens of a side go to which projector.
 
     order: (T,) int32, the tokens of projector 0, then those of 1, and so on, each list in ascending order.
     ends: (n_P,) int32, where in ``order`` the list of each projector ends.
@@ -132,48 +132,56 @@ class Plan(NamedTuple):
 
 @triton.jit
 def count_kernel(index, counts, length, NUM_OPTIONS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """index (T,) integers -> counts (NUM_OPTIONS, blocks) int32: how often each occurs in each block of tokens."""
-    block, blocks = tl.program_id(0), tl.num_programs(0)
+    """How often each option occurs in each block of tokens; one program a block and side.
+
+    index (sides, T) integers; counts (sides, NUM_OPTIONS, blocks) int32.
+    """
+    block, blocks, side = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     token_ids = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    chosen = tl.load(index + token_ids, mask=token_ids < length, other=-1)
+    chosen = tl.load(index + side.to(tl.int64) * length + token_ids, mask=token_ids < length, other=-1)
     for u in tl.range(0, NUM_OPTIONS):
-        tl.store(counts + u * blocks + block, tl.sum((chosen == u).to(tl.int32)))
+        tl.store(counts + (side * NUM_OPTIONS + u) * blocks + block, tl.sum((chosen == u).to(tl.int32)))
 
 
 @triton.jit
 def rank_kernel(index, upto, order, ends, length, NUM_OPTIONS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Writes each token of a block to its place in the list of its projector.
+    """Writes each token of a block and side to its place in the list of its projector.
 
-    index (T,) integers; upto (NUM_OPTIONS, blocks) int32, the running sum of the counts; order (T,) and
-    ends (NUM_OPTIONS,) int32.
+    index (sides, T) integers; upto (sides, NUM_OPTIONS, blocks) int32, the running sum of the counts of a side;
+    order (sides, T) and ends (sides, NUM_OPTIONS) int32.
     """
-    block, blocks = tl.program_id(0), tl.num_programs(0)
+    block, blocks, side = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     token_ids = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    chosen = tl.load(index + token_ids, mask=token_ids < length, other=-1)
+    before = side.to(tl.int64) * length
+    chosen = tl.load(index + before + token_ids, mask=token_ids < length, other=-1)
     for u in tl.range(0, NUM_OPTIONS):
         hit = (chosen == u).to(tl.int32)
-        end = tl.load(upto + u * blocks + block)
+        end = tl.load(upto + (side * NUM_OPTIONS + u) * blocks + block)
         place = end - tl.sum(hit) + tl.cumsum(hit, 0) - 1
-        tl.store(order + place, token_ids, mask=hit != 0)
-        tl.store(ends + u, end, mask=block == blocks - 1)
+        tl.store(order + before + place, token_ids, mask=hit != 0)
+        tl.store(ends + side * NUM_OPTIONS + u, end, mask=block == blocks - 1)
 
 
-def plan(index: Tensor, num_options: int) -> Plan:
-    """The plan for index (B, N) with values in [0, num_options), made on its device without waiting for it."""
+def plan(index: Tensor, num_options: int) -> tuple[Tensor, Tensor]:
+    """The plans for index (sides, B, N) with values in [0, num_options), made on its device without waiting for it.
+
+    Returns:
+        The order (sides, T) and the ends (sides, n_P) of the :class:`Plan` of each side.
+    """
     index = index.contiguous()
-    length = index.numel()
-    order = index.new_empty(length, dtype=torch.int32)
+    sides, length = index.shape[0], index[0].numel()
+    order = index.new_empty((sides, length), dtype=torch.int32)
     if not length:
-        return Plan(order, index.new_zeros(num_options, dtype=torch.int32))
-    ends = index.new_empty(num_options, dtype=torch.int32)
+        return order, index.new_zeros((sides, num_options), dtype=torch.int32)
+    ends = index.new_empty((sides, num_options), dtype=torch.int32)
     config = pick("plan", index.dtype)
     blocks = ceil_div(length, config.block_n)
-    counts = index.new_empty(num_options * blocks, dtype=torch.int32)
+    counts = index.new_empty((sides, num_options * blocks), dtype=torch.int32)
     sizes = {"length": length, "NUM_OPTIONS": num_options, "BLOCK_N": config.block_n}
-    launch(count_kernel, (blocks,), config, index=index, counts=counts, **sizes)
-    upto = counts.cumsum(0, dtype=torch.int32)
-    launch(rank_kernel, (blocks,), config, index=index, upto=upto, order=order, ends=ends, **sizes)
-    return Plan(order, ends)
+    launch(count_kernel, (blocks, sides), config, index=index, counts=counts, **sizes)
+    upto = counts.cumsum(1, dtype=torch.int32)
+    launch(rank_kernel, (blocks, sides), config, index=index, upto=upto, order=order, ends=ends, **sizes)
+    return order, ends
 
 
 @triton.jit

@@ -32,7 +32,7 @@ from dydila_kernels.torch_backend.core import attend, decisions
 from dydila_kernels.torch_backend.depthwise import depthwise
 from dydila_kernels.torch_backend.layer_operators import differentiates, layer
 from dydila_kernels.torch_backend.products import linear
-from dydila_kernels.torch_backend.projection import project, projection_logits, route, straight_through
+from dydila_kernels.torch_backend.projection import plan, project, projection_logits, route, straight_through
 
 __all__ = [
     "attend",
@@ -42,6 +42,7 @@ __all__ = [
     "is_transformed",
     "layer",
     "linear",
+    "plan",
     "project",
     "projection_logits",
     "route",

@@ -249,6 +249,11 @@ def straight_through(out: Tensor, logits: Tensor, index: Tensor) -> Tensor:
         return (out * one).to(out.dtype) if takes_plain_path(out, one) else StraightThrough.apply(out, one)
 
 
+def plan(index: Tensor, num_projectors: int) -> Sequence[Tensor]:
+    """What :func:`project` is told for each side of index (sides, B, N): its choices (B, N)."""
+    return index.unbind()
+
+
 def project(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
     """Eq. 2: x (B, N, d), weight (n_P, d, e), index (B, N) int64 -> (B, N, e) in the dtype of x."""
     with no_autocast(x.device):

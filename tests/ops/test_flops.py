@@ -138,16 +138,15 @@ def test_convolution() -> None:
 
 
 def test_routed_projection_is_one_product_for_each_token() -> None:
-    x, index = tokens(2, 9, 12), torch.zeros(2, 9, dtype=torch.int8, device=DEVICE)
+    x, index = tokens(2, 9, 12), torch.zeros(1, 2, 9, dtype=torch.int8, device=DEVICE)
     ops, one, three = torch.ops.dydila_kernels, tokens(1, 12, 8), tokens(3, 12, 8)
     leaf, weight = x.clone().requires_grad_(), one[0].clone().requires_grad_()
     forward = flops_of(lambda: leaf @ weight)
-    assert (
-        flops_of(lambda: ops.projection(x, one, index)) == flops_of(lambda: ops.projection(x, three, index)) == forward
-    )
+    plans = [[t[0] for t in ops.plan(index, count)] for count in (1, 3)]
+    for projectors, plan in zip((one, three), plans, strict=True):
+        assert flops_of(lambda projectors=projectors, plan=plan: ops.projection(x, projectors, *plan)) == forward
     out = leaf @ weight
-    plan = ops.projection(x, three, index)[1:]
-    assert flops_of(lambda: ops.projection_backward(out.detach(), x, three, *plan)) == flops_of(out.sum().backward)
+    assert flops_of(lambda: ops.projection_backward(out.detach(), x, three, *plans[1])) == flops_of(out.sum().backward)
     routers = [tokens(12, 3), tokens(12, 5)]
     assert flops_of(lambda: ops.route(x, routers)) == flops_of(lambda: [x @ router for router in routers])
 

@@ -90,9 +90,10 @@ def test_projection_is_registered_right() -> None:
     x, weight = tokens(2, 6, 12).requires_grad_(), tokens(3, 12, 8).requires_grad_()
     ops = torch.ops.dydila_kernels
     torch.library.opcheck(ops.route.default, (x.detach(), [tokens(12, 3), tokens(12, 5)]))
-    index = backend.route(x.detach(), [tokens(12, 3)])[0]
-    torch.library.opcheck(ops.projection.default, (x, weight, index))
-    plan = projection.plan(index, 3)
+    index = backend.route(x.detach(), [tokens(12, 3)] * 2)
+    torch.library.opcheck(ops.plan.default, (index, 3))
+    plan = backend.plan(index, 3)[1]
+    torch.library.opcheck(ops.projection.default, (x, weight, *plan))
     grad = tokens(2, 6, 8)
     torch.library.opcheck(ops.projection_backward.default, (grad, x.detach(), weight.detach(), *plan))
 
@@ -262,7 +263,8 @@ def test_a_second_derivative_is_a_clear_error(around: bool, monkeypatch: pytest.
     with pytest.raises(RuntimeError, match=message):
         torch.autograd.grad(attend(inputs).square().sum(), q, create_graph=True)
     x = tokens(1, 5, 8).requires_grad_()
-    projected = backend.project(x, tokens(3, 8, 8), backend.route(x.detach(), [tokens(8, 3)])[0])
+    (plan,) = backend.plan(backend.route(x.detach(), [tokens(8, 3)]), 3)
+    projected = backend.project(x, tokens(3, 8, 8), plan)
     with pytest.raises(RuntimeError, match=message):
         torch.autograd.grad(projected.square().sum(), x, create_graph=True)
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dydila_kernels import reference
+from dydila_kernels import DyDiLAttention, reference
 from dydila_kernels.ops import projection, tiles
 from dydila_kernels.testing import (
     Tensors,
@@ -25,10 +25,16 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
+def plan_of(index: Tensor, num_options: int) -> projection.Plan:
+    """Of one side, index (B, N)."""
+    order, ends = projection.plan(index[None], num_options)
+    return projection.Plan(order[0], ends[0])
+
+
 class Routed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-        plan = projection.plan(index, len(weight))
+        plan = plan_of(index, len(weight))
         ctx.save_for_backward(x, weight, *plan)
         return projection.project(x, weight, plan)
 
@@ -115,7 +121,7 @@ def test_tokens_with_nan_are_projected_too() -> None:
     inputs["x"][0, 3] = torch.nan
     index = projection.route(inputs["x"], [torch.randn(24, 3, device=DEVICE)])[0]
     assert index.min() >= 0 and index.max() < 3
-    out = projection.project(*inputs.values(), projection.plan(index, 3))
+    out = projection.project(*inputs.values(), plan_of(index, 3))
     assert out[0, 3].isnan().all() and out.isnan().sum() == 24
 
 
@@ -135,9 +141,25 @@ def test_routes_tokens_of_any_strides(view: Any) -> None:
 def test_plan_is_a_stable_sort(length: int, num_options: int) -> None:
     index = torch.randint(num_options, (length,), dtype=torch.int8, device=DEVICE)
     for chosen in (index, torch.full_like(index, num_options - 1), index.long()):
-        plan = projection.plan(chosen[None], num_options)
-        assert torch.equal(plan.order.long(), chosen.argsort(stable=True))
-        assert torch.equal(plan.ends.long(), chosen.long().bincount(minlength=num_options).cumsum(0))
+        sides = torch.stack([chosen, chosen.flip(0)])  # each has lists of its own
+        for side, order, ends in zip(sides, *projection.plan(sides[:, None], num_options), strict=True):
+            assert torch.equal(order.long(), side.argsort(stable=True))
+            assert torch.equal(ends.long(), side.long().bincount(minlength=num_options).cumsum(0))
+
+
+def test_a_layer_plans_both_sides_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    names, launcher = [], tiles.launcher
+
+    def note(kernel: Any, *arguments: Any) -> None:
+        names.append(kernel.fn.__name__)
+        launcher(kernel, *arguments)
+
+    monkeypatch.setattr(tiles, "launcher", note)
+    attn = DyDiLAttention(16, backend="triton", device=DEVICE)
+    with torch.no_grad():
+        attn(torch.randn(2, 4, 16, device=DEVICE))
+    found = [name for name in names if name in ("route_kernel", "count_kernel", "rank_kernel", "project_kernel")]
+    assert found == ["route_kernel", "count_kernel", "rank_kernel", "project_kernel", "project_kernel"]
 
 
 # Eq. 2
@@ -197,7 +219,7 @@ def test_empty_batches_launch_nothing(shape: tuple[int, int], monkeypatch: pytes
 @pytest.mark.parametrize("view", [wider, swapped, spaced, lambda t: t.mT.contiguous().mT])
 def test_any_strides(view: Any) -> None:
     inputs, index = draw(2, 50, 24, 40, 3, torch.bfloat16)
-    plan, grad = projection.plan(index, 3), torch.randn(2, 50, 40).to(inputs["x"])
+    plan, grad = plan_of(index, 3), torch.randn(2, 50, 40).to(inputs["x"])
     strided = {name: view(t) for name, t in inputs.items()}
     for function, arguments in [
         (projection.project, (*inputs.values(), plan)),
@@ -222,14 +244,14 @@ def test_repeats_to_the_bit_in_poisoned_memory(dtype: torch.dtype, request: pyte
 def test_the_weight_gradient_is_summed_in_float32() -> None:
     """2048 + 1 is 2048 in float16 and bfloat16; the parts are rounded once, at the end."""
     x = torch.ones(1, 4100, 1, device=DEVICE, dtype=torch.bfloat16)
-    plan = projection.plan(torch.zeros(1, 4100, dtype=torch.int8, device=DEVICE), 1)
+    plan = plan_of(torch.zeros(1, 4100, dtype=torch.int8, device=DEVICE), 1)
     assert projection.project_weight_gradient(x, x, plan).item() == 4100
 
 
 @pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="torch has no grouped_mm")
 def test_equals_grouped_mm() -> None:
     inputs, index = draw(2, 100, 64, 64, 4, torch.bfloat16)
-    plan = projection.plan(index, 4)
+    plan = plan_of(index, 4)
     order = plan.order.long()
     product = torch.nn.functional.grouped_mm(inputs["x"].flatten(0, 1)[order], inputs["weight"], offs=plan.ends)
     out = projection.project(*inputs.values(), plan).flatten(0, 1)[order]
@@ -252,7 +274,7 @@ def test_rows_far_apart(far: Tensor) -> None:
     apart, d = 2**30 + 16, 16
     inputs, index = draw(1, 4, d, d, 4, torch.bfloat16)
     index[0] = torch.tensor([2, 0, 3, 1])
-    plan, (x, weight) = projection.plan(index, 4), inputs.values()
+    plan, (x, weight) = plan_of(index, 4), inputs.values()
     grad = torch.randn(1, 4, d).to(x)
     router = torch.randn(d, 4, device=DEVICE)
 
@@ -267,7 +289,7 @@ def test_rows_far_apart(far: Tensor) -> None:
 
     projectors = far.as_strided((4, d, d), (apart, d, 1)).copy_(weight)
     assert torch.equal(projection.project(x, projectors, plan), projection.project(x, weight, plan))
-    one, few = projection.plan(torch.zeros_like(index), 1), weight[:1, :4]
+    one, few = plan_of(torch.zeros_like(index), 1), weight[:1, :4]
     inputs_apart = far.as_strided((1, 4, d), (0, apart, 1)).copy_(few)
     assert torch.equal(projection.project(x[..., :4], inputs_apart, one), projection.project(x[..., :4], few, one))
     found = projection.project_input_gradient(grad, inputs_apart, one)

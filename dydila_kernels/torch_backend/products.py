@@ -19,8 +19,9 @@ SMALLEST = 2**23
 LONGEST = 384
 """Products that oneDNN is to add up one after the other.  MKL begins anew after 192, and so rounds less, to 0.7 of the
 error; shorter sums than these would cost a tenth of the speed."""
-TILE = 32
-"""Rows of which a group of rows had better be a multiple: oneDNN compiles for each new size, in half a millisecond."""
+TILE, MOST = 32, 512
+"""Rows that oneDNN gets: multiples of the one, no more than the other.  For each number it compiles anew, in half a
+millisecond, and keeps two megabytes; torch multiplies the few rows that are left."""
 
 HAS_ONEDNN = (
     torch.backends.mkldnn.is_available()
@@ -41,41 +42,49 @@ def takes_onednn(like: Tensor, multiplications: int) -> bool:
     )
 
 
-def group_tile(rows: Tensor, weight: Tensor) -> int:
-    """Of what groups of rows (m, k) are to be multiples, one for each of the matrices (n, k, l) of ``weight``."""
-    return TILE if takes_onednn(rows, len(rows) * weight[0].numel() // len(weight)) else 1
-
-
 def multiply(left: Tensor, right: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
     """``out = left right + bias``: (n, k), (k, m), out (n, m), bias (m,)."""
     if takes_onednn(left, left.numel() * right.shape[1]):
-        return out.copy_(onednn(left, right, bias))
+        return by_onednn(out, left, right, bias, add=False)
     return torch.mm(left, right, out=out) if bias is None else torch.addmm(bias, left, right, out=out)
 
 
 def add_product(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """``out += left right``: (n, k), (k, m), out (n, m)."""
     if takes_onednn(left, left.numel() * right.shape[1]):
-        return out.add_(onednn(left, right))
+        return by_onednn(out, left, right, None, add=True)
     return torch.addmm(out, left, right, out=out)  # FlopCounterMode does not know addmm_
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """left right: (n, k), (k, m) -> (n, m)."""
-    return onednn(left, right) if takes_onednn(left, left.numel() * right.shape[1]) else left @ right
+def by_onednn(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, *, add: bool) -> Tensor:
+    """:func:`multiply` or :func:`add_product`: whole tiles by oneDNN, and what is left of either length by torch."""
+    n, k = left.shape
+    depth = k - k % TILE
+    rows = n - n % TILE if depth else 0
+    # What lies by columns, as a weight's gradient has it, would be copied if it were cut; its n is the model's width.
+    most = MOST if left.is_contiguous() else n
+    for start in range(0, rows, most):
+        strip = slice(start, min(start + most, rows))
+        product, there = onednn(left[strip, :depth], right[:depth], bias), out[strip]
+        if depth < k:
+            torch.addmm(product, left[strip, depth:], right[depth:], out=product)
+        there.add_(product) if add else there.copy_(product)
+    if rows < n:
+        rest = out[rows:]
+        if add or bias is not None:
+            torch.addmm(rest if add else bias, left[rows:], right, out=rest)
+        else:
+            torch.mm(left[rows:], right, out=rest)
+    return out
 
 
 def onednn(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """left right + bias: (n, k), (k, m), bias (m,) -> (n, m)."""
-    linear, count = torch.ops.mkldnn._linear_pointwise, -(-left.shape[1] // LONGEST)
-    total: Tensor | None = None
-    for part, weight in zip(left.tensor_split(count, 1), right.T.tensor_split(count, 1), strict=True):
-        part, weight = dense(part), dense(weight)
-        if total is None:
-            total = linear(part, weight, bias, "none", [], "")
-        else:
-            total = linear.binary(part, total, weight, None, "add")
-    assert total is not None
+    linear = torch.ops.mkldnn._linear_pointwise
+    first, *others = zip(left.split(LONGEST, 1), right.T.split(LONGEST, 1), strict=True)
+    total: Tensor = linear(*map(dense, first), bias, "none", [], "")
+    for part, weight in others:
+        total = linear.binary(dense(part), total, dense(weight), None, "add")
     return total
 
 
@@ -90,15 +99,21 @@ class LinearProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return onednn(x.flatten(0, -2), weight.T, bias).view(*x.shape[:-1], len(weight))
+        rows = x.flatten(0, -2)
+        return multiply(rows, weight.T, x.new_empty(len(rows), len(weight)), bias).view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), rows, needed = ctx.saved_tensors, grad.flatten(0, -2), ctx.needs_input_grad
-        multiplied = torch.matmul if torch.is_grad_enabled() else product  # a second derivative is torch's
+
+        def product(left: Tensor, right: Tensor) -> Tensor:
+            if torch.is_grad_enabled():
+                return left @ right  # for a second derivative
+            return multiply(left, right, left.new_empty(len(left), right.shape[1]))
+
         return (
-            multiplied(rows, weight).view(x.shape) if needed[0] else None,
-            multiplied(rows.T, x.flatten(0, -2)) if needed[1] else None,
+            product(rows, weight).view(x.shape) if needed[0] else None,
+            product(rows.T, x.flatten(0, -2)) if needed[1] else None,
             rows.sum(0) if needed[2] else None,
         )
 

@@ -70,11 +70,11 @@ def by_onednn(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, *, 
             torch.addmm(product, left[strip, depth:], right[depth:], out=product)
         there.add_(product) if add else there.copy_(product)
     if rows < n:
-        rest = out[rows:]
-        if add or bias is not None:
-            torch.addmm(rest if add else bias, left[rows:], right, out=rest)
-        else:
+        rest, first = out[rows:], out[rows:] if add else bias
+        if first is None:
             torch.mm(left[rows:], right, out=rest)
+        else:
+            torch.addmm(first, left[rows:], right, out=rest)
     return out
 
 

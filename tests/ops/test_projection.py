@@ -172,6 +172,7 @@ def test_a_layer_plans_both_sides_at_once(monkeypatch: pytest.MonkeyPatch) -> No
         (2, 100, 72, 72, 3),
         (2, 300, 24, 40, 7),  # several tiles of each gradient
         (1, 130, 136, 136, 2),  # two blocks of columns
+        (1, 600, 40, 24, 1),  # several tiles of a projector, and of the input's channels
         (3, 1, 8, 8, 9),
         (1, 1, 1, 1, 1),
     ],

@@ -19,9 +19,9 @@ SMALLEST = 2**23
 LONGEST = 384
 """Products that oneDNN is to add up one after the other.  MKL begins anew after 192, and so rounds less, to 0.7 of the
 error; shorter sums than these would cost a tenth of the speed."""
-TILE, MOST = 32, 512
+TILE, MOST = 32, 1024
 """Rows that oneDNN gets: multiples of the one, no more than the other.  For each number it compiles anew, in half a
-millisecond, and keeps two megabytes; torch multiplies the few rows that are left."""
+millisecond, and keeps up to two megabytes; torch multiplies the few rows that are left, which groups of rows avoid."""
 
 HAS_ONEDNN = (
     torch.backends.mkldnn.is_available()
@@ -40,6 +40,11 @@ def takes_onednn(like: Tensor, multiplications: int) -> bool:
         and bool(torch.backends.mkldnn.enabled)
         and not torch._C._len_torch_dispatch_stack()  # where a mode looks on, it is to see what it knows
     )
+
+
+def group_tile(rows: Tensor, weight: Tensor) -> int:
+    """Of what groups of rows (m, k) are to be multiples, one for each of the matrices (n, k, l) of ``weight``."""
+    return TILE if takes_onednn(rows, len(rows) * weight[0].numel() // len(weight)) else 1
 
 
 def multiply(left: Tensor, right: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:

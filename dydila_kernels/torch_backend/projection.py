@@ -10,7 +10,7 @@ torch.func and forward-mode AD take the reference equation.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from dydila_kernels.torch_backend.blocks import (
     takes_plain_path,
     workspace,
 )
-from dydila_kernels.torch_backend.products import add_product, multiply
+from dydila_kernels.torch_backend.products import add_product, group_tile, multiply
 
 
 def projection_logits(x: Tensor, router: Tensor) -> Tensor:
@@ -62,47 +62,71 @@ def route(x: Tensor, routers: Sequence[Tensor]) -> Tensor:
         return index
 
 
-def sorted_rows(index: Tensor, choices: int) -> tuple[Tensor, list[int]]:
-    """The rows of a block, index (m,), in the order of their projectors, and how many each projector has."""
-    return index.argsort(stable=True), index.bincount(minlength=choices).tolist()
+class Groups(NamedTuple):
+    """The m rows of a block by projector: each has ``sizes`` places, which its rows and then ``spare`` ones take.
 
+    rows: (places,), which row is where, and row 0 in the spare places; places: (m,), where each row is; spare: (s,).
+    """
 
-def places_of(order: Tensor) -> Tensor:
-    """Where each row is in this order."""
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    sizes: list[int]
+    rows: Tensor
+    places: Tensor
+    spare: Tensor
+
+    @classmethod
+    def of(cls, index: Tensor, choices: int, tile: int) -> Groups:
+        """index (m,); the sizes are multiples of ``tile``."""
+        order, counts = index.argsort(stable=True), index.bincount(minlength=choices)
+        sizes = (counts + tile - 1) // tile * tile
+        gaps = (sizes - counts).cumsum(0) - (sizes - counts)
+        taken = torch.arange(len(order), device=order.device) + gaps.repeat_interleave(counts)
+        rows = order.new_zeros(int(sizes.sum()))
+        is_spare = torch.ones_like(rows, dtype=torch.bool)
+        rows[taken], is_spare[taken] = order, False
+        places = torch.empty_like(order).scatter_(0, order, taken)
+        return cls(sizes.tolist(), rows, places, is_spare.nonzero().flatten())
+
+    def gather(self, rows: Tensor, memory: Workspace, name: str) -> Tensor:
+        """The rows of a block, (m, d), where they are here."""
+        out = memory.take(name, (len(self.rows), rows.shape[1]), rows.dtype, rows.device)
+        return torch.index_select(rows, 0, self.rows, out=out)
+
+    def scatter(self, products: Tensor, out: Tensor) -> Tensor:
+        """What has been made here, written to where the rows of the block are, (m, e)."""
+        # (On a CPU twice as fast as index_copy_.)
+        return torch.index_select(products, 0, self.places, out=out)
 
 
 def project_block(out: Tensor, x: Tensor, weight: Tensor, index: Tensor, memory: Workspace) -> None:
     """Writes Eq. 2 for a block of tokens x (b, n, d), routed by index (b, n), into the contiguous ``out`` (b, n, e)."""
-    order, counts = sorted_rows(index.flatten(), len(weight))
-    target, rows = out.view(-1, out.shape[-1]), x.flatten(0, 1)
-    sources = torch.index_select(rows, 0, order, out=memory.like(rows, SPARE[0]))
-    products = memory.like(target, SPARE[1])
-    for w, source, product in zip(weight, sources.split(counts), products.split(counts), strict=True):
+    rows = x.flatten(0, 1)
+    groups = Groups.of(index.flatten(), len(weight), group_tile(rows, weight))
+    sources = groups.gather(rows, memory, SPARE[0])
+    products = memory.take(SPARE[1], (len(sources), weight.shape[-1]), out.dtype, out.device)
+    for w, source, product in zip(weight, sources.split(groups.sizes), products.split(groups.sizes), strict=True):
         multiply(source, w, product)
-    # (On a CPU twice as fast as index_copy_.)
-    torch.index_select(products, 0, places_of(order), out=target)
+    groups.scatter(products, out.view(-1, out.shape[-1]))
 
 
 def project_block_backward(
     grad: Tensor, x: Tensor, weight: Tensor, index: Tensor, total: Tensor | None, need_x: bool, memory: Workspace
 ) -> Tensor | None:
     """Adds the gradient of the weight to ``total``, where given; returns that of x (b, n, d), where needed."""
-    order, counts = sorted_rows(index.flatten(), len(weight))
-    rows = grad.flatten(0, 1)
-    gradients = torch.index_select(rows, 0, order, out=memory.like(rows, SPARE[1]))
     rows = x.flatten(0, 1)
-    sources = memory.like(rows, SPARE[0])
+    groups = Groups.of(index.flatten(), len(weight), group_tile(rows, weight))
+    gradients = groups.gather(grad.flatten(0, 1), memory, SPARE[1])
+    sources = memory.take(SPARE[0], (len(gradients), rows.shape[1]), rows.dtype, rows.device)
     if total is not None:
-        torch.index_select(rows, 0, order, out=sources)
-        for dw, source, gradient in zip(total, sources.split(counts), gradients.split(counts), strict=True):
+        sources = groups.gather(rows, memory, SPARE[0])
+        for padded in (sources, gradients):
+            padded.index_fill_(0, groups.spare, 0)
+        for dw, source, gradient in zip(total, sources.split(groups.sizes), gradients.split(groups.sizes), strict=True):
             add_product(dw, source.to(dw.dtype).T, gradient.to(dw.dtype))
     if not need_x:
         return None
-    for w, source, gradient in zip(weight, sources.split(counts), gradients.split(counts), strict=True):
+    for w, source, gradient in zip(weight, sources.split(groups.sizes), gradients.split(groups.sizes), strict=True):
         multiply(gradient, w.T, source)
-    out = gradients if gradients.shape == rows.shape else torch.empty_like(rows)
-    return torch.index_select(sources, 0, places_of(order), out=out).view(x.shape)
+    return groups.scatter(sources, torch.empty_like(rows)).view(x.shape)
 
 
 def forward(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:

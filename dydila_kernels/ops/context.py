@@ -159,13 +159,12 @@ class LaunchContext:
             return self.batch * -(-self.length // block_n)
         return len(tiles_of(self.bounds, block_n))
 
-    def splits(self, block_n: int, parts: int = 1) -> int:
-        """Programs that share a sum over the tokens of a segment, for each of so many parts of a head, each with four
-        tiles at least.
+    def splits(self, block_n: int) -> int:
+        """Programs that share a sum over the tokens of a segment, each with four tiles at least.
 
         Together they are two to four for each multiprocessor, whichever leaves fewest of them with less to do.
         """
-        groups = max(1, self.segments * self.heads * parts)
+        groups = max(1, self.segments * self.heads)
         programs = [(each, max(1, each * processors(self.device) // (2 * groups))) for each in (2, 3, 4)]
         _, even = min(programs, key=lambda found: found[0] / found[1])
         return max(1, min(even, self.longest // (4 * block_n)))

@@ -236,8 +236,7 @@ def state(
     values (B, N, d); ``inverse`` and ``weights`` (T, H) float32 as in :func:`state_kernel`.
     """
     e = context.head_dim
-    config = configs.pick("state", context.dtype, e)
-    splits = context.splits(config.block_n, ceil_div(e, config.block_d))
+    splits = context.splits(configs.pick("state", context.dtype, e).block_n)
     partials = values.new_empty((context.segments, splits, context.dim), dtype=torch.float32) if sums else None
     found = partial_states(
         context, side, Values(*strided(values), constant(e)), splits, width=e, head_dim=e, raw=False,
@@ -250,8 +249,7 @@ def state(
 def written_state(context: LaunchContext, side: QKOperand, written: Tensor, values: Tensor) -> Tensor:
     """:func:`state` from ``written``, the Zh of a side (B, N, d); no values are read of rows that are all zero."""
     e = context.head_dim
-    config = configs.pick("written_state", written.dtype, e)
-    splits = context.splits(config.block_n, ceil_div(e, config.block_d))
+    splits = context.splits(configs.pick("written_state", written.dtype, e).block_n)
     return partial_states(
         context, side._replace(tokens=written, redundant=written), Values(*strided(values), constant(e)), splits,
         width=e, head_dim=e, raw=True, has_denominator=False, scaling=context.scaling(side),

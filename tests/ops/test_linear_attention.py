@@ -104,16 +104,16 @@ def test_sums_split_over_programs(packed: bool, normalization: str, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("segments", "heads", "parts", "length", "expected"),
-    [(8, 12, 1, 4096, 4), (8, 12, 2, 4096, 2), (8, 16, 1, 4096, 2), (1, 12, 1, 65536, 22), (512, 12, 1, 256, 1)],
+    ("segments", "heads", "length", "expected"),
+    [(8, 12, 4096, 4), (8, 16, 4096, 2), (1, 12, 65536, 22), (512, 12, 256, 1)],
 )
 def test_multiprocessors_have_as_much_to_do(
-    segments: int, heads: int, parts: int, length: int, expected: int, monkeypatch: pytest.MonkeyPatch
+    segments: int, heads: int, length: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 132: three programs each, but for 12; the same; two, but for 8; two; many."""
+    """Of 132: three programs each, but for 12; two, but for 8; two; many."""
     monkeypatch.setattr(context, "processors", lambda _: 264)
     call = SimpleNamespace(segments=segments, heads=heads, longest=length, device=DEVICE)
-    assert context.LaunchContext.splits(cast(Any, call), 64, parts) == expected
+    assert context.LaunchContext.splits(cast(Any, call), 64) == expected
 
 
 @pytest.mark.usefixtures("poisoned")

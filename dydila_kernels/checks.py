@@ -199,14 +199,11 @@ def sides(value: Any, minimum: int, where: str = "") -> tuple[int, ...]:
     return tuple(integer(f"HW[{i}]", side, minimum) for i, side in enumerate(listed))
 
 
-TEXTS = (str, bytes, bytearray)
-
-
 def as_list(value: Any) -> list[Any] | None:
     """The items of a sequence, an array or a tensor; None where there is no such order."""
     if hasattr(value, "tolist") and not isinstance(value, torch.Size):
         value = value.tolist()
-    return list(value) if isinstance(value, Sequence) and not isinstance(value, TEXTS) else None
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray)) else None
 
 
 def grids(HW: Any, length: int, bounds: Sequence[int] | None, num_prefix_tokens: int) -> list[Grid | Video]:

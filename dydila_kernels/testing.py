@@ -17,12 +17,10 @@ from torch import Tensor
 
 from dydila_kernels import reference
 from dydila_kernels.attention import DyDiLAttention
-from dydila_kernels.functional import validated
+from dydila_kernels.functional import TOKENS, validated
 from dydila_kernels.types import DIFFERENTIAL_SIDES
 
 Tensors = dict[str, Tensor]
-
-TOKENS = ("q", "k", "v", "q_redundant", "k_redundant")
 
 
 def core_inputs(

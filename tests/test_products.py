@@ -60,16 +60,16 @@ def test_onednn_is_as_exact_as_torch(n: int, k: int, m: int, left: str, right: s
 
 @needs_onednn
 def test_what_is_left_to_torch(small: None) -> None:
-    a = torch.randn(8, 8)
-    assert takes_onednn(a, a.numel() * 8)
-    assert not takes_onednn(a.double(), a.numel() * 8)
-    assert not takes_onednn(a.to("meta"), a.numel() * 8)
+    a = torch.randn(64, 64)
+    assert takes_onednn(a, a.numel() * 64)
+    assert not takes_onednn(a.double(), a.numel() * 64)
+    assert not takes_onednn(a.to("meta"), a.numel() * 64)
     with torch.backends.mkldnn.flags(enabled=False):
-        assert not takes_onednn(a, a.numel() * 8)
+        assert not takes_onednn(a, a.numel() * 64)
     with FlopCounterMode(display=False) as counter:
-        multiply(a, a, torch.empty(8, 8))
-        add_product(torch.zeros(8, 8), a, a)
-    assert counter.get_total_flops() == 2 * 2 * 8**3
+        multiply(a, a, torch.empty(64, 64))
+        add_product(torch.zeros(64, 64), a, a)
+    assert counter.get_total_flops() == 2 * 2 * 64**3
 
 
 @given(st.integers(0, 300), st.integers(1, 12), st.sampled_from([1, 8, 32]), st.randoms(use_true_random=False))
@@ -90,18 +90,18 @@ def test_every_row_has_a_place_in_the_group_of_its_projector(rows: int, choices:
 def test_rows_that_fill_a_group_up_add_nothing(small: None) -> None:
     """Not even where the row they repeat is not a number."""
     torch.manual_seed(0)
-    x, weight, index = torch.randn(1, 40, 16), torch.randn(3, 16, 16), torch.arange(40)[None] % 2
+    x, weight, index = torch.randn(1, 40, 64), torch.randn(3, 64, 64), torch.arange(40)[None] % 2
     x[0, 0] = float("nan")
     assert group_tile(x[0], weight) == products.TILE
     weight.requires_grad_()
     torch_backend.project(x, weight, index).sum().backward()
     assert weight.grad is not None
     assert weight.grad[0].isnan().all() and weight.grad[1].isfinite().all() and not weight.grad[2].any()
-    torch.testing.assert_close(weight.grad[1], x[0, 1::2].sum(0)[:, None].expand(16, 16))
+    torch.testing.assert_close(weight.grad[1], x[0, 1::2].sum(0)[:, None].expand(64, 64))
 
 
 @needs_onednn
-def test_oneDNN_gets_few_numbers_of_rows(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onednn_gets_few_numbers_of_rows(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """It compiles for each, and keeps what it has compiled."""
     seen, onednn = set(), products.onednn
 
@@ -124,7 +124,7 @@ def test_oneDNN_gets_few_numbers_of_rows(small: None, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_a_linear_module_and_its_derivatives(has_bias: bool, small: None) -> None:
     torch.manual_seed(0)
-    module, x = nn.Linear(24, 40, bias=has_bias), torch.randn(2, 7, 24, requires_grad=True)
+    module, x = nn.Linear(40, 72, bias=has_bias), torch.randn(2, 35, 40).div_(32).requires_grad_()
     leaves = [x, *module.parameters()]
 
     def derivatives(call: Callable[[Tensor], Tensor]) -> list[Tensor]:

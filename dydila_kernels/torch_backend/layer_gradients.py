@@ -124,9 +124,8 @@ class Saved(NamedTuple):
         names, count = decision_names(call.options.differential), kept_tokens(call, given)
         kept = [*tensors[:count], *(None,) * (5 - count)]
         decisions = Decisions(names, tensors[-1 - len(names) : -1])
-        return cls(
-            kept, tensors[count], tensors[count + 1] if given.projector_q is not None else None, decisions, tensors[-1]
-        )
+        choices = None if given.projector_q is None else tensors[count + 1]
+        return cls(kept, tensors[count], choices, decisions, tensors[-1])
 
 
 def backward_of(call: Call, given: LayerTensors, needed: Sequence[bool], saved: Saved, grad: Tensor) -> LayerTensors:

@@ -48,38 +48,39 @@ def group_tile(rows: Tensor, weight: Tensor) -> int:
 
 
 def multiply(left: Tensor, right: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``out = left right + bias``: (n, k), (k, m), out (n, m), bias (m,)."""
-    if takes_onednn(left, left.numel() * right.shape[1]):
-        return by_onednn(out, left, right, bias, add=False)
-    return torch.mm(left, right, out=out) if bias is None else torch.addmm(bias, left, right, out=out)
+    """``out = left right + bias``: (n, k), (k, m), out (n, m), bias (m,), or ``out`` itself."""
+    take = by_onednn if takes_onednn(left, left.numel() * right.shape[1]) else by_torch
+    return take(left, right, out, bias)
 
 
 def add_product(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """``out += left right``: (n, k), (k, m), out (n, m)."""
-    if takes_onednn(left, left.numel() * right.shape[1]):
-        return by_onednn(out, left, right, None, add=True)
-    return torch.addmm(out, left, right, out=out)  # FlopCounterMode does not know addmm_
+    return multiply(left, right, out, out)
 
 
-def by_onednn(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, *, add: bool) -> Tensor:
-    """:func:`multiply` or :func:`add_product`: whole tiles by oneDNN, and what is left of either length by torch."""
-    n, k = left.shape
+def by_torch(left: Tensor, right: Tensor, out: Tensor, start: Tensor | None) -> Tensor:
+    """``out = left right + start``, which may be ``out``."""
+    if start is None:
+        return torch.mm(left, right, out=out)
+    return torch.addmm(start, left, right, out=out)  # FlopCounterMode does not know addmm_
+
+
+def by_onednn(left: Tensor, right: Tensor, out: Tensor, start: Tensor | None) -> Tensor:
+    """The same: whole tiles by oneDNN, and what is left of either length by torch."""
+    adds, (n, k) = start is out, left.shape
     depth = k - k % TILE
     rows = n - n % TILE if depth else 0
     # What lies by columns, as a weight's gradient has it, would be copied if it were cut; its n is the model's width.
     most = MOST if left.is_contiguous() else n
-    for start in range(0, rows, most):
-        strip = slice(start, min(start + most, rows))
-        product, there = onednn(left[strip, :depth], right[:depth], bias), out[strip]
+    for first in range(0, rows, most):
+        strip = slice(first, min(first + most, rows))
+        product, there = onednn(left[strip, :depth], right[:depth], None if adds else start), out[strip]
         if depth < k:
-            torch.addmm(product, left[strip, depth:], right[depth:], out=product)
-        there.add_(product) if add else there.copy_(product)
+            by_torch(left[strip, depth:], right[depth:], product, product)
+        there.add_(product) if adds else there.copy_(product)
     if rows < n:
-        rest, first = out[rows:], out[rows:] if add else bias
-        if first is None:
-            torch.mm(left[rows:], right, out=rest)
-        else:
-            torch.addmm(first, left[rows:], right, out=rest)
+        rest = out[rows:]
+        by_torch(left[rows:], right, rest, rest if adds else start)
     return out
 
 

@@ -10,6 +10,7 @@ torch.func and forward-mode AD take the reference equation.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -76,15 +77,15 @@ class Groups(NamedTuple):
     @classmethod
     def of(cls, index: Tensor, choices: int, tile: int) -> Groups:
         """index (m,); the sizes are multiples of ``tile``."""
-        order, counts = index.argsort(stable=True), index.bincount(minlength=choices)
-        sizes = (counts + tile - 1) // tile * tile
-        gaps = (sizes - counts).cumsum(0) - (sizes - counts)
-        taken = torch.arange(len(order), device=order.device) + gaps.repeat_interleave(counts)
-        rows = order.new_zeros(int(sizes.sum()))
-        is_spare = torch.ones_like(rows, dtype=torch.bool)
-        rows[taken], is_spare[taken] = order, False
-        places = torch.empty_like(order).scatter_(0, order, taken)
-        return cls(sizes.tolist(), rows, places, is_spare.nonzero().flatten())
+        order, device = index.argsort(stable=True), index.device
+        counts = index.bincount(minlength=choices).tolist()
+        sizes = [count + -count % tile for count in counts]
+        begins = [0, *accumulate(sizes)]
+        ends = [begin + count for begin, count in zip(begins, counts, strict=False)]
+        taken = torch.cat([torch.arange(*group, device=device) for group in zip(begins, ends, strict=False)])
+        spare = [place for end, begin in zip(ends, begins[1:], strict=True) for place in range(end, begin)]
+        rows = order.new_zeros(begins[-1]).index_copy_(0, taken, order)
+        return cls(sizes, rows, torch.empty_like(order).scatter_(0, order, taken), order.new_tensor(spare))
 
     def gather(self, rows: Tensor, memory: Workspace, name: str) -> Tensor:
         """The rows of a block, (m, d), where they are here."""
@@ -115,7 +116,6 @@ def project_block_backward(
     rows = x.flatten(0, 1)
     groups = Groups.of(index.flatten(), len(weight), group_tile(rows, weight))
     gradients = groups.gather(grad.flatten(0, 1), memory, SPARE[1])
-    sources = memory.take(SPARE[0], (len(gradients), rows.shape[1]), rows.dtype, rows.device)
     if total is not None:
         sources = groups.gather(rows, memory, SPARE[0])
         for padded in (sources, gradients):
@@ -124,9 +124,10 @@ def project_block_backward(
             add_product(dw, source.to(dw.dtype).T, gradient.to(dw.dtype))
     if not need_x:
         return None
-    for w, source, gradient in zip(weight, sources.split(groups.sizes), gradients.split(groups.sizes), strict=True):
-        multiply(gradient, w.T, source)
-    return groups.scatter(sources, torch.empty_like(rows)).view(x.shape)
+    products = memory.take(SPARE[0], (len(gradients), rows.shape[1]), rows.dtype, rows.device)
+    for w, gradient, product in zip(weight, gradients.split(groups.sizes), products.split(groups.sizes), strict=True):
+        multiply(gradient, w.T, product)
+    return groups.scatter(products, torch.empty_like(rows)).view(x.shape)
 
 
 def forward(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ class DynamicProjection(nn.Module):
     ) -> Tensor:
         """x (B, N, d) -> (B, N, d) in the dtype that ``nn.Linear`` would give.
 
-        ``chosen``: its :func:`choices` for x, where they are known.  ``norm``: of the tokens once they are projected,
+        ``chosen``: its index (B, N) and plan for x, of ``choices``, where they are known.  ``norm``: of the tokens once they are projected,
         or None.  A trained router chooses among normed tokens: a norm takes away the scale of a token, which is what
         carries the router's gradient.
         """

@@ -89,9 +89,9 @@ class DynamicProjection(nn.Module):
     ) -> Tensor:
         """x (B, N, d) -> (B, N, d) in the dtype that ``nn.Linear`` would give.
 
-        ``chosen``: its index (B, N) and plan for x, of ``choices``, where they are known.  ``norm``: of the tokens once they are projected,
-        or None.  A trained router chooses among normed tokens: a norm takes away the scale of a token, which is what
-        carries the router's gradient.
+        ``chosen``: its index (B, N) and plan for x, of ``choices``, where they are known.  ``norm``: of the tokens once
+        they are projected, or None.  A trained router chooses among normed tokens: a norm takes away the scale of a
+        token, which is what carries the router's gradient.
         """
         weight: Tensor = self.weight
         differentiated = torch.is_grad_enabled() or torch_backend.is_transformed()

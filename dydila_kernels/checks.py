@@ -361,7 +361,7 @@ GLOBAL_HOOKS = (
 """Of all modules.  Torch fills and empties these tables; 2.6 has no function that asks for all of them."""
 
 
-PLAIN = (nn.Parameter, Tensor, type(None))
+PLAIN = frozenset((nn.Parameter, Tensor, type(None)))
 """Types of parameters that are nothing but their numbers."""
 
 
@@ -381,7 +381,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     # (The Dynamo of torch 2.6 cannot list a module's attributes.)
     if not torch.compiler.is_compiling() and any(map(isinstance, module.__dict__.values(), repeat(Tensor))):
         return False
-    return all(type(parameter) in PLAIN for parameter in module._parameters.values())
+    return PLAIN.issuperset(map(type, module._parameters.values()))
 
 
 def outliving(module: nn.Module, parameter: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ class QKOperand(NamedTuple):
     """Queries or keys, (B, N, d) each, and what is decided and saved of them, as :mod:`dydila_kernels.ops.tokens` says.
 
     ``has_denominator``: queries under "denominator".  ``length_scale`` (segments,) float32 multiplies queries, or None.
+    ``prepared``: the routers as the Gluon form takes them, once they are.
     """
 
     tokens: Tensor
@@ -52,6 +53,7 @@ class QKOperand(NamedTuple):
     differential_slopes: Tensor | None
     has_denominator: bool
     length_scale: Tensor | None
+    prepared: Any = None
 
     def branches(self) -> list[QKOperand]:
         """Each of the two branches of Eq. 10 on its own; lambda, where there is one, belongs to the second."""

@@ -308,9 +308,11 @@ def written_product(
 
     Where float16 has not the range, Kh and Qh are in memory of their own, in the working dtype.
     """
+    from dydila_kernels.ops.gluon.routers import prepared
     from dydila_kernels.ops.gluon.tokens import tokens as gluon_tokens
 
     written = out if out.dtype == saved.states.dtype else torch.empty_like(out, dtype=saved.states.dtype)
+    q, k = prepared(context, (q, k))
     means = gluon_tokens(context, k, written, sums=q.has_denominator)
     total = written_state(context, k, written, v)
     context.sum_over_ranks(total, means)
@@ -326,6 +328,11 @@ def gemm_product(
     out: Tensor, *, decide: bool, add: bool,
 ) -> None:  # fmt: skip
     """As :func:`fused_product`."""
+    divide = settings.has_denominator
+    if all(forms.why_not_gluon_tokens(context, side, decide=decide, divide=divide and side is q) is None for side in (q, k)):
+        from dydila_kernels.ops.gluon.routers import prepared
+
+        q, k = prepared(context, (q, k))
     values = zero_where_masked(context, v)
     # Until it is known, the output has room for the keys.
     q_hat, k_hat = torch.empty_like(out), torch.empty_like(out) if add else out

@@ -1,10 +1,12 @@
-"""The routers in the order in which tensor cores take them, once a side and call: nothing is split or moved later.
+"""The routers in the order in which tensor cores take them, once a call: nothing is split or moved later.
 
 A router (d, n) in float32 is split into parts of the dtype of a product: three of bfloat16, or two of float16.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +16,7 @@ import triton.language as tl
 from dydila_kernels.ops import configs
 from dydila_kernels.ops.arguments import Routers
 from dydila_kernels.ops.context import LaunchContext, QKOperand
+from dydila_kernels.ops.forms import holds_more
 from dydila_kernels.ops.tiles import ceil_div, launch, padded
 
 
@@ -84,37 +87,60 @@ def split_router(router, out, scale, c, D: tl.constexpr, N: tl.constexpr, PARTS:
 
 
 @triton.jit
-def prepare_kernel(routers, prepared, D: tl.constexpr, BLOCKS: tl.constexpr, N_F: tl.constexpr, N_D: tl.constexpr,
+def prepare_kernel(sides, prepared, D: tl.constexpr, BLOCKS: tl.constexpr, N_F: tl.constexpr, N_D: tl.constexpr,
                    PARTS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """:class:`PreparedRouters` of :class:`Routers`: one program for 32 channels of each of four, of BLOCKS * 32."""
+    """:class:`PreparedRouters` of :class:`Routers`, of one side or two: each a tuple of so many.
+
+    A program has 32 channels, of BLOCKS * 32, of one of a side's four: those of Z and Z', and both halves of the
+    differential router.
+    """
     block = tl.program_id(0) % BLOCKS
     c = block * 32 + tl.arange(0, 32)
     which = tl.program_id(0) // BLOCKS
     F: tl.constexpr = octets(N_F, PARTS) * 256
-    for i in tl.static_range(2):
-        if which == i:
-            router = routers.kernel if i == 0 else routers.kernel_redundant
-            scale = tl.full((), 1.0, tl.float32)
-            if prepared.kernel.dtype.element_ty == tl.float16:
-                scale = power_near(router, D, N_F, BLOCK)
-            split_router(router, prepared.kernel + (i * BLOCKS + block) * F, scale, c, D, N_F, PARTS)
-    if which >= 2:
-        router = routers.differential + (which - 2) * D * N_D
-        out = prepared.differential + ((which - 2) * BLOCKS + block) * (octets(N_D, 2) * 256)
-        split_router(router, out, power_near(routers.differential, 2 * D, N_D, BLOCK), c, D, N_D, 2)
+    for side in tl.static_range(len(sides)):
+        routers = sides[side]
+        found = prepared[side]
+        for i in tl.static_range(2):
+            if which == 4 * side + i:
+                router = routers.kernel if i == 0 else routers.kernel_redundant
+                scale = tl.full((), 1.0, tl.float32)
+                if found.kernel.dtype.element_ty == tl.float16:
+                    scale = power_near(router, D, N_F, BLOCK)
+                split_router(router, found.kernel + (i * BLOCKS + block) * F, scale, c, D, N_F, PARTS)
+        half = which - 4 * side - 2
+        if (half == 0) | (half == 1):
+            router = routers.differential + half * D * N_D
+            out = found.differential + (half * BLOCKS + block) * (octets(N_D, 2) * 256)
+            split_router(router, out, power_near(routers.differential, 2 * D, N_D, BLOCK), c, D, N_D, 2)
 
 
-def prepared(context: LaunchContext, side: QKOperand, warps: int) -> PreparedRouters:
-    """The routers of a side, for programs of so many warps."""
-    routers = Routers(*side.routers, side.differential_router)
-    parts = 3 if context.dtype == torch.bfloat16 else 2
-    n_f, n_d = context.gammas, context.lambdas
-    blocks = ceil_div(context.dim, 32 * warps) * warps
-    found = PreparedRouters(
-        torch.empty(2, blocks, octets(n_f, parts), 8, 32, device=context.device, dtype=context.dtype),
-        torch.empty(2, blocks, octets(n_d, 2), 8, 32, device=context.device, dtype=torch.float16),
-    )
-    config = configs.pick("prepare", context.dtype)
-    launch(prepare_kernel, (4 * blocks,), config, routers=routers, prepared=found, D=context.dim, BLOCKS=blocks,
-           N_F=n_f, N_D=n_d, PARTS=parts, BLOCK=config.block_n)  # fmt: skip
+@lru_cache(maxsize=256)
+def octets_prepared(n: int, parts: int) -> int:
+    """:func:`octets` for the host, where calling it is slow."""
+    found: int = octets(n, parts)
     return found
+
+
+def tokens_config(context: LaunchContext) -> configs.Config:
+    """How :mod:`dydila_kernels.ops.gluon.tokens` is launched, for whose warps routers are prepared."""
+    stage = "gluon_tokens_with_more" if holds_more(context) else "gluon_tokens"
+    return configs.pick(stage, context.dtype, context.dim)
+
+
+def prepared(context: LaunchContext, sides: Sequence[QKOperand]) -> list[QKOperand]:
+    """The sides with their routers prepared, by one launch."""
+    parts = 3 if context.dtype == torch.bfloat16 else 2
+    n_f, n_d, warps = context.gammas, context.lambdas, tokens_config(context).warps
+    blocks = ceil_div(context.dim, 32 * warps) * warps
+    shape, device = (len(sides), 2, blocks), context.device
+    kernel = torch.empty(*shape, octets_prepared(n_f, parts), 8, 32, device=device, dtype=context.dtype)
+    differential = torch.empty(*shape, octets_prepared(n_d, 2), 8, 32, device=device, dtype=torch.float16)
+    found = [PreparedRouters(*of_side) for of_side in zip(kernel.unbind(), differential.unbind(), strict=True)]
+    config = configs.pick("prepare", context.dtype)
+    launch(
+        prepare_kernel, (4 * len(sides) * blocks,), config,
+        sides=tuple(Routers(*side.routers, side.differential_router) for side in sides), prepared=tuple(found),
+        D=context.dim, BLOCKS=blocks, N_F=n_f, N_D=n_d, PARTS=parts, BLOCK=config.block_n,
+    )  # fmt: skip
+    return [side._replace(prepared=routers) for side, routers in zip(sides, found, strict=True)]

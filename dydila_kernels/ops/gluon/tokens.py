@@ -20,9 +20,8 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from dydila_kernels.ops import configs
 from dydila_kernels.ops.arguments import Denominator
 from dydila_kernels.ops.context import LaunchContext, QKOperand
-from dydila_kernels.ops.forms import holds_more
 from dydila_kernels.ops.gluon.common import inverse_of, place_of, row_scale_of
-from dydila_kernels.ops.gluon.routers import octets, octets_summed, prepared, whole
+from dydila_kernels.ops.gluon.routers import octets, octets_summed, prepared, tokens_config, whole
 from dydila_kernels.ops.gluon.rows import (
     R,
     as_left,
@@ -289,9 +288,8 @@ def tokens(
     ``means``, those of the keys, of queries: of one head divides Qh where ``inverse`` (T, 1) is given, and writes that;
     else returns the denominators in parts (d / width, T) float32, see :func:`part_width`.
     """
-    stage = "gluon_tokens_with_more" if holds_more(context) else "gluon_tokens"
-    config = configs.pick(stage, context.dtype, context.dim)
-    rows = R.value
+    config, rows = tokens_config(context), R.value
+    routers = side.prepared or prepared(context, [side])[0].prepared
     programs, found = context.programs(rows), None
     if sums:
         found = torch.empty(programs, context.dim, device=context.device, dtype=torch.float32)
@@ -301,8 +299,7 @@ def tokens(
     ragged = context.mask is not None or context.bounds is not None or context.length % rows != 0
     launch(
         gluon_tokens_kernel, (programs,), config, tokens=context.tokens(side, masked=True),
-        segments=context.tiles(rows), **context.measured(side),
-        routers=prepared(context, side, config.warps), scaling=context.scaling(side),
+        segments=context.tiles(rows), **context.measured(side), routers=routers, scaling=context.scaling(side),
         denominator=Denominator(means, inverse, sums=found), out=out,
         k=context.constants(config, side.has_denominator), MASKED=ragged,
     )  # fmt: skip

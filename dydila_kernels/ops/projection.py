@@ -144,22 +144,34 @@ def count_kernel(index, counts, length, NUM_OPTIONS: tl.constexpr, BLOCK_N: tl.c
 
 
 @triton.jit
-def rank_kernel(index, upto, order, ends, length, NUM_OPTIONS: tl.constexpr, BLOCK_N: tl.constexpr):
+def rank_kernel(index, counts, order, ends, length, NUM_OPTIONS: tl.constexpr, BLOCK_N: tl.constexpr):
     """Writes each token of a block and side to its place in the list of its projector.
 
-    index (sides, T) integers; upto (sides, NUM_OPTIONS, blocks) int32, the running sum of the counts of a side;
-    order (sides, T) and ends (sides, NUM_OPTIONS) int32.
+    index (sides, T) integers; counts (sides, NUM_OPTIONS, blocks) int32, those of :func:`count_kernel`, which each
+    program adds up by itself; order (sides, T) and ends (sides, NUM_OPTIONS) int32.
     """
-    block, blocks, side = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    block, blocks, side = tl.program_id(0), tl.cdiv(length, BLOCK_N), tl.program_id(1)
     token_ids = block * BLOCK_N + tl.arange(0, BLOCK_N)
     before = side.to(tl.int64) * length
     chosen = tl.load(index + before + token_ids, mask=token_ids < length, other=-1)
+    option_ids = tl.arange(0, padded(NUM_OPTIONS))
+    exists = option_ids < NUM_OPTIONS
+    rows = counts + (side * NUM_OPTIONS + option_ids) * blocks
+    total = tl.zeros((option_ids.shape[0],), tl.int32)
+    earlier = tl.zeros((option_ids.shape[0],), tl.int32)
+    for first in tl.range(0, blocks, 64):
+        others = first + tl.arange(0, 64)
+        mask = exists[:, None] & (others < blocks)[None, :]
+        count = tl.load(rows[:, None] + others[None, :], mask=mask, other=0)
+        total += tl.sum(count, 1)
+        earlier += tl.sum(tl.where((others < block)[None, :], count, 0), 1)
+    stops = tl.cumsum(total, 0)
+    tl.store(ends + side * NUM_OPTIONS + option_ids, stops, mask=exists & (block == 0))
     for u in tl.range(0, NUM_OPTIONS):
         hit = (chosen == u).to(tl.int32)
-        end = tl.load(upto + (side * NUM_OPTIONS + u) * blocks + block)
-        place = end - tl.sum(hit) + tl.cumsum(hit, 0) - 1
+        start = tl.sum(tl.where(option_ids == u, stops - total + earlier, 0))
+        place = start + tl.cumsum(hit, 0) - 1
         tl.store(order + before + place, token_ids, mask=hit != 0)
-        tl.store(ends + side * NUM_OPTIONS + u, end, mask=block == blocks - 1)
 
 
 def plan(index: Tensor, num_options: int) -> tuple[Tensor, Tensor]:
@@ -176,11 +188,10 @@ def plan(index: Tensor, num_options: int) -> tuple[Tensor, Tensor]:
     ends = index.new_empty((sides, num_options), dtype=torch.int32)
     config = pick("plan", index.dtype)
     blocks = ceil_div(length, config.block_n)
-    counts = index.new_empty((sides, num_options * blocks), dtype=torch.int32)
+    counts = index.new_empty((sides, num_options, blocks), dtype=torch.int32)
     sizes = {"length": length, "NUM_OPTIONS": num_options, "BLOCK_N": config.block_n}
     launch(count_kernel, (blocks, sides), config, index=index, counts=counts, **sizes)
-    upto = counts.cumsum(1, dtype=torch.int32)
-    launch(rank_kernel, (blocks, sides), config, index=index, upto=upto, order=order, ends=ends, **sizes)
+    launch(rank_kernel, (blocks, sides), config, index=index, counts=counts, order=order, ends=ends, **sizes)
     return order, ends
 
 

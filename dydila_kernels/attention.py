@@ -14,7 +14,7 @@ from dydila_kernels.checks import CheckedArgs, is_plain
 from dydila_kernels.depthwise import DepthwiseConv
 from dydila_kernels.differential import TokenDifferential
 from dydila_kernels.functional import agreeing, backend_of, core_inputs
-from dydila_kernels.linear import linear
+from dydila_kernels.linear import linear, thirds
 from dydila_kernels.measure import DynamicMeasureKernel
 from dydila_kernels.norms import NORMS, check_norm, norm_of, normed
 from dydila_kernels.precision import autocast_dtype
@@ -361,7 +361,7 @@ class DyDiLAttention(nn.Module):
 
     def _core_inputs(self, x: Tensor, backend: Backend) -> CoreInputs:
         """Q, K, V, Q', K' of Eqs. 1-2, and the tables."""
-        tokens = linear(self.qkv, x).chunk(3, dim=-1)
+        tokens = thirds(linear(self.qkv, x))
         inputs = core_inputs(tokens, self._redundant(x, backend), self._norms(), self._tables(), self.differential_kind)
         return agreeing(inputs, x.shape)
 

@@ -116,10 +116,13 @@ class Source(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Where gradients go: dz, dz_redundant (T, d); dgamma (programs, n_F), dlam (programs, n_D) float32 or None."""
+    """Where gradients go: dz, dz_redundant and dv (T, d), all or None but the first, with rows ``stride`` apart, a
+    constant; dgamma (programs, n_F), dlam (programs, n_D) float32 or None."""
 
     dz: Any
     dz_redundant: Any
+    dv: Any
+    stride: Any
     dgamma: Any
     dlam: Any
 

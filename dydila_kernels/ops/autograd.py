@@ -83,14 +83,17 @@ def attention_forward(*arguments: Any, ranks: Ranks | None = None) -> tuple[Any,
     return out, *saved
 
 
-def attention_backward(grad: Tensor, *arguments: Any, ranks: Ranks | None = None) -> tuple[Tensor | None, ...]:
-    """:class:`InputGradients`, from the gradient of the output (B, N, d).
+def attention_backward(
+    grad: Tensor, *arguments: Any, ranks: Ranks | None = None, together: bool = True
+) -> tuple[Tensor | None, ...]:
+    """:class:`InputGradients`, from the gradient of the output (B, N, d); ``together``: see :func:`backward.backward`.
 
     ``arguments`` are the fields of :class:`Inputs`, :class:`Settings` and :class:`SavedForBackward`.
     """
     inputs, settings = Inputs(*arguments[:INPUTS]), Settings(*arguments[INPUTS:-SAVED])
     with launching_for(grad):
-        return backward.backward(grad, inputs, settings, SavedForBackward(*arguments[-SAVED:]), ranks)
+        saved = SavedForBackward(*arguments[-SAVED:])
+        return backward.backward(grad, inputs, settings, saved, ranks, together=together)
 
 
 def save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -60,20 +60,23 @@ class Product(NamedTuple):
 
 
 def backward(
-    grad: Tensor, inputs: Inputs, settings: Settings, saved: SavedForBackward, ranks: Ranks | None = None
-) -> InputGradients:
-    """The gradients, from that of the output (B, N, d)."""
+    grad: Tensor, inputs: Inputs, settings: Settings, saved: SavedForBackward, ranks: Ranks | None = None, *,
+    together: bool = True,
+) -> InputGradients:  # fmt: skip
+    """The gradients, from that of the output (B, N, d).
+
+    Those of the tokens lie beside each other, (B, N, 5d), unless they are to be apart: those of q, k, v then are that
+    of the projection that they are thirds of, without a copy.
+    """
     if core.working_dtype(inputs, settings) != inputs.q.dtype:
         wide = core.widened(inputs, settings)
-        found = backward(grad.to(wide.q.dtype), wide, settings, saved, ranks)
+        found = backward(grad.to(wide.q.dtype), wide, settings, saved, ranks, together=together)
         narrow = [None if t is None else t.to(inputs.q.dtype) for t in found[:5]]
         return InputGradients(*narrow, *found[5:])  # type: ignore[arg-type,call-arg]
     context = core.context_of(inputs, settings, ranks)
     q, k = core.operands_of(context, inputs, settings, saved)
     grad, v = contiguous_channels(grad), contiguous_channels(inputs.v)
-    dq, dk, dv, dq_redundant, dk_redundant = [
-        None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs[:5]
-    ]
+    dq, dk, dv, dq_redundant, dk_redundant = empty_gradients(inputs, together)
     assert dq is not None and dk is not None and dv is not None
     backward_of = fused_backward if core.is_fused(context.dim, settings) else gemm_backward
     shaped = saved._replace(states=core.states_of(context, saved, settings))
@@ -101,13 +104,25 @@ def backward(
     routers = router_gradients(context, (q, k), tables, inputs) if settings.straight_through else (None, None)
     dweight = dbias = None
     if inputs.weight is not None:
-        taps = depthwise.depthwise_gradients(dv, v, grad, inputs.weight, context.geometry, context.mask)
-        dweight, dbias = (t.clone() for t in taps)  # neither a view, as an operator must return them
+        dweight, dbias = depthwise.depthwise_gradients(
+            dv, v, grad, inputs.weight, context.geometry, context.mask, has_bias=inputs.bias is not None
+        )
     dcos, dsin = [total.to(t.dtype) for total, t in zip(dtables, learned, strict=True)] or (None, None)
     return InputGradients(
         dq, dk, dv, dq_redundant, dk_redundant, dgamma.to(inputs.gamma.dtype), dlam, routers[0], routers[1], dweight,
-        None if inputs.bias is None else dbias, dcos, dsin,
+        dbias, dcos, dsin,
     )  # fmt: skip
+
+
+def empty_gradients(inputs: Inputs, together: bool) -> list[Tensor | None]:
+    """Memory for those of the tokens, (B, N, d) each."""
+    given = [t for t in inputs[:5] if t is not None]
+    if together:
+        batch, length, dim = inputs.q.shape
+        made = iter(inputs.q.new_empty(batch, length, len(given) * dim).chunk(len(given), -1))
+    else:
+        made = iter([torch.empty_like(t, memory_format=torch.contiguous_format) for t in given])
+    return [None if t is None else next(made) for t in inputs[:5]]
 
 
 def fused_backward(
@@ -147,24 +162,30 @@ def placed(matrix: Tensor) -> Tensor:
     return whole.unflatten(-1, (-1, 4, 4, 2)).transpose(-3, -2).flatten(-4).contiguous()
 
 
+def room_of(t: Tensor) -> Tensor:
+    """Contiguous memory of its shape: its own, where that is so."""
+    return t if t.is_contiguous() else t.new_empty(t.shape)
+
+
 def gemm_backward(
     whole: Product, i: int, q: QKOperand, k: QKOperand, dq: Pair, dk: Pair, dv: Tensor, *, add: bool = False,
     differential_logits: Tensor | None = None,
 ) -> SideTables:  # fmt: skip
-    """As :func:`fused_backward`.  Until they are known, dq and dk have room for Qh and Kh and for their gradients."""
+    """As :func:`fused_backward`.  Until they are known, contiguous gradients have room for Qh and Kh and for theirs."""
     context, settings, saved, v, grad, dtables = whole
     natural = context.output_scale * context.fp16_prescale
     means, inverse = saved.denominator(i, settings)
-    tokens(context, q, decide=False, out=dq[0], means=means, inverse=inverse)
-    tokens(context, k, decide=False, out=dk[0])
-    rotate(context, dq[0])
-    rotate(context, dk[0])
+    q_hat, k_hat = room_of(dq[0]), room_of(dk[0])
+    tokens(context, q, decide=False, out=q_hat, means=means, inverse=inverse)
+    tokens(context, k, decide=False, out=k_hat)
+    rotate(context, q_hat)
+    rotate(context, k_hat)
     values, incoming = zero_where_masked(context, v), zero_where_masked(context, grad)
     if context.by_scores:
-        dq_hat, dk_hat = (torch.empty_like(z) if other is None else other for z, other in (dq, dk))
-        gemm.scores_gradient(context, dq[0], dk[0], values, incoming, dq_hat, dk_hat, dv, natural, add)
+        dq_hat, dk_hat = (torch.empty_like(q_hat) if other is None else room_of(other) for _, other in (dq, dk))
+        gemm.scores_gradient(context, q_hat, k_hat, values, incoming, dq_hat, dk_hat, dv, natural, add)
     else:
-        dq_hat, dk_hat = dq[0], dk[0]
+        dq_hat, dk_hat = q_hat, k_hat  # which each product needs no more
         dstate = torch.empty_like(saved.states[i])
         gemm.state(context, dq_hat, incoming, dstate)
         context.sum_over_ranks(dstate)
@@ -172,7 +193,7 @@ def gemm_backward(
         gemm.readout(context, dv, dk_hat, dstate, scale=context.output_scale, add=add)
         gemm.readout(context, dk_hat, values, dstate, transposed=True, scale=natural)
     if dtables:
-        hat = torch.empty_like(dv)
+        hat = torch.empty_like(q_hat)
         tokens(context, q, decide=False, out=hat, means=means, inverse=inverse)
         add_table_gradients(context, hat, dq_hat, dtables)
         tokens(context, k, decide=False, out=hat)

@@ -323,8 +323,9 @@ def depthwise(
 
 
 def depthwise_gradients(
-    dv: Tensor, v: Tensor, grad: Tensor, weight: Tensor, geometry: Geometry, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    dv: Tensor, v: Tensor, grad: Tensor, weight: Tensor, geometry: Geometry, mask: Tensor | None = None, *,
+    has_bias: bool = True,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Adds the gradient with respect to V to ``dv``, and returns those of weight (9, d) and bias (d,), float32.
 
     v, and grad, that of DWC(V): (B, N, d); the others as above.
@@ -342,5 +343,4 @@ def depthwise_gradients(
         taps=Taps(weight.contiguous(), None), partials=partials, grids=geometry.grids(), strips=count,
         per_part=per_part, k=blocks(d, config),
     )  # fmt: skip
-    total = partials.sum(0)
-    return total[:9], total[9]
+    return partials[:, :9].sum(0), partials[:, 9].sum(0) if has_bias else None

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dydila_kernels.ops import configs, forms
-from dydila_kernels.ops.arguments import Denominator, Gradients, Routers, Scaling, Source, strided
+from dydila_kernels.ops.arguments import Denominator, Gradients, Routers, Scaling, Source, constant, strided
 from dydila_kernels.ops.branches import (
     branch_pointers,
     difference_of,
@@ -171,10 +171,10 @@ def store_table(out, sums, NUM_OPTIONS: tl.constexpr):
 
 
 @triton.jit
-def store_gradient(out, total, branch, c, squares, g, dlogits, router, tile, columns, col_mask, active_rows, k):
+def store_gradient(out, stride, total, branch, c, squares, g, dlogits, router, tile, columns, col_mask, active_rows, k):
     """Writes dZ of a tile (R, C) of one branch; returns the sum (R,) of p log2(s) t, plus that of other tiles.
 
-    out (T, d); squares (T,), |p|^2; dlogits (R, n_F padded) of router (d, n_F), or None.
+    out (T, d), its rows ``stride`` apart, a constant; squares (T,), |p|^2; dlogits (R, n_F padded) of router (d, n_F), or None.
     """
     s, log, q = power_parts(branch, columns, active_rows[:, None] & col_mask[None, :], k.FAST)
     power = tl.load(squares + tile.token_ids, mask=active_rows, other=0.0)
@@ -185,7 +185,7 @@ def store_gradient(out, total, branch, c, squares, g, dlogits, router, tile, col
         dz = pass_on(dz, dlogits, router, columns, col_mask, k.N_F, k.PRECISION)
     dz = tl.where(active_rows[:, None], dz, 0.0).to(out.dtype.element_ty)
     tl.store(
-        out + tile.token_ids[:, None] * k.D + columns[None, :], dz, mask=tile.row_mask[:, None] & col_mask[None, :]
+        out + tile.token_ids[:, None] * stride + columns[None, :], dz, mask=tile.row_mask[:, None] & col_mask[None, :]
     )
     return total + row_dot(s * log, t)
 
@@ -207,14 +207,14 @@ def last_walk(grads, stats, c1, c2, branches, source, denominator, routers, dlog
             dy, u = incoming(x, source, denominator, h, c + chunk, tile, active_rows, k)
             columns, col_mask = h * E + c + chunk, c + chunk < E
             g = gradient_of_phi(dy, u, branches[0], dlogits_d, routers.differential, columns, col_mask, k)
-            total1 = store_gradient(grads.dz, total1, branches[0], c1, stats.norms + 2 * tile.T, g, dlogits1,
+            total1 = store_gradient(grads.dz, grads.stride, total1, branches[0], c1, stats.norms + 2 * tile.T, g, dlogits1,
                                     routers.kernel, tile, columns, col_mask, active_rows, k)  # fmt: skip
             if len(branches) == 2:
                 second = None if routers.differential is None else routers.differential + k.D * k.N_D
                 g = gradient_of_phi(dy, u, branches[1], dlogits_d, second, columns, col_mask, k)
-                total2 = store_gradient(grads.dz_redundant, total2, branches[1], c2, stats.norms + 5 * tile.T, g,
-                                        dlogits2, routers.kernel_redundant, tile, columns, col_mask, active_rows,
-                                        k)  # fmt: skip
+                total2 = store_gradient(grads.dz_redundant, grads.stride, total2, branches[1], c2,
+                                        stats.norms + 5 * tile.T, g, dlogits2, routers.kernel_redundant, tile, columns,
+                                        col_mask, active_rows, k)  # fmt: skip
     dgamma = chosen_sum(branches[0].stats.renorm * LN2 * total1, stats.index, tile, active_rows, k.N_F)
     if len(branches) == 2:
         total2 *= branches[1].stats.renorm * LN2
@@ -244,11 +244,11 @@ def denominator_gradient_kernel(tokens, segments, tables, stats, scaling, source
 
 
 @triton.jit
-def gradients_kernel(tokens, segments, tables, stats, scaling, source, denominator, grads, dv, k: tl.constexpr,
+def gradients_kernel(tokens, segments, tables, stats, scaling, source, denominator, grads, k: tl.constexpr,
                      ADD: tl.constexpr):  # fmt: skip
     """One program for a tile of tokens of one side, all channels.
 
-    dv (T, d), or None: source.scale Zh matrix, plus what ADD finds there.  The other arguments as in
+    grads.dv, where given: source.scale Zh matrix, plus what ADD finds there.  The arguments are as in
     :mod:`dydila_kernels.ops.arguments`.
     """
     tile, branches, active_rows, neg_lam, row_scale = load_tile(tokens, segments, tables, stats, scaling, k)
@@ -262,10 +262,10 @@ def gradients_kernel(tokens, segments, tables, stats, scaling, source, denominat
         store_table(grads.dlam, chosen_sum(dlambda, stats.lam_index, tile, active_rows, k.N_D), k.N_D)
     last_walk(grads, stats, c1, c2, branches, source, denominator, Routers(None, None, None), None, None, None, tile,
               active_rows, k)  # fmt: skip
-    if dv is not None:
+    if grads.dv is not None:
         matrix = source.matrix + tile.segment * (k.D * (k.D // k.H))
         nothing = Denominator(None, None, None, None)
-        write_readout(dv, matrix, source.scale, nothing, branches, tile, active_rows, k, ADD)
+        write_readout(grads.dv, grads.stride, matrix, source.scale, nothing, branches, tile, active_rows, k, ADD)
 
 
 def source_of(
@@ -321,7 +321,9 @@ def gradients(
     add: bool = False,
     dots: Tensor | None = None,
 ) -> TableGradients:
-    """Writes the gradients of the tokens to ``dz`` and ``dz_redundant`` (B, N, d), contiguous, and returns the others.
+    """Writes the gradients of the tokens to ``dz`` and ``dz_redundant`` (B, N, d), and returns the others.
+
+    Like ``dv`` they have rows of one stride, one token after the other.
 
     ``dv`` (B, N, d), where given, is written or added to: the readout of ``side``.  ``dots``: see
     :mod:`dydila_kernels.ops.gluon.dots`, or None.
@@ -333,17 +335,17 @@ def gradients(
         return gluon_gradients(context, side, source, denominator, dz, dz_redundant, dv=dv, dots=dots)
     config = configs.pick(stage_of(source, side), context.dtype, context.head_dim)
     programs, k = context.programs(config.block_n), context.constants(config, side.has_denominator)
-    grads = table_partials(context, side, programs, dz, dz_redundant)
+    grads = places_of(context, side, programs, dz, dz_redundant, dv)
     launch(
         gradients_kernel, (programs,), config, tokens=context.tokens(side), segments=context.tiles(config.block_n),
         **context.measured(side), scaling=context.scaling(side), source=source, denominator=denominator, grads=grads,
-        dv=dv, k=k, ADD=add,
+        k=k, ADD=add,
     )  # fmt: skip
     return TableGradients(grads.dgamma.sum(0), None if grads.dlam is None else grads.dlam.sum(0))
 
 
-def table_partials(
-    context: LaunchContext, side: QKOperand, programs: int, dz: Tensor, dz_redundant: Tensor | None
+def places_of(
+    context: LaunchContext, side: QKOperand, programs: int, dz: Tensor, dz_redundant: Tensor | None, dv: Tensor | None
 ) -> Gradients:
     """Where the kernel puts its gradients, with a row of each table for each program."""
 
@@ -351,4 +353,4 @@ def table_partials(
         return torch.empty(programs, length, device=context.device, dtype=torch.float32)
 
     dlam = None if side.lam_index is None or context.lam is None else empty(context.lambdas)
-    return Gradients(dz, dz_redundant, empty(context.gammas), dlam)
+    return Gradients(dz, dz_redundant, dv, constant(dz.stride(1)), empty(context.gammas), dlam)

@@ -147,10 +147,10 @@ def head_product(branches, matrix, inverse, h, active_rows, k):
 
 
 @triton.jit
-def write_readout(out, matrix, output_scale, denominator, branches, tile, active_rows, k, ADD: tl.constexpr):
+def write_readout(out, stride, matrix, output_scale, denominator, branches, tile, active_rows, k, ADD: tl.constexpr):
     """Writes output_scale Zh_h matrix_h of a tile to out (T, d), head by head, plus what ADD finds there.
 
-    matrix (H, e, e).
+    The rows of out are ``stride`` apart, a constant; matrix (H, e, e).
     """
     E: tl.constexpr = k.D // k.H
     across = tl.arange(0, padded(E))
@@ -161,7 +161,7 @@ def write_readout(out, matrix, output_scale, denominator, branches, tile, active
             inverse = inverse_denominator(denominator, h, branches, tile, active_rows, k)
         acc = head_product(branches, matrix, inverse, h, active_rows, k)
         acc *= output_scale
-        at = out + tile.token_ids[:, None] * k.D + h * E + across[None, :]
+        at = out + tile.token_ids[:, None] * stride + h * E + across[None, :]
         if ADD:
             acc += tl.load(at, mask=store_mask, other=0.0).to(tl.float32)
         tl.store(at, acc.to(out.dtype.element_ty), mask=store_mask)
@@ -178,7 +178,7 @@ def readout_kernel(tokens, segments, tables, routers, stats, slopes, scaling, de
     tile = tile_of_program(segments, k.BLOCK_N)
     branches, active_rows = branches_of(tokens, tables, routers, stats, slopes, scaling, tile, k, DECIDE)
     matrix = state + tile.segment * (k.D * (k.D // k.H))
-    write_readout(out, matrix, output_scale, denominator, branches, tile, active_rows, k, ADD)
+    write_readout(out, k.D, matrix, output_scale, denominator, branches, tile, active_rows, k, ADD)
 
 
 @triton.jit

@@ -61,8 +61,8 @@ def attention_op(*arguments: Any) -> tuple[Tensor, ...]:
     f"{', '.join(f'Tensor? {name}' for name in SavedForBackward._fields)}) -> ({_GRADIENTS})",
 )
 def attention_backward_op(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """See :func:`autograd.attention_backward`."""
-    return or_empty(grad, autograd.attention_backward(grad, *arguments))
+    """See :func:`autograd.attention_backward`.  What operators return must not share memory."""
+    return or_empty(grad, autograd.attention_backward(grad, *arguments, together=False))
 
 
 @attention_op.register_fake

@@ -29,10 +29,10 @@ from dydila_kernels.ops.gradients import (
     last_walk,
     load_operand,
     load_tile,
+    places_of,
     power_parts,
     stage_of,
     store_table,
-    table_partials,
 )
 from dydila_kernels.ops.linear_attention import write_readout
 from dydila_kernels.ops.tiles import launch, padded, row_dot, tile_mask
@@ -93,7 +93,7 @@ def gamma_gradient(sums, branch, squares, tile, active_rows, FAST: tl.constexpr)
 
 @triton.jit
 def straight_through_kernel(tokens, segments, tables, routers, stats, slopes, scaling, source, denominator, grads,
-                            dlogits, dv, k: tl.constexpr, ADD: tl.constexpr):  # fmt: skip
+                            dlogits, k: tl.constexpr, ADD: tl.constexpr):  # fmt: skip
     """As :func:`gradients_kernel`, with what the routers pass on.
 
     dlogits: :class:`Slopes`, where the gradients of the logits go; that of the differential router is read where
@@ -121,10 +121,10 @@ def straight_through_kernel(tokens, segments, tables, routers, stats, slopes, sc
 
     last_walk(grads, stats, sums1[0], sums2[0], branches, source, denominator, routers, first, second, differential,
               tile, active_rows, k)  # fmt: skip
-    if dv is not None:
+    if grads.dv is not None:
         matrix = source.matrix + tile.segment * (k.D * (k.D // k.H))
         nothing = Denominator(None, None, None, None)
-        write_readout(dv, matrix, source.scale, nothing, branches, tile, active_rows, k, ADD)
+        write_readout(grads.dv, grads.stride, matrix, source.scale, nothing, branches, tile, active_rows, k, ADD)
 
 
 def straight_through_gradients(
@@ -146,7 +146,7 @@ def straight_through_gradients(
     assert side.slopes is not None
     config = configs.pick(stage_of(source, side), context.dtype, context.head_dim)
     programs, k = context.programs(config.block_n), context.constants(config, side.has_denominator)
-    grads = table_partials(context, side, programs, dz, dz_redundant)
+    grads = places_of(context, side, programs, dz, dz_redundant, dv)
     logits = torch.empty_like(side.slopes)
     if side.differential_slopes is not None:
         differential_logits = torch.empty_like(side.differential_slopes)
@@ -155,7 +155,7 @@ def straight_through_gradients(
         segments=context.tiles(config.block_n), **context.measured(side),
         routers=Routers(*side.routers, side.differential_router), slopes=Slopes(side.slopes, side.differential_slopes),
         scaling=context.scaling(side), source=source, denominator=denominator, grads=grads,
-        dlogits=Slopes(logits, differential_logits), dv=dv, k=k, ADD=add,
+        dlogits=Slopes(logits, differential_logits), k=k, ADD=add,
     )  # fmt: skip
     dlam = None if grads.dlam is None else grads.dlam.sum(0)
     return TableGradients(grads.dgamma.sum(0), dlam, logits, differential_logits)

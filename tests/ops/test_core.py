@@ -147,7 +147,8 @@ def test_keeps_the_inputs_decisions_and_a_few_numbers_per_row(trained: bool, nor
 @pytest.mark.parametrize(("view", "normalization"), [(True, "length"), (False, "denominator")])
 @pytest.mark.usefixtures("tall_tiles")
 def test_allocates_nothing_of_the_size_of_the_tokens_but_the_results(view: bool, normalization: str, form: str) -> None:
-    """Forward the output, and for wide heads one more; backward the five gradients.  Chunks are not copied."""
+    """Forward the output, and for wide heads one more; backward the five gradients, which for wide heads have room for
+    what they are made of where they are apart.  Chunks are not copied."""
     batch, length, dim = shape_of(form)
     inputs = inputs_of(batch, length, dim, torch.bfloat16)
     if view:
@@ -160,12 +161,13 @@ def test_allocates_nothing_of_the_size_of_the_tokens_but_the_results(view: bool,
     one = out.nbytes
     kept = [t for t in saved if t is not None]
     small = sum(t.nbytes for t in kept) + one // 2  # partial sums, and products of tokens, of which N < d
-    if not tiles.INTERPRETED:  # in the Gluon form: of both branches five parts of routers of 16 choices, 2 bytes each
-        small += 2 * 5 * 16 * 2 * (dim + 256)
+    if not tiles.INTERPRETED:  # in the Gluon form: of both sides and branches five parts of routers of 16 choices, 2 bytes each
+        small += 2 * 2 * 5 * 16 * 2 * (dim + 256)
     at_most = peak(lambda: core.forward(*arguments), known)
     assert one <= at_most <= one * (1 if form == "fused" else 2) + small
-    at_most = peak(lambda: backward.backward(incoming, *arguments, saved), [*known, *kept])
-    assert 5 * one <= at_most <= 5 * one + small
+    for together, more in ((False, 0), (True, {"fused": 0, "states": 2, "scores": 4}[form])):
+        found = peak(lambda: backward.backward(incoming, *arguments, saved, together=together), [*known, *kept])  # noqa: B023
+        assert (5 + more) * one <= found <= (5 + more) * one + small
 
 
 # Addresses

@@ -53,7 +53,7 @@ from dydila_kernels.ops.gluon.stream import (
     stream_of,
     wait,
 )
-from dydila_kernels.ops.gradients import TableGradients, table_partials
+from dydila_kernels.ops.gradients import TableGradients, places_of
 from dydila_kernels.ops.tiles import launch, padded
 
 LN2 = gl.constexpr(0.6931471805599453)
@@ -118,11 +118,11 @@ def store_gradient(out, z, inverse, gamma, x, v, steep, linear, mask):
 
 
 @gluon.jit
-def gluon_gradients_kernel(tokens, segments, tables, stats, scaling, source, denominator, dots, grads, dv,
+def gluon_gradients_kernel(tokens, segments, tables, stats, scaling, source, denominator, dots, grads,
                            k: gl.constexpr):  # fmt: skip
     """One program for a tile of tokens of one side, all channels.
 
-    dv (T, d), where given: then source.matrix is (segments, H, e, J CHUNK), with the columns of each of the J chunks in
+    Where grads.dv is given, source.matrix is (segments, H, e, J CHUNK), with the columns of each of the J chunks in
     the order of :func:`place`; dots (2, H, T) float32, the sums of p . dy of each head, or None.  The other arguments
     as in :mod:`dydila_kernels.ops.arguments`.
     """
@@ -152,12 +152,13 @@ def gluon_gradients_kernel(tokens, segments, tables, stats, scaling, source, den
     sign = gl.where(neg_lam > 0.0, 1.0, gl.where(neg_lam < 0.0, -1.0, 0.0))
     # The scale of dy is left to the weights, where there is nothing beside it.
     unit = source.scale if denominator.vector is None else 1.0
-    PLACED: gl.constexpr = dv is not None
+    PLACED: gl.constexpr = grads.dv is not None
     STRIDE: gl.constexpr = J * CHUNK if PLACED else E
     active = ((renorm1 != 0.0) | (renorm2 != 0.0))[:, None]
 
     channels = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, lines(WARPS)))
-    out = inside[:, None] * k.D + channels[None, :]
+    out = inside[:, None] * grads.stride + channels[None, :]
+    first = place.token * grads.stride
     dtype: gl.constexpr = tokens.z.x.dtype.element_ty
     stream = stream_of(tokens, source, place, E, STRIDE, k.D, slots_for(E, dots is not None), WARPS)
     fetch_chunk(stream, 0, active, E, H, WARPS)
@@ -178,7 +179,7 @@ def gluon_gradients_kernel(tokens, segments, tables, stats, scaling, source, den
         weight2 = (renorm2 * neg_lam * scale)[:, None]
         for h in range(0, H):
             found = ()
-            if dv is not None:
+            if grads.dv is not None:
                 for _ in gl.static_range(0, J):
                     found += (gl.zeros([R, CHUNK], gl.float32, result(WARPS)),)
             begin(stream, h, active, E, STRIDE, H, WARPS)
@@ -193,14 +194,14 @@ def gluon_gradients_kernel(tokens, segments, tables, stats, scaling, source, den
                 x1, x2 = incoming(dy, source, denominator, h, c, place, there, sign, k, WARPS)
                 d1 += fold(p1 * x1)
                 d2 += fold(p2 * x2)
-                if dv is not None:
+                if grads.dv is not None:
                     hat = as_left((p1 * weight1 + p2 * weight2).to(dtype), True, WARPS)
                     found = add_products(found, hat, stream.blocks, slot_of(stream, h) * J + c, WARPS)
                 wait()
             end(stream, h, active, E, STRIDE, H, WARPS)
-            if dv is not None:
+            if grads.dv is not None:
                 for c in gl.static_range(0, J):
-                    at = dv + place.token * k.D + (h * E + c * CHUNK)
+                    at = grads.dv + first + (h * E + c * CHUNK)
                     gl.store(
                         at + out,
                         (from_result(found[c], WARPS) * source.scale).to(dtype),
@@ -228,8 +229,8 @@ def gluon_gradients_kernel(tokens, segments, tables, stats, scaling, source, den
     steep2 = (ratio2 * gamma2 * neg_lam * (scale * unit))[:, None]
     e1 = nothing(WARPS)
     e2 = nothing(WARPS)
-    dz = grads.dz + place.token * k.D
-    dz_redundant = grads.dz_redundant + place.token * k.D
+    dz = grads.dz + first
+    dz_redundant = grads.dz_redundant + first
     walked: gl.constexpr = H if dots is None else 0
     for h in range(0, H):
         head = walked + h
@@ -271,11 +272,11 @@ def gradients(
     """As :func:`dydila_kernels.ops.gradients.gradients`, which says when."""
     config = configs.pick(stage_of(source, denominator, dots), context.dtype, context.head_dim)
     programs = context.programs(config.block_n)
-    grads = table_partials(context, side, programs, dz, dz_redundant)
+    grads = places_of(context, side, programs, dz, dz_redundant, dv)
     launch(
         gluon_gradients_kernel, (programs,), config, tokens=context.tokens(side),
         segments=context.tiles(config.block_n), **context.measured(side), scaling=context.scaling(side), source=source,
-        denominator=denominator, dots=dots, grads=grads, dv=dv, k=context.constants(config, side.has_denominator),
+        denominator=denominator, dots=dots, grads=grads, k=context.constants(config, side.has_denominator),
     )  # fmt: skip
     assert grads.dlam is not None
     return TableGradients(grads.dgamma.sum(0), grads.dlam.sum(0))

@@ -329,7 +329,9 @@ def gemm_product(
 ) -> None:  # fmt: skip
     """As :func:`fused_product`."""
     divide = settings.has_denominator
-    if all(forms.why_not_gluon_tokens(context, side, decide=decide, divide=divide and side is q) is None for side in (q, k)):
+    if all(
+        forms.why_not_gluon_tokens(context, side, decide=decide, divide=divide and side is q) is None for side in (q, k)
+    ):
         from dydila_kernels.ops.gluon.routers import prepared
 
         q, k = prepared(context, (q, k))

@@ -176,6 +176,20 @@ def test_keeps_x_the_projections_and_the_attention() -> None:
     assert sorted(large) == sorted([x.nbytes] * 4 + [3 * x.nbytes] + [statistics])
 
 
+@pytest.mark.parametrize("form", ["fused", "gemm"])
+@pytest.mark.parametrize("options", [{}, {"differential": "map"}, {"differential": "off", "num_projectors": 0}])
+def test_the_gradient_of_qkv_is_not_copied(options: dict[str, Any], form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a part of the memory that holds the gradients of all tokens."""
+    if form == "gemm":
+        use_gemm(monkeypatch)
+    attn, x = layer_of(16, num_heads=2, **options), tokens(2, 9, 16)
+    found: list[Tensor] = []
+    attn.qkv.register_full_backward_hook(lambda module, inputs, outputs: found.append(outputs[0]))
+    attn(x.requires_grad_()).sum().backward()
+    count = 3 if options.get("num_projectors") == 0 else 5
+    assert [(t.shape[-1], t.stride(1)) for t in found] == [(3 * 16, count * 16)]
+
+
 @pytest.mark.usefixtures("poisoned")
 def test_nothing_reads_uninitialised_memory() -> None:
     for arguments in ({"mask": torch.rand(1, 29, device=DEVICE) < 0.7, "HW": (4, 7)}, PACKED):

@@ -328,10 +328,10 @@ def gemm_product(
     out: Tensor, *, decide: bool, add: bool,
 ) -> None:  # fmt: skip
     """As :func:`fused_product`."""
-    divide = settings.has_denominator
-    if all(
-        forms.why_not_gluon_tokens(context, side, decide=decide, divide=divide and side is q) is None for side in (q, k)
-    ):
+    reason = forms.why_not_gluon_tokens(context, k, decide=decide) or forms.why_not_gluon_tokens(
+        context, q, decide=decide, divide=settings.has_denominator
+    )
+    if reason is None:
         from dydila_kernels.ops.gluon.routers import prepared
 
         q, k = prepared(context, (q, k))

@@ -174,7 +174,8 @@ def store_table(out, sums, NUM_OPTIONS: tl.constexpr):
 def store_gradient(out, stride, total, branch, c, squares, g, dlogits, router, tile, columns, col_mask, active_rows, k):
     """Writes dZ of a tile (R, C) of one branch; returns the sum (R,) of p log2(s) t, plus that of other tiles.
 
-    out (T, d), its rows ``stride`` apart, a constant; squares (T,), |p|^2; dlogits (R, n_F padded) of router (d, n_F), or None.
+    out (T, d), its rows ``stride`` apart, a constant; squares (T,), |p|^2; dlogits (R, n_F padded) of router (d, n_F),
+    or None.
     """
     s, log, q = power_parts(branch, columns, active_rows[:, None] & col_mask[None, :], k.FAST)
     power = tl.load(squares + tile.token_ids, mask=active_rows, other=0.0)
@@ -207,8 +208,8 @@ def last_walk(grads, stats, c1, c2, branches, source, denominator, routers, dlog
             dy, u = incoming(x, source, denominator, h, c + chunk, tile, active_rows, k)
             columns, col_mask = h * E + c + chunk, c + chunk < E
             g = gradient_of_phi(dy, u, branches[0], dlogits_d, routers.differential, columns, col_mask, k)
-            total1 = store_gradient(grads.dz, grads.stride, total1, branches[0], c1, stats.norms + 2 * tile.T, g, dlogits1,
-                                    routers.kernel, tile, columns, col_mask, active_rows, k)  # fmt: skip
+            total1 = store_gradient(grads.dz, grads.stride, total1, branches[0], c1, stats.norms + 2 * tile.T, g,
+                                    dlogits1, routers.kernel, tile, columns, col_mask, active_rows, k)  # fmt: skip
             if len(branches) == 2:
                 second = None if routers.differential is None else routers.differential + k.D * k.N_D
                 g = gradient_of_phi(dy, u, branches[1], dlogits_d, second, columns, col_mask, k)

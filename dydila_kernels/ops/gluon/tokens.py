@@ -17,7 +17,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from dydila_kernels.ops import configs
 from dydila_kernels.ops.arguments import Denominator
 from dydila_kernels.ops.context import LaunchContext, QKOperand
 from dydila_kernels.ops.gluon.common import inverse_of, place_of, row_scale_of

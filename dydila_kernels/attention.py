@@ -343,7 +343,7 @@ class DyDiLAttention(nn.Module):
             tuple(Projector(projection.weight, projection.router) for projection in projections),
             self._norms(),
             self._tables(),
-            self._convolution(call.grids),
+            self._convolution(call.grids, torch_backend),
             Linear(self.proj.weight, self.proj.bias),
         )
 
@@ -353,7 +353,7 @@ class DyDiLAttention(nn.Module):
 
     def _attention(self, call: CheckedArgs, backend: Backend) -> Tensor:
         """Eqs. 1-9: (B, N, d)."""
-        inputs, convolution = self._core_inputs(call.x, backend), self._convolution(call.grids)
+        inputs, convolution = self._core_inputs(call.x, backend), self._convolution(call.grids, backend)
         attend = partial(backend.attend, inputs, self._options(call), mask=call.mask, cu_seqlens=call.cu_seqlens)
         if convolution is not None and self._convolves_apart(call, backend):
             return depthwise(attend(), call.visible(inputs.v), convolution)
@@ -389,10 +389,10 @@ class DyDiLAttention(nn.Module):
         gamma, kernel_routers = self.measure()
         return gamma, lam, kernel_routers, differential_routers
 
-    def _convolution(self, grids: Grids) -> Convolution | None:
+    def _convolution(self, grids: Grids, backend: Backend) -> Convolution | None:
         if self.dwc is None:
             return None
-        weight, bias = self.dwc()
+        weight, bias = self.dwc(backend)
         return Convolution(weight, bias, grids)
 
     def __prepare_scriptable__(self) -> NoReturn:

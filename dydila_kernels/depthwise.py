@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dydila_kernels import checks
-from dydila_kernels.precision import accumulation_dtype
+from dydila_kernels import checks, torch_backend
+from dydila_kernels.types import Backend
 
 SIZES = {"3x3": (3, 3), "1x3": (1, 3), "3x1": (3, 1), "1x1": (1, 1)}
 """Rows and columns of a branch's kernel; "identity" passes the tokens through and has none."""
@@ -76,21 +75,13 @@ class DepthwiseConv(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def fused_weight(self) -> tuple[Tensor, Tensor | None]:
+    def fused_weight(self, backend: Backend = torch_backend) -> tuple[Tensor, Tensor | None]:
         """The 3x3 kernel (d, 1, 3, 3) that equals the sum of the branches, and the bias (d,) or None."""
-        return (self.sum_of(self.branches()) if self.weight is None else self.weight), self.bias
+        return (self.sum_of(self.branches(), backend) if self.weight is None else self.weight), self.bias
 
-    def sum_of(self, branches: Mapping[str, Tensor]) -> Tensor:
+    def sum_of(self, branches: Mapping[str, Tensor], backend: Backend = torch_backend) -> Tensor:
         """The branches, and the identity, as one kernel, in float32 at least."""
-        total: Tensor | None = None
-        for name, weight in branches.items():
-            rows, columns = SIZES[name]
-            pad = ((3 - columns) // 2, (3 - columns) // 2, (3 - rows) // 2, (3 - rows) // 2)
-            kernel = F.pad(weight, pad) if any(pad) else weight
-            # The sum takes the dtype of the total.
-            total = kernel.to(accumulation_dtype(weight.dtype)) if total is None else total + kernel
-        assert total is not None
-        return total + F.pad(torch.ones_like(total[..., 1:2, 1:2]), (1, 1, 1, 1)) if "identity" in self.names else total
+        return backend.taps(branches, "identity" in self.names)
 
     def fuse(self) -> DepthwiseConv:
         """Holds the summed kernel in place of the branches, for inference; asking twice changes nothing."""
@@ -102,10 +93,10 @@ class DepthwiseConv(nn.Module):
                 self.bias.requires_grad_(False)
         return self
 
-    def forward(self) -> tuple[Tensor, Tensor | None]:
+    def forward(self, backend: Backend = torch_backend) -> tuple[Tensor, Tensor | None]:
         """As :meth:`fused_weight`: the layer calls the module for its tensors, so that hooks fire, and the backend
         convolves."""
-        weight, bias = self.fused_weight()
+        weight, bias = self.fused_weight(backend)
         return checks.outliving(self, weight), None if bias is None else checks.outliving(self, bias)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:

@@ -5,7 +5,7 @@ Symbols: B batch, N tokens, d channels, e = d/H channels of a head; tokens are (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
@@ -163,6 +163,10 @@ class Backend(Protocol):
 
     def project(self, x: Tensor, weight: Tensor, plan: Any) -> Tensor:
         """Eq. 2: x (B, N, d), weight (n_P, d, e), one :meth:`plan` -> (B, N, e) in the dtype of x."""
+
+    def taps(self, branches: Mapping[str, Tensor], identity: bool) -> Tensor:
+        """The kernel of Eq. 9: the sum (d, 1, 3, 3), in float32 at least, of kernels (d, 1, rows, columns) of one or
+        three rows and columns, and of the identity."""
 
     def attend(
         self,

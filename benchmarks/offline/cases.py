@@ -14,7 +14,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from dydila_kernels.ops import backward, core, depthwise, forms, projection
+from dydila_kernels.depthwise import SIZES
+from dydila_kernels.ops import backward, core, depthwise, forms, projection, taps
 
 IMAGES, ROWS, COLUMNS = 4, 64, 64
 TOKENS = ROWS * COLUMNS
@@ -94,6 +95,9 @@ def convolve(dtype: torch.dtype, d: int) -> None:
     v = v.flatten(0, 1)[None, : 2 * TOKENS]
     depthwise.depthwise(v, v, weight, None, packed, mask)
     depthwise.depthwise_gradients(v, v, v, weight, packed, mask)
+    branches = {name: empty(d, 1, *size, dtype=dtype) for name, size in SIZES.items()}
+    kernel = taps.taps(branches, identity=True)
+    taps.taps_gradients(kernel, {name: (t.shape, t.dtype) for name, t in branches.items()})
 
 
 VARIANTS: tuple[dict[str, Any], ...] = (

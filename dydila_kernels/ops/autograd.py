@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dydila_kernels.ops import backward, core, projection
+from dydila_kernels.ops import backward, core, projection, taps
 from dydila_kernels.ops.core import Inputs, SavedForBackward, Settings
 from dydila_kernels.precision import autocast_dtype, no_autocast
 from dydila_kernels.types import Ranks
@@ -193,3 +193,27 @@ class RoutedProjection(torch.autograd.Function):
         return output
 
     backward = staticmethod(differentiate_projection)
+
+
+# The kernel of the convolution ----------------------------------------------------------------------------------------
+
+
+def taps_forward(names: Sequence[str], identity: bool, weights: Sequence[Tensor]) -> Tensor:
+    """Branches of the convolution (d, 1, rows, columns) by their names -> (d, 1, 3, 3) float32."""
+    with launching_for(weights[0]):
+        return taps.taps(dict(zip(names, weights, strict=True)), identity)
+
+
+class Taps(torch.autograd.Function):
+    """:func:`taps_forward` and its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, names: Sequence[str], identity: bool, *weights: Tensor) -> Tensor:
+        ctx.branches = {name: (weight.shape, weight.dtype) for name, weight in zip(names, weights, strict=True)}
+        return taps_forward(names, identity, weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
+        with launching_for(grad):
+            return None, None, *taps.taps_gradients(grad, ctx.branches).values()

@@ -7,7 +7,7 @@ its shapes and its launcher, are in one file:
     Eqs. 5-7        :mod:`tokens`             the statistics of a token
     Eqs. 8, 10      :mod:`linear_attention`   state and readout; :mod:`gemm` where heads are wide
                     :mod:`rotary`             what turns Qh and Kh in between
-    Eq. 9           :mod:`depthwise`          the convolution of V
+    Eq. 9           :mod:`depthwise`          the convolution of V; :mod:`taps` its kernel
     gradients       :mod:`gradients`          of the tokens; :mod:`straight_through` of trained routers
 
 :mod:`core` and :mod:`backward` order the launches; :mod:`autograd` and :mod:`operators` make one function of them.
@@ -15,7 +15,7 @@ its shapes and its launcher, are in one file:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -38,6 +38,11 @@ def plan(index: Tensor, num_projectors: int) -> list[Plan]:
 def project(x: Tensor, weight: Tensor, plan: Plan) -> Tensor:
     """Eq. 2: x (B, N, d), weight (n_P, d, e) and its plan -> (B, N, e), differentiable in x and weight."""
     return operators.project(x, weight, plan)
+
+
+def taps(branches: Mapping[str, Tensor], identity: bool) -> Tensor:
+    """The kernel of Eq. 9 from its branches: (d, 1, 3, 3) float32, differentiable."""
+    return operators.taps(branches, identity)
 
 
 def attend(

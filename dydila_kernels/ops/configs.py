@@ -216,6 +216,8 @@ TABLE |= {
     for precision in ("half", "single")
 }
 
+TABLE["taps", "single"] = (Entry(ANY, Config(1, 256, 2, reason="four channels a thread; the width is of no weight")),)
+
 Key = tuple[str, str, int]
 """Stage, precision and exact width."""
 

@@ -16,13 +16,14 @@ formulas of :mod:`dydila_kernels.ops.flops`; a counter learns them when it is ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from dydila_kernels import torch_backend
 from dydila_kernels.ops import autograd, core, flops
 from dydila_kernels.ops.autograd import INPUTS, SAVED, can_bypass_dispatcher
 from dydila_kernels.ops.core import Inputs, SavedForBackward, Settings
@@ -183,6 +184,19 @@ def project(x: Tensor, weight: Tensor, plan: Plan) -> Tensor:
         return projection_op(x, weight, *plan)
     function = autograd.RoutedProjection.apply if torch.is_grad_enabled() else autograd.projection_forward
     return function(x, weight, *plan)
+
+
+# Convolution ----------------------------------------------------------------------------------------------------------
+
+
+def taps(branches: Mapping[str, Tensor], identity: bool) -> Tensor:
+    """The kernel of Eq. 9 from its branches (d, 1, rows, columns): (d, 1, 3, 3) float32."""
+    names, weights = zip(*branches.items(), strict=True)
+    if not can_bypass_dispatcher(weights[0]):
+        return torch_backend.taps(branches, identity)  # which a compiler makes one kernel of
+    if torch.is_grad_enabled():
+        return autograd.Taps.apply(names, identity, *weights)
+    return autograd.taps_forward(names, identity, weights)
 
 
 for _name, _formula in flops.FORMULAS.items():

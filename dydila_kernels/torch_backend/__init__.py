@@ -29,7 +29,7 @@ the same arithmetic.
 
 from dydila_kernels.torch_backend.blocks import is_transformed, takes_blocks, takes_plain_path
 from dydila_kernels.torch_backend.core import attend, decisions
-from dydila_kernels.torch_backend.depthwise import depthwise
+from dydila_kernels.torch_backend.depthwise import depthwise, taps
 from dydila_kernels.torch_backend.layer_operators import differentiates, layer
 from dydila_kernels.torch_backend.products import linear
 from dydila_kernels.torch_backend.projection import plan, project, projection_logits, route, straight_through
@@ -49,4 +49,5 @@ __all__ = [
     "straight_through",
     "takes_blocks",
     "takes_plain_path",
+    "taps",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,19 @@ from dydila_kernels import reference
 from dydila_kernels.precision import accumulation_dtype, no_autocast
 from dydila_kernels.torch_backend.blocks import Workspace, block_rows, differentiable_gradients, takes_plain_path
 from dydila_kernels.types import Convolution, Grid, Grids, frames_of
+
+
+def taps(branches: Mapping[str, Tensor], identity: bool) -> Tensor:
+    """The sum (d, 1, 3, 3) of the branches (d, 1, rows, columns) and of the identity, in float32 at least."""
+    total: Tensor | None = None
+    for weight in branches.values():
+        rows, columns = weight.shape[-2:]
+        pad = ((3 - columns) // 2, (3 - columns) // 2, (3 - rows) // 2, (3 - rows) // 2)
+        kernel = F.pad(weight, pad) if any(pad) else weight
+        # The sum takes the dtype of the total.
+        total = kernel.to(accumulation_dtype(weight.dtype)) if total is None else total + kernel
+    assert total is not None
+    return total + F.pad(torch.ones_like(total[..., 1:2, 1:2]), (1, 1, 1, 1)) if identity else total
 
 
 class Strip(NamedTuple):

@@ -161,9 +161,7 @@ def test_allocates_nothing_of_the_size_of_the_tokens_but_the_results(view: bool,
     one = out.nbytes
     kept = [t for t in saved if t is not None]
     small = sum(t.nbytes for t in kept) + one // 2  # partial sums, and products of tokens, of which N < d
-    if (
-        not tiles.INTERPRETED
-    ):  # in the Gluon form: of both sides and branches five parts of routers of 16 choices, 2 bytes each
+    if not tiles.INTERPRETED:  # in the Gluon form: of sides and branches five parts of routers, 16 choices of 2 bytes
         small += 2 * 2 * 5 * 16 * 2 * (dim + 256)
     at_most = peak(lambda: core.forward(*arguments), known)
     assert one <= at_most <= one * (1 if form == "fused" else 2) + small

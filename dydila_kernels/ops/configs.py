@@ -216,7 +216,7 @@ TABLE |= {
     for precision in ("half", "single")
 }
 
-TABLE["taps", "single"] = (Entry(ANY, Config(1, 256, 2, reason="four channels a thread; the width is of no weight")),)
+TABLE["taps", "single"] = (Entry(ANY, Config(1, 128, 4, reason="one channel a thread: all its loads at once")),)
 
 Key = tuple[str, str, int]
 """Stage, precision and exact width."""

@@ -8,11 +8,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.harness import Row
 from benchmarks.offline import compiling as compiling_jobs
 from benchmarks.offline.prediction import call
 from benchmarks.offline.prediction.code import Instruction, parse
+from benchmarks.offline.prediction.launches import launch_of
 from benchmarks.offline.prediction.machine import H200, TARGET, cost, passes
 from benchmarks.offline.prediction.predict import Binary, Launch, predict
 from benchmarks.offline.prediction.values import PARAMETERS, Values
@@ -106,6 +108,16 @@ def test_loops_and_addresses_of_a_launch() -> None:
     assert many.floor == few.floor == prediction.floor  # all programs read the same
     assert many.microseconds > 3 * few.microseconds
     assert few.pipes["dram"] < 2 * few.floor
+
+
+def test_views_count_for_what_they_are() -> None:
+    """A third of the rows of a tensor moves a third of its bytes, and two views of one part no more than one."""
+    whole = torch.empty(4, 8, 96, device="meta", dtype=torch.bfloat16)
+    q, k, v = whole.chunk(3, -1)
+    for arguments, size in (((q,), 1), ((q, k), 2), ((q, q), 1), ((q, k, v), 3), ((whole, q), 3)):
+        bound = {str(n): t for n, t in enumerate(arguments)}
+        (tensor,) = launch_of((1,), bound, dict.fromkeys(bound, "*bf16")).tensors
+        assert (tensor.stop - tensor.start, tensor.size) == (whole.nbytes, size * q.numel() * 2)
 
 
 def test_a_loop_that_ends_by_data_is_named() -> None:

@@ -46,6 +46,7 @@ def address(tensor: torch.Tensor, tensors: dict[int, Tensor]) -> int:
     storage = tensor.untyped_storage()
     base = (len(tensors) + 1) << 36
     found = tensors.setdefault(storage._cdata, Tensor(base, base + storage.nbytes()))
+    found.parts[tensor.storage_offset(), tuple(tensor.shape), tensor.stride()] = tensor.numel() * tensor.element_size()
     return int(found.start + tensor.storage_offset() * tensor.element_size())
 
 

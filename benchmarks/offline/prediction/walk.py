@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -30,10 +31,18 @@ ADDRESS = re.compile(r"(?:desc\[UR\d+\])?\[(U?R\d+|U?RZ)?(\.64|\.U32|\.X16)?(?:\
 
 @dataclass(frozen=True)
 class Tensor:
-    """A stretch of the launch's memory, in bytes."""
+    """A stretch of the launch's memory, in bytes; ``parts``: the sizes of the views of it among the arguments, by what
+    tells views apart; without any all of it is meant."""
 
     start: int
     stop: int
+    parts: dict[tuple[Any, ...], int] = field(default_factory=dict, compare=False)
+
+    @property
+    def size(self) -> int:
+        """Bytes that the launch may touch."""
+        whole = self.stop - self.start
+        return min(whole, sum(self.parts.values())) if self.parts else whole
 
 
 @dataclass

@@ -14,12 +14,13 @@ from dydila_kernels.checks import CheckedArgs, is_plain
 from dydila_kernels.depthwise import DepthwiseConv
 from dydila_kernels.differential import TokenDifferential
 from dydila_kernels.functional import agreeing, backend_of, core_inputs
-from dydila_kernels.linear import linear, thirds
+from dydila_kernels.linear import linear
 from dydila_kernels.measure import DynamicMeasureKernel
 from dydila_kernels.norms import NORMS, check_norm, norm_of, normed
 from dydila_kernels.precision import autocast_dtype
 from dydila_kernels.projection import DynamicProjection, choices
 from dydila_kernels.routing import Routing
+from dydila_kernels.thirds import thirds
 from dydila_kernels.torch_backend import depthwise, takes_blocks
 from dydila_kernels.types import (
     Backend,

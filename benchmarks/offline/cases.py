@@ -137,7 +137,8 @@ def attend(dtype: torch.dtype, d: int, head: int, size: Size = Size(), **variant
     """The core of attention, forward and backward."""
     tokens = size.rows * size.columns
     shape = (1, size.images * tokens, d) if "cu_seqlens" in variant else (size.images, tokens, d)
-    q, k, v, q_redundant, k_redundant = (empty(*shape, dtype=dtype) for _ in range(5))
+    q, k, v = empty(*shape[:2], 3 * d, dtype=dtype).chunk(3, -1)
+    q_redundant, k_redundant = (empty(*shape, dtype=dtype) for _ in range(2))
     inputs = core.Inputs(
         q, k, v, q_redundant, k_redundant,
         gamma=empty(size.factors),

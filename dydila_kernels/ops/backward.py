@@ -18,6 +18,7 @@ from dydila_kernels.ops.linear_attention import correlation, state
 from dydila_kernels.ops.rotary import add_table_gradients, rotate
 from dydila_kernels.ops.straight_through import straight_through_gradients
 from dydila_kernels.ops.tokens import tokens
+from dydila_kernels.thirds import side_by_side
 from dydila_kernels.types import Ranks
 
 
@@ -65,8 +66,8 @@ def backward(
 ) -> InputGradients:  # fmt: skip
     """The gradients, from that of the output (B, N, d).
 
-    Those of the tokens lie beside each other, (B, N, 5d), unless they are to be apart: those of q, k, v then are that
-    of the projection that they are thirds of, without a copy.
+    Where q, k, v lie side by side, as thirds of a projection, and ``together`` allows it, so do those of the tokens,
+    (B, N, 5d): those of q, k, v then are that of the projection, without a copy.
     """
     if core.working_dtype(inputs, settings) != inputs.q.dtype:
         wide = core.widened(inputs, settings)
@@ -117,7 +118,7 @@ def backward(
 def empty_gradients(inputs: Inputs, together: bool) -> list[Tensor | None]:
     """Memory for those of the tokens, (B, N, d) each."""
     given = [t for t in inputs[:5] if t is not None]
-    if together:
+    if together and side_by_side(given[:3]) is not None:
         batch, length, dim = inputs.q.shape
         made = iter(inputs.q.new_empty(batch, length, len(given) * dim).chunk(len(given), -1))
     else:

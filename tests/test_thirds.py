@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dydila_kernels.linear import side_by_side, thirds
+from dydila_kernels.thirds import side_by_side, thirds
 
 D = 4
 

@@ -49,7 +49,7 @@ KERNELS = {
     "state": ("state_kernel",),
     "readout": ("readout_kernel", "product_kernel"),
     "gradients": ("gluon_dots_kernel", "state_kernel", "gradients_kernel", "gluon_gradients_kernel"),
-    "convolution": ("taps_kernel", "depthwise_kernel", "depthwise_gradients_kernel", "taps_gradients_kernel"),
+    "convolution": ("taps_kernel", "depthwise_kernel", "depthwise_gradients_kernel"),
 }  # fmt: skip
 """What a stage launches, in the mode that it is of.  Where there is no such launch, state and readout are what torch
 does after the tokens of the keys, and of the queries."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dydila_kernels import checks, routing, torch_backend
 from dydila_kernels.checks import CheckedArgs, is_plain
-from dydila_kernels.depthwise import DepthwiseConv
+from dydila_kernels.depthwise import DepthwiseConv, kernel_of
 from dydila_kernels.differential import TokenDifferential
 from dydila_kernels.functional import agreeing, backend_of, core_inputs
 from dydila_kernels.linear import linear
@@ -20,7 +20,7 @@ from dydila_kernels.norms import NORMS, check_norm, norm_of, normed
 from dydila_kernels.precision import autocast_dtype
 from dydila_kernels.projection import DynamicProjection, choices
 from dydila_kernels.routing import Routing
-from dydila_kernels.thirds import thirds
+from dydila_kernels.thirds import thirds_of
 from dydila_kernels.torch_backend import depthwise, takes_blocks
 from dydila_kernels.types import (
     Backend,
@@ -362,7 +362,7 @@ class DyDiLAttention(nn.Module):
 
     def _core_inputs(self, x: Tensor, backend: Backend) -> CoreInputs:
         """Q, K, V, Q', K' of Eqs. 1-2, and the tables."""
-        tokens = thirds(linear(self.qkv, x))
+        tokens = thirds_of(self.qkv, x)
         inputs = core_inputs(tokens, self._redundant(x, backend), self._norms(), self._tables(), self.differential_kind)
         return agreeing(inputs, x.shape)
 
@@ -393,7 +393,7 @@ class DyDiLAttention(nn.Module):
     def _convolution(self, grids: Grids, backend: Backend) -> Convolution | None:
         if self.dwc is None:
             return None
-        weight, bias = self.dwc(backend)
+        weight, bias = kernel_of(self.dwc, backend)
         return Convolution(weight, bias, grids)
 
     def __prepare_scriptable__(self) -> NoReturn:

@@ -12,10 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dydila_kernels import checks, torch_backend
-from dydila_kernels.types import Backend
-
-SIZES = {"3x3": (3, 3), "1x3": (1, 3), "3x1": (3, 1), "1x1": (1, 1)}
-"""Rows and columns of a branch's kernel; "identity" passes the tokens through and has none."""
+from dydila_kernels.types import SIZES, Backend
 
 
 class Branches(nn.ParameterDict):
@@ -81,7 +78,9 @@ class DepthwiseConv(nn.Module):
 
     def sum_of(self, branches: Mapping[str, Tensor], backend: Backend = torch_backend) -> Tensor:
         """The branches, and the identity, as one kernel, in float32 at least."""
-        return backend.taps(branches, "identity" in self.names)
+        identity = "identity" in self.names
+        total = backend.taps(branches, identity)
+        return torch_backend.taps(branches, identity) if total is None else total
 
     def fuse(self) -> DepthwiseConv:
         """Holds the summed kernel in place of the branches, for inference; asking twice changes nothing."""
@@ -113,3 +112,10 @@ class DepthwiseConv(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.dim}, branches={self.names}" + (", fused" if self.weight is not None else "")
+
+
+def kernel_of(dwc: DepthwiseConv, backend: Backend) -> tuple[Tensor, Tensor | None]:
+    """What the module returns, made by the backend; a tracer, and one that is hooked or replaced, know of no backend."""
+    apart = backend is torch_backend or torch.compiler.is_compiling() or not checks.is_plain(dwc, DepthwiseConv)
+    found: tuple[Tensor, Tensor | None] = dwc() if apart else dwc(backend)
+    return found

@@ -1,6 +1,6 @@
 """Q, K, V as the thirds of what the projection ``qkv`` makes, whose gradient nobody has to put together.
 
-The kernels write the gradients of tokens as the tokens lie: those of thirds side by side.
+The kernels write the gradients of such thirds side by side.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dydila_kernels.checks import is_plain
+from dydila_kernels.linear import linear
 from dydila_kernels.torch_backend.blocks import takes_plain_path
 
 
@@ -19,12 +21,17 @@ class Thirds(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
         return qkv.chunk(3, -1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        whole = None if torch.is_grad_enabled() else side_by_side(grads)
-        return torch.cat(grads, -1) if whole is None else whole
+    def backward(ctx: Any, *grads: Tensor | None) -> Tensor | None:
+        given = [grad for grad in grads if grad is not None]
+        if not given:
+            return None
+        parts = [torch.zeros_like(given[0]) if grad is None else grad for grad in grads]
+        whole = None if torch.is_grad_enabled() else joined(parts)
+        return torch.cat(parts, -1) if whole is None else whole
 
 
 def thirds(qkv: Tensor) -> tuple[Tensor, ...]:
@@ -33,8 +40,14 @@ def thirds(qkv: Tensor) -> tuple[Tensor, ...]:
     return Thirds.apply(qkv) if known else qkv.chunk(3, -1)
 
 
-def side_by_side(parts: Sequence[Tensor]) -> Tensor | None:
-    """The tensor (.., n d) that these n (.., d) are the parts of, a view; or None, where they are not."""
+def thirds_of(qkv: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    """Q, K, V (B, N, d) of x (B, N, d).  What is hooked or replaced may want a gradient in memory of its own."""
+    tokens = linear(qkv, x)
+    return thirds(tokens) if is_plain(qkv, nn.Linear) else tokens.chunk(3, -1)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor | None:
+    """The tensor (.., n d) whose parts (.., d) these are, in their memory; None where they do not lie side by side."""
     first, width = parts[0], parts[0].shape[-1]
     storage, place, strides = first.untyped_storage().data_ptr(), first.storage_offset(), first.stride()
     if strides[-1] != 1 or any(stride < width * len(parts) for stride in strides[:-1]):
@@ -44,4 +57,5 @@ def side_by_side(parts: Sequence[Tensor]) -> Tensor | None:
             return None
         if part.storage_offset() != place + i * width or part.untyped_storage().data_ptr() != storage:
             return None
-    return first.as_strided((*first.shape[:-1], width * len(parts)), strides, place)
+    # No view, whose base would know of its changes.
+    return first.new_empty(0).set_(first.untyped_storage(), place, (*first.shape[:-1], width * len(parts)), strides)

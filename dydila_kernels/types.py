@@ -149,6 +149,10 @@ class Ranks(Protocol):
         """Each tensor becomes its sum, or its maximum, over the ranks; all of them call this at once."""
 
 
+SIZES = {"3x3": (3, 3), "1x3": (1, 3), "3x1": (3, 1), "1x1": (1, 1)}
+"""Rows and columns of the kernel of a branch of Eq. 9; "identity" passes the tokens through and has none."""
+
+
 class Backend(Protocol):
     """What the layer asks of a backend: :mod:`dydila_kernels.torch_backend`, :mod:`dydila_kernels.ops.backend`.
 
@@ -164,9 +168,9 @@ class Backend(Protocol):
     def project(self, x: Tensor, weight: Tensor, plan: Any) -> Tensor:
         """Eq. 2: x (B, N, d), weight (n_P, d, e), one :meth:`plan` -> (B, N, e) in the dtype of x."""
 
-    def taps(self, branches: Mapping[str, Tensor], identity: bool) -> Tensor:
-        """The kernel of Eq. 9: the sum (d, 1, 3, 3), in float32 at least, of kernels (d, 1, rows, columns) of one or
-        three rows and columns, and of the identity."""
+    def taps(self, branches: Mapping[str, Tensor], identity: bool) -> Tensor | None:
+        """The kernel of Eq. 9: the sum (d, 1, 3, 3), in float32 at least, of the kernels of :data:`SIZES` and of the
+        identity; or None, where plain PyTorch is to make it."""
 
     def attend(
         self,

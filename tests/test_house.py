@@ -27,8 +27,9 @@ MAY_IMPORT = {
     "measure": {"routers"},
     "differential": {"routers"},
     "projection": {"precision", "routers", "torch_backend", "types"},
-    "depthwise": {"checks", "precision"},
+    "depthwise": {"checks", "torch_backend", "types"},
     "linear": {"checks", "precision", "torch_backend"},
+    "thirds": {"checks", "linear", "torch_backend"},
     "routing": {"precision", "projection", "reference", "types", "attention"},  # the layer for its type alone
     "norms": {"checks"},
     "attention": {
@@ -38,6 +39,7 @@ MAY_IMPORT = {
         "norms",
         "precision",
         "routing",
+        "thirds",
         "torch_backend",
         "types",
         *MODULES,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dydila_kernels.thirds import side_by_side, thirds
+from dydila_kernels.thirds import joined, thirds
 
 D = 4
 
@@ -30,10 +30,10 @@ def parts_of(place: str) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("place", ["side by side", "further on"])
-def test_what_lies_side_by_side_is_not_copied(place: str) -> None:
+def test_what_lies_joined_is_not_copied(place: str) -> None:
     parts = parts_of(place)
-    whole = side_by_side(parts)
-    assert whole is not None and whole.data_ptr() == parts[0].data_ptr()
+    whole = joined(parts)
+    assert whole is not None and whole.data_ptr() == parts[0].data_ptr() and not whole._is_view()
     assert torch.equal(whole, torch.cat(parts, -1))
 
 
@@ -42,7 +42,7 @@ def test_what_lies_side_by_side_is_not_copied(place: str) -> None:
 )
 def test_what_lies_elsewhere_is_copied(place: str) -> None:
     parts = parts_of(place)
-    assert side_by_side(parts) is None
+    assert joined(parts) is None
     qkv = torch.randn(2, 3, 3 * D, requires_grad=True)
     torch.autograd.backward(thirds(qkv), parts)
     assert torch.equal(qkv.grad, torch.cat(parts, -1))
@@ -104,3 +104,19 @@ def test_second_derivatives_and_transforms() -> None:
     expected = torch.func.jacrev(lambda t: torch.stack([*t.chunk(3, -1)]).prod(0))(qkv.detach())
     assert torch.allclose(torch.func.jacrev(product)(qkv.detach()), expected)
     assert torch.allclose(torch.func.jacfwd(product)(qkv.detach()), expected)
+
+
+def test_thirds_of_one_call() -> None:
+    are_thirds = pytest.importorskip("dydila_kernels.ops.autograd").are_thirds
+    qkv, other = (torch.randn(1, 2, 3 * D, requires_grad=True) for _ in range(2))
+    (q, k, v), (_, _, w) = thirds(qkv), thirds(other)
+    assert are_thirds(q, k, v)
+    assert not are_thirds(q, k, w) and not are_thirds(q, k, v.clone()) and not are_thirds(*qkv.chunk(3, -1))
+    assert not are_thirds(*(t.detach() for t in (q, k, v)))
+
+
+def test_no_gradient_stays_none() -> None:
+    qkv = torch.randn(1, 2, 3 * D, requires_grad=True)
+    q, k, _ = thirds(qkv)
+    torch.autograd.backward([k], [torch.ones_like(q)])
+    assert torch.equal(qkv.grad, torch.cat([torch.zeros_like(q), torch.ones_like(q), torch.zeros_like(q)], -1))

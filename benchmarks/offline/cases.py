@@ -14,8 +14,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from dydila_kernels.depthwise import SIZES
 from dydila_kernels.ops import backward, core, depthwise, forms, projection, taps
+from dydila_kernels.types import SIZES
 
 IMAGES, ROWS, COLUMNS = 4, 64, 64
 TOKENS = ROWS * COLUMNS
@@ -96,8 +96,7 @@ def convolve(dtype: torch.dtype, d: int) -> None:
     depthwise.depthwise(v, v, weight, None, packed, mask)
     depthwise.depthwise_gradients(v, v, v, weight, packed, mask)
     branches = {name: empty(d, 1, *size, dtype=dtype) for name, size in SIZES.items()}
-    kernel = taps.taps(branches, identity=True)
-    taps.taps_gradients(kernel, {name: (t.shape, t.dtype) for name, t in branches.items()})
+    taps.taps(branches, identity=True)
 
 
 VARIANTS: tuple[dict[str, Any], ...] = (
@@ -137,8 +136,7 @@ def attend(dtype: torch.dtype, d: int, head: int, size: Size = Size(), **variant
     """The core of attention, forward and backward."""
     tokens = size.rows * size.columns
     shape = (1, size.images * tokens, d) if "cu_seqlens" in variant else (size.images, tokens, d)
-    q, k, v = empty(*shape[:2], 3 * d, dtype=dtype).chunk(3, -1)
-    q_redundant, k_redundant = (empty(*shape, dtype=dtype) for _ in range(2))
+    q, k, v, q_redundant, k_redundant = (empty(*shape, dtype=dtype) for _ in range(5))
     inputs = core.Inputs(
         q, k, v, q_redundant, k_redundant,
         gamma=empty(size.factors),
@@ -164,4 +162,4 @@ def attend(dtype: torch.dtype, d: int, head: int, size: Size = Size(), **variant
         rotary_gradient=False,
     )._replace(**variant)
     out, saved = core.forward(inputs, settings)
-    backward.backward(out, inputs, settings, saved)
+    backward.backward(out, inputs, settings, saved, together=True)

@@ -84,7 +84,7 @@ def attention_forward(*arguments: Any, ranks: Ranks | None = None) -> tuple[Any,
 
 
 def attention_backward(
-    grad: Tensor, *arguments: Any, ranks: Ranks | None = None, together: bool = True
+    grad: Tensor, *arguments: Any, ranks: Ranks | None = None, together: bool = False
 ) -> tuple[Tensor | None, ...]:
     """:class:`InputGradients`, from the gradient of the output (B, N, d); ``together``: see :func:`backward.backward`.
 
@@ -104,7 +104,7 @@ def save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def differentiate_attention(
-    ctx: Any, grad: Tensor | None, *_: Any, ranks: Ranks | None = None
+    ctx: Any, grad: Tensor | None, *_: Any, ranks: Ranks | None = None, together: bool = False
 ) -> tuple[Tensor | None, ...]:
     """A gradient, or None, for each argument of :func:`attention_forward`; grad (B, N, d) or None."""
     refuse_second_derivative()
@@ -114,7 +114,7 @@ def differentiate_attention(
     saved = ctx.saved_tensors
     arguments = *saved[: INPUTS + 1], *ctx.settings, *saved[INPUTS + 1 :]
     if ranks is not None or can_bypass_dispatcher(grad):
-        return *attention_backward(grad, *arguments, ranks=ranks), *nothing
+        return *attention_backward(grad, *arguments, ranks=ranks, together=together), *nothing
     found = torch.ops.dydila_kernels.attention_backward(grad, *arguments)
     settings = Settings(saved[INPUTS], *ctx.settings)
     # The operator returns an empty tensor where there is no gradient.
@@ -122,19 +122,25 @@ def differentiate_attention(
     return *(g if w else None for g, w in zip(found, wanted, strict=True)), *nothing
 
 
+def are_thirds(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether :mod:`dydila_kernels.thirds` made them of one tensor, whose gradient then is to be whole."""
+    node = q.grad_fn
+    return type(node).__name__ == "ThirdsBackward" and node is k.grad_fn and node is v.grad_fn
+
+
 class Attention(torch.autograd.Function):
     """What the dispatcher does with the operator ``attention``, without the dispatcher, and over ranks."""
 
     @staticmethod
-    def forward(ctx: Any, ranks: Ranks | None, *arguments: Any) -> Tensor:
+    def forward(ctx: Any, ranks: Ranks | None, together: bool, *arguments: Any) -> Tensor:
         output = attention_forward(*arguments, ranks=ranks)
-        ctx.ranks = ranks
+        ctx.ranks, ctx.together = ranks, together
         save_attention(ctx, arguments, output)
         return output[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, *differentiate_attention(ctx, grad, ranks=ctx.ranks)
+        return None, None, *differentiate_attention(ctx, grad, ranks=ctx.ranks, together=ctx.together)
 
 
 # Routed projection ----------------------------------------------------------------------------------------------------
@@ -204,16 +210,17 @@ def taps_forward(names: Sequence[str], identity: bool, weights: Sequence[Tensor]
         return taps.taps(dict(zip(names, weights, strict=True)), identity)
 
 
-class Taps(torch.autograd.Function):
+class SumOfBranches(torch.autograd.Function):
     """:func:`taps_forward` and its gradient."""
 
     @staticmethod
     def forward(ctx: Any, names: Sequence[str], identity: bool, *weights: Tensor) -> Tensor:
         ctx.branches = {name: (weight.shape, weight.dtype) for name, weight in zip(names, weights, strict=True)}
+        ctx.set_materialize_grads(False)
         return taps_forward(names, identity, weights)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative()
-        with launching_for(grad):
-            return None, None, *taps.taps_gradients(grad, ctx.branches).values()
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * (2 + len(ctx.branches))
+        return None, None, *taps.taps_gradients(grad, ctx.branches)

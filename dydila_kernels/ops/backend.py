@@ -40,8 +40,8 @@ def project(x: Tensor, weight: Tensor, plan: Plan) -> Tensor:
     return operators.project(x, weight, plan)
 
 
-def taps(branches: Mapping[str, Tensor], identity: bool) -> Tensor:
-    """The kernel of Eq. 9 from its branches: (d, 1, 3, 3) float32, differentiable."""
+def taps(branches: Mapping[str, Tensor], identity: bool) -> Tensor | None:
+    """The kernel of Eq. 9 from its branches: (d, 1, 3, 3) float32, differentiable; None: see :func:`operators.taps`."""
     return operators.taps(branches, identity)
 
 

@@ -18,7 +18,6 @@ from dydila_kernels.ops.linear_attention import correlation, state
 from dydila_kernels.ops.rotary import add_table_gradients, rotate
 from dydila_kernels.ops.straight_through import straight_through_gradients
 from dydila_kernels.ops.tokens import tokens
-from dydila_kernels.thirds import side_by_side
 from dydila_kernels.types import Ranks
 
 
@@ -62,12 +61,12 @@ class Product(NamedTuple):
 
 def backward(
     grad: Tensor, inputs: Inputs, settings: Settings, saved: SavedForBackward, ranks: Ranks | None = None, *,
-    together: bool = True,
+    together: bool = False,
 ) -> InputGradients:  # fmt: skip
     """The gradients, from that of the output (B, N, d).
 
-    Where q, k, v lie side by side, as thirds of a projection, and ``together`` allows it, so do those of the tokens,
-    (B, N, 5d): those of q, k, v then are that of the projection, without a copy.
+    Those of the tokens lie side by side, (B, N, 5d), where they are to be ``together``: those of q, k, v then are that
+    of the projection that they are thirds of, without a copy.
     """
     if core.working_dtype(inputs, settings) != inputs.q.dtype:
         wide = core.widened(inputs, settings)
@@ -118,7 +117,7 @@ def backward(
 def empty_gradients(inputs: Inputs, together: bool) -> list[Tensor | None]:
     """Memory for those of the tokens, (B, N, d) each."""
     given = [t for t in inputs[:5] if t is not None]
-    if together and side_by_side(given[:3]) is not None:
+    if together:
         batch, length, dim = inputs.q.shape
         made = iter(inputs.q.new_empty(batch, length, len(given) * dim).chunk(len(given), -1))
     else:
@@ -164,7 +163,7 @@ def placed(matrix: Tensor) -> Tensor:
 
 
 def room_of(t: Tensor) -> Tensor:
-    """Contiguous memory of its shape: its own, where that is so."""
+    """Contiguous memory of the shape of t: its own, if that is contiguous."""
     return t if t.is_contiguous() else t.new_empty(t.shape)
 
 

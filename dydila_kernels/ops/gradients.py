@@ -353,5 +353,6 @@ def places_of(
     def empty(length: int) -> Tensor:
         return torch.empty(programs, length, device=context.device, dtype=torch.float32)
 
+    assert all(t is None or t.stride(1) == dz.stride(1) for t in (dz_redundant, dv))
     dlam = None if side.lam_index is None or context.lam is None else empty(context.lambdas)
     return Gradients(dz, dz_redundant, dv, constant(dz.stride(1)), empty(context.gammas), dlam)

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dydila_kernels import torch_backend
 from dydila_kernels.ops import autograd, core, flops
 from dydila_kernels.ops.autograd import INPUTS, SAVED, can_bypass_dispatcher
 from dydila_kernels.ops.core import Inputs, SavedForBackward, Settings
 from dydila_kernels.ops.projection import Plan
+from dydila_kernels.ops.taps import fits
 from dydila_kernels.types import Ranks, decision_names
 
 _ATTENTION = """Tensor q, Tensor k, Tensor v, Tensor? q_redundant, Tensor? k_redundant, Tensor gamma, Tensor? lam,
@@ -62,8 +62,8 @@ def attention_op(*arguments: Any) -> tuple[Tensor, ...]:
     f"{', '.join(f'Tensor? {name}' for name in SavedForBackward._fields)}) -> ({_GRADIENTS})",
 )
 def attention_backward_op(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """See :func:`autograd.attention_backward`.  What operators return must not share memory."""
-    return or_empty(grad, autograd.attention_backward(grad, *arguments, together=False))
+    """See :func:`autograd.attention_backward`."""
+    return or_empty(grad, autograd.attention_backward(grad, *arguments))
 
 
 @attention_op.register_fake
@@ -91,7 +91,7 @@ def attention(inputs: Inputs, settings: Settings, ranks: Ranks | None = None) ->
     if ranks is None and not can_bypass_dispatcher(inputs.q):
         return attention_op(*inputs, *settings)[0]
     if torch.is_grad_enabled():
-        return autograd.Attention.apply(ranks, *inputs, *settings)
+        return autograd.Attention.apply(ranks, autograd.are_thirds(*inputs[:3]), *inputs, *settings)
     return autograd.attention_forward(*inputs, *settings, ranks=ranks)[0]
 
 
@@ -189,13 +189,16 @@ def project(x: Tensor, weight: Tensor, plan: Plan) -> Tensor:
 # Convolution ----------------------------------------------------------------------------------------------------------
 
 
-def taps(branches: Mapping[str, Tensor], identity: bool) -> Tensor:
-    """The kernel of Eq. 9 from its branches (d, 1, rows, columns): (d, 1, 3, 3) float32."""
+def taps(branches: Mapping[str, Tensor], identity: bool) -> Tensor | None:
+    """The kernel of Eq. 9 from its branches (d, 1, rows, columns): (d, 1, 3, 3) float32.
+
+    None where a compiler or a mode is to see the sum, and for what the kernel cannot read.
+    """
     names, weights = zip(*branches.items(), strict=True)
-    if not can_bypass_dispatcher(weights[0]):
-        return torch_backend.taps(branches, identity)  # which a compiler makes one kernel of
+    if not (can_bypass_dispatcher(weights[0]) and fits(branches)):
+        return None
     if torch.is_grad_enabled():
-        return autograd.Taps.apply(names, identity, *weights)
+        return autograd.SumOfBranches.apply(names, identity, *weights)
     return autograd.taps_forward(names, identity, weights)
 
 

@@ -1,9 +1,8 @@
-"""The 3x3 kernel of Eq. 9 from its branches, in one launch, and their gradients in another.
+"""The 3x3 kernel of Eq. 9 from its branches, in one launch.
 
     w[r, s] = square[r, s] + (r = 1) across[s] + (s = 1) down[r] + (r = s = 1) (point + identity)     for each channel
 
-and the gradient of an entry of a branch is the sum of those of the w that it is in, which is one.  Torch would take a
-launch for each padding and each sum: more than all else of a training step on few tokens.
+so the gradient of a branch is a part of that of w.  Torch would take two launches for a padding and one for each sum.
 """
 
 from __future__ import annotations
@@ -18,8 +17,7 @@ from torch import Tensor
 
 from dydila_kernels.ops.configs import pick
 from dydila_kernels.ops.tiles import ceil_div, launch
-
-NAMES = "3x3", "1x3", "3x1", "1x1"
+from dydila_kernels.types import SIZES
 
 
 class Branches(NamedTuple):
@@ -49,26 +47,17 @@ def taps_kernel(branches, taps, D: tl.constexpr, IDENTITY: tl.constexpr, BLOCK_D
         tl.store(taps + t * D + c, w, mask=exist)
 
 
-@triton.jit
-def taps_gradients_kernel(dtaps, dbranches, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The gradients of :class:`Branches` from dtaps (9, D) float32; one program for BLOCK_D channels."""
-    c = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    exist = c < D
-    for t in tl.static_range(9):
-        g = tl.load(dtaps + t * D + c, mask=exist, other=0)
-        if dbranches.square is not None:
-            tl.store(dbranches.square + c * 9 + t, g.to(dbranches.square.dtype.element_ty), mask=exist)
-        if dbranches.across is not None and t // 3 == 1:
-            tl.store(dbranches.across + c * 3 + t % 3, g.to(dbranches.across.dtype.element_ty), mask=exist)
-        if dbranches.down is not None and t % 3 == 1:
-            tl.store(dbranches.down + c * 3 + t // 3, g.to(dbranches.down.dtype.element_ty), mask=exist)
-        if dbranches.point is not None and t == 4:
-            tl.store(dbranches.point + c, g.to(dbranches.point.dtype.element_ty), mask=exist)
+def fits(branches: Mapping[str, Tensor]) -> bool:
+    """Whether the kernel can read them as they are: plain tensors (d, 1, rows, columns) of one d."""
+    d = len(next(iter(branches.values())))
+    return all(
+        type(t) in (Tensor, torch.nn.Parameter) and t.shape == (d, 1, *SIZES[name]) for name, t in branches.items()
+    )
 
 
 def taps(branches: Mapping[str, Tensor], identity: bool) -> Tensor:
-    """The sum of the branches, each (d, 1, rows, columns), and the identity: (d, 1, 3, 3) float32, a view of (9, d)."""
-    given = Branches(*(branches[name].contiguous() if name in branches else None for name in NAMES))
+    """The sum of the branches, which :func:`fits`, and the identity: (d, 1, 3, 3) float32, a view of (9, d)."""
+    given = Branches(*(branches[name].contiguous() if name in branches else None for name in SIZES))
     like = next(iter(branches.values()))
     d = len(like)
     out, config = like.new_empty(9, d, dtype=torch.float32), pick("taps", torch.float32)
@@ -79,12 +68,10 @@ def taps(branches: Mapping[str, Tensor], identity: bool) -> Tensor:
     return out.t().view(d, 1, 3, 3)
 
 
-def taps_gradients(grad: Tensor, branches: Mapping[str, tuple[torch.Size, torch.dtype]]) -> dict[str, Tensor]:
-    """Of the branches, whose shapes and dtypes are given, from that of their sum (d, 1, 3, 3)."""
-    found = {name: grad.new_empty(shape, dtype=dtype) for name, (shape, dtype) in branches.items()}
-    d, config = len(grad), pick("taps", torch.float32)
-    launch(
-        taps_gradients_kernel, (ceil_div(d, config.block_d),), config, dtaps=grad.float().flatten(1).t().contiguous(),
-        dbranches=Branches(*map(found.get, NAMES)), D=d, BLOCK_D=config.block_d,
-    )  # fmt: skip
+def taps_gradients(grad: Tensor, branches: Mapping[str, tuple[torch.Size, torch.dtype]]) -> list[Tensor]:
+    """Of the branches, whose shapes and dtypes are given, from that of their sum (d, 1, 3, 3): parts of it."""
+    found = []
+    for shape, dtype in branches.values():
+        top, left = ((3 - length) // 2 for length in shape[-2:])
+        found.append(grad[..., top : top + shape[-2], left : left + shape[-1]].to(dtype).contiguous())
     return found

@@ -148,7 +148,7 @@ def test_keeps_the_inputs_decisions_and_a_few_numbers_per_row(trained: bool, nor
 @pytest.mark.usefixtures("tall_tiles")
 def test_allocates_nothing_of_the_size_of_the_tokens_but_the_results(view: bool, normalization: str, form: str) -> None:
     """Forward the output, and for wide heads one more; backward the five gradients, which for wide heads have room for
-    what they are made of unless they lie together, as thirds do.  Chunks are not copied."""
+    what they are made of unless they lie together.  Chunks are not copied."""
     batch, length, dim = shape_of(form)
     inputs = inputs_of(batch, length, dim, torch.bfloat16)
     if view:
@@ -165,7 +165,7 @@ def test_allocates_nothing_of_the_size_of_the_tokens_but_the_results(view: bool,
         small += 2 * 2 * 5 * 16 * 2 * (dim + 256)
     at_most = peak(lambda: core.forward(*arguments), known)
     assert one <= at_most <= one * (1 if form == "fused" else 2) + small
-    for together, more in ((False, 0), (True, {"fused": 0, "states": 2, "scores": 4}[form] if view else 0)):
+    for together, more in ((False, 0), (True, {"fused": 0, "states": 2, "scores": 4}[form])):
         found = peak(lambda: backward.backward(incoming, *arguments, saved, together=together), [*known, *kept])  # noqa: B023
         assert (5 + more) * one <= found <= (5 + more) * one + small
 

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_map_only
 
 from dydila_kernels import DyDiLAttention
 from dydila_kernels.ops import core
@@ -179,15 +181,94 @@ def test_keeps_x_the_projections_and_the_attention() -> None:
 @pytest.mark.parametrize("form", ["fused", "gemm"])
 @pytest.mark.parametrize("options", [{}, {"differential": "map"}, {"differential": "off", "num_projectors": 0}])
 def test_the_gradient_of_qkv_is_not_copied(options: dict[str, Any], form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is a part of the memory that holds the gradients of all tokens."""
+    """Unless qkv is hooked: then it has memory of its own."""
     if form == "gemm":
         use_gemm(monkeypatch)
-    attn, x = layer_of(16, num_heads=2, **options), tokens(2, 9, 16)
-    found: list[Tensor] = []
+    attn, x = layer_of(16, num_heads=2, **options), tokens(2, 9, 16).requires_grad_()
+    y, found = attn(x).sum(), []
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        y.backward()
+    assert "aten::cat" not in {event.name for event in profiler.events()}
+    plain = attn.qkv.weight.grad.clone()
+    attn.zero_grad()
     attn.qkv.register_full_backward_hook(lambda module, inputs, outputs: found.append(outputs[0]))
-    attn(x.requires_grad_()).sum().backward()
-    count = 3 if options.get("num_projectors") == 0 else 5
-    assert [(t.shape[-1], t.stride(1)) for t in found] == [(3 * 16, count * 16)]
+    attn(x).sum().backward()
+    assert [t.is_contiguous() for t in found] == [True]
+    assert torch.equal(attn.qkv.weight.grad, plain)
+
+
+def test_no_gradient_stays_none() -> None:
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, y: Tensor) -> Tensor:
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> None:
+            return None
+
+    attn, x = layer_of(16, num_heads=2), tokens(2, 9, 16).requires_grad_()
+    Nothing.apply(attn(x)).sum().backward()
+    given = {name for name, p in attn.named_parameters() if p.grad is not None}
+    assert not {name for name in given if not name.startswith("proj.")}
+
+
+def replaced(attn: DyDiLAttention) -> None:
+    weight, bias = attn.dwc()
+    attn.dwc.forward = lambda: (weight, bias)  # type: ignore[method-assign]
+
+
+class Unwrapped(Tensor):
+    """A parameter without memory, which is made when an operation asks for it."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Unwrapped:
+        made = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*tree_map_only(Unwrapped, lambda t: t.inner, args), **(kwargs or {}))
+        return Unwrapped(found) if function is torch.ops.aten.detach.default else found
+
+
+CHANGES = {
+    "a smaller kernel by a hook": lambda attn: attn.dwc.branches.register_forward_hook(
+        lambda module, inputs, kernels: {**kernels, "1x3": kernels["1x3"][:1]}
+    ),
+    "a smaller first kernel by a hook": lambda attn: attn.dwc.branches.register_forward_hook(
+        lambda module, inputs, kernels: {**kernels, "3x3": kernels["3x3"][:1]}
+    ),
+    "another forward": replaced,
+    "a hook that takes no argument": lambda attn: attn.dwc.register_forward_pre_hook(
+        lambda module, inputs: None if not inputs else inputs[0].no_such_attribute
+    ),
+    "a kernel that is made when asked for": lambda attn: attn.dwc.branches.__setitem__(
+        "3x3", torch.nn.Parameter(Unwrapped(attn.dwc.branches["3x3"].detach()), requires_grad=False)
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_convolutions_that_are_not_as_they_were(change: str) -> None:
+    attn, x = layer_of(16), tokens(2, 9, 16)
+    CHANGES[change](attn)
+    found, attn.backend = attn(x), "torch"
+    assert relative_error(found, attn(x)) < 1e-5
+
+
+def test_the_backward_pass_is_compiled() -> None:
+    """By compiled autograd, which traces what no operator hides."""
+    attn, x = layer_of(16), tokens(2, 9, 16)
+    attn(x).sum().backward()
+    expected = {name: p.grad.clone() for name, p in attn.named_parameters() if p.grad is not None}
+    attn.zero_grad()
+    y = attn(x).sum()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        y.backward()
+    for name, grad in expected.items():
+        assert relative_error(attn.get_parameter(name).grad, grad) < 1e-5, name
 
 
 @pytest.mark.usefixtures("poisoned")

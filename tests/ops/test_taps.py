@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from dydila_kernels import torch_backend
-from dydila_kernels.depthwise import SIZES, DepthwiseConv
+from dydila_kernels.depthwise import DepthwiseConv
 from dydila_kernels.ops import backend
-from dydila_kernels.ops.autograd import Taps
+from dydila_kernels.ops.autograd import SumOfBranches
+from dydila_kernels.types import SIZES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SUBSETS = [
@@ -55,15 +56,8 @@ def test_branches_of_several_dtypes_and_strides() -> None:
 def test_a_module_takes_it_from_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     conv = DepthwiseConv(8, device=DEVICE)
     weight, bias = conv(backend)
-    assert bias is None and weight.grad_fn.name() == Taps.__name__ + "Backward"
+    assert bias is None and weight.grad_fn.name() == SumOfBranches.__name__ + "Backward"
     assert torch.allclose(weight, conv()[0])
     with torch.no_grad():
         assert torch.equal(conv(backend)[0], weight)
     assert torch.equal(conv.fuse()(backend)[0], conv.weight)
-
-
-def test_no_second_derivative() -> None:
-    branches = branches_of(["3x3"], 4, torch.float32)
-    total = backend.taps(branches, False)
-    with pytest.raises(RuntimeError, match="no second derivatives"):
-        torch.autograd.grad(total.square().sum(), branches["3x3"], create_graph=True)

@@ -115,7 +115,7 @@ class DepthwiseConv(nn.Module):
 
 
 def kernel_of(dwc: DepthwiseConv, backend: Backend) -> tuple[Tensor, Tensor | None]:
-    """What the module returns, made by the backend; a tracer, and one that is hooked or replaced, know of no backend."""
+    """What the module returns, made by the backend; tracers, and what is hooked or replaced, know of no backend."""
     apart = backend is torch_backend or torch.compiler.is_compiling() or not checks.is_plain(dwc, DepthwiseConv)
     found: tuple[Tensor, Tensor | None] = dwc() if apart else dwc(backend)
     return found

@@ -32,10 +32,10 @@ def grids_seen(model: nn.Module, run: Callable[[], Any]) -> dict[str, tuple[int,
     layers = {name: m for name, m in model.named_modules() if isinstance(m, DyDiLAttention)}
 
     def noting(name: str, convolution: Callable[..., Any]) -> Callable[..., Any]:
-        def note(grids: Any) -> Any:
+        def note(grids: Any, backend: Any) -> Any:
             (grid,) = grids
             seen[name] = (grid.rows, grid.columns)
-            return convolution(grids)
+            return convolution(grids, backend)
 
         return note
 

@@ -35,7 +35,7 @@ def taps_kernel(branches, taps, D: tl.constexpr, IDENTITY: tl.constexpr, BLOCK_D
     c = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     exist = c < D
     for t in tl.static_range(9):
-        w = tl.full((BLOCK_D,), 1.0 if IDENTITY and t == 4 else 0.0, tl.float32)
+        w = tl.zeros((BLOCK_D,), tl.float32)
         if branches.square is not None:
             w += tl.load(branches.square + c * 9 + t, mask=exist, other=0).to(tl.float32)
         if branches.across is not None and t // 3 == 1:
@@ -44,6 +44,8 @@ def taps_kernel(branches, taps, D: tl.constexpr, IDENTITY: tl.constexpr, BLOCK_D
             w += tl.load(branches.down + c * 3 + t // 3, mask=exist, other=0).to(tl.float32)
         if branches.point is not None and t == 4:
             w += tl.load(branches.point + c, mask=exist, other=0).to(tl.float32)
+        if IDENTITY and t == 4:
+            w += 1.0
         tl.store(taps + t * D + c, w, mask=exist)
 
 

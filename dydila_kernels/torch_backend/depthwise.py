@@ -19,14 +19,19 @@ from torch.nn import grad as grad_of
 from dydila_kernels import reference
 from dydila_kernels.precision import accumulation_dtype, no_autocast
 from dydila_kernels.torch_backend.blocks import Workspace, block_rows, differentiable_gradients, takes_plain_path
-from dydila_kernels.types import Convolution, Grid, Grids, frames_of
+from dydila_kernels.types import SIZES, Convolution, Grid, Grids, frames_of
 
 
 def taps(branches: Mapping[str, Tensor], identity: bool) -> Tensor:
-    """The sum (d, 1, 3, 3) of the branches (d, 1, rows, columns) and of the identity, in float32 at least."""
+    """The sum (d, 1, 3, 3) of the branches (d, 1, rows, columns) and of the identity, in float32 at least.
+
+    In the order of :data:`SIZES`, as in the kernel of ``ops/taps.py``: both have the same bits.
+    """
     total: Tensor | None = None
-    for weight in branches.values():
-        rows, columns = weight.shape[-2:]
+    for name, (rows, columns) in SIZES.items():
+        if name not in branches:
+            continue
+        weight = branches[name]
         pad = ((3 - columns) // 2, (3 - columns) // 2, (3 - rows) // 2, (3 - rows) // 2)
         kernel = F.pad(weight, pad) if any(pad) else weight
         # The sum takes the dtype of the total.

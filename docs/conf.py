@@ -23,7 +23,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ex
 smartquotes_action = "D"  # dashes alone: values of options keep the quotes of the code
 nitpicky = True  # a reference that leads nowhere is a warning, and so an error
 # But of other packages and of aliases, which have no page here, and of Raises with two errors at once.
-nitpick_ignore_regex = [("py:.*", r"(torch|nn|collections)\..*|Tensor|Config|Key|.*\.(Grid|Module)|.*, .*")]
+nitpick_ignore_regex = [("py:.*", r"(torch|nn|collections)\..*|Tensor|Config|Key|.*\.(Backend|Grid|Module)|.*, .*")]
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 4

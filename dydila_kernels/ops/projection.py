@@ -166,7 +166,8 @@ def rank_kernel(index, counts, order, ends, length, NUM_OPTIONS: tl.constexpr, B
         total += tl.sum(count, 1)
         earlier += tl.sum(tl.where((others < block)[None, :], count, 0), 1)
     stops = tl.cumsum(total, 0)
-    tl.store(ends + side * NUM_OPTIONS + option_ids, stops, mask=exists & (block == 0))
+    if block == 0:
+        tl.store(ends + side * NUM_OPTIONS + option_ids, stops, mask=exists)
     for u in tl.range(0, NUM_OPTIONS):
         hit = (chosen == u).to(tl.int32)
         start = tl.sum(tl.where(option_ids == u, stops - total + earlier, 0))

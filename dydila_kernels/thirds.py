@@ -43,7 +43,7 @@ def thirds(qkv: Tensor) -> tuple[Tensor, ...]:
 def thirds_of(qkv: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
     """Q, K, V (B, N, d) of x (B, N, d).  What is hooked or replaced may want a gradient in memory of its own."""
     tokens = linear(qkv, x)
-    return thirds(tokens) if is_plain(qkv, nn.Linear) else tokens.chunk(3, -1)
+    return thirds(tokens) if tokens.requires_grad and is_plain(qkv, nn.Linear) else tokens.chunk(3, -1)
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor | None:

@@ -57,6 +57,13 @@ def test_an_exported_layer_takes_images_of_any_size(
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
+def test_the_call_of_the_convolution_may_be_preserved() -> None:
+    """Its arguments then are a part of the program: tensors and numbers, and no module of ours."""
+    attn, x = DyDiLAttention(8).eval(), torch.randn(1, 9, 8)
+    program = torch.export.export(attn, (x,), strict=False, preserve_module_call_signature=("dwc",))
+    assert relative_error(program.module()(x), attn(x)) < 1e-5
+
+
 def test_the_recipe_of_a_compiled_package(tmp_path: Path) -> None:
     """As the guide has it: its beginning, the export, the package."""
     page = ROOT / "docs" / "guides" / "recipes.md"

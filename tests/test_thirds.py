@@ -115,7 +115,7 @@ def test_thirds_of_one_call() -> None:
     assert not are_thirds(*(t.detach() for t in (q, k, v)))
 
 
-def test_no_gradient_stays_none() -> None:
+def test_a_part_without_a_gradient_gets_zeros() -> None:
     qkv = torch.randn(1, 2, 3 * D, requires_grad=True)
     q, k, _ = thirds(qkv)
     torch.autograd.backward([k], [torch.ones_like(q)])

@@ -28,7 +28,7 @@ from dydila_kernels.ops import tiles
 BACKEND = make_backend(TARGETS["sm_90"].triton)
 PATH = harness.REPOSITORY / "benchmarks" / "results" / "host.jsonl"
 COMPUTING = {
-    "copy_", "fill_", "cat", "add", "add_", "sum", "cumsum", "mm", "addmm", "mul", "zero_", "addcmul", "addcmul_",
+    "copy_", "fill_", "cat", "add", "add_", "sum", "mm", "addmm", "mul", "zero_", "addcmul", "addcmul_",
 }  # fmt: skip
 """The operations of torch, among those of these calls, that queue a kernel."""
 

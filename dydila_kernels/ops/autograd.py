@@ -215,7 +215,7 @@ class SumOfBranches(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, names: Sequence[str], identity: bool, *weights: Tensor) -> Tensor:
-        ctx.branches = {name: (weight.shape, weight.dtype) for name, weight in zip(names, weights, strict=True)}
+        ctx.branches = [(weight.shape, weight.dtype) for weight in weights]
         ctx.set_materialize_grads(False)
         return taps_forward(names, identity, weights)
 

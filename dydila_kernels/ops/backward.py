@@ -70,7 +70,7 @@ def backward(
     """
     if core.working_dtype(inputs, settings) != inputs.q.dtype:
         wide = core.widened(inputs, settings)
-        found = backward(grad.to(wide.q.dtype), wide, settings, saved, ranks, together=together)
+        found = backward(grad.to(wide.q.dtype), wide, settings, saved, ranks)  # cast anew, none would lie together
         narrow = [None if t is None else t.to(inputs.q.dtype) for t in found[:5]]
         return InputGradients(*narrow, *found[5:])  # type: ignore[arg-type,call-arg]
     context = core.context_of(inputs, settings, ranks)

@@ -279,7 +279,15 @@ def takes_written(context: LaunchContext, settings: Settings, sides: tuple[QKOpe
     """Whether :func:`written_product` makes the product of these sides.  Those of Eq. 10 are routed before."""
     if settings.differential == "map" or not is_fused(context.dim, settings):
         return False
-    return all(forms.why_not_gluon_tokens(context, side, decide=True) is None for side in sides)
+    return are_in_gluon(context, *sides)
+
+
+def are_in_gluon(
+    context: LaunchContext, q: QKOperand, k: QKOperand, *, decide: bool = True, divide: bool = False
+) -> bool:
+    """Whether the tokens of both sides take the Gluon form; ``divide``: whether Qh is to be over its denominators."""
+    reason = forms.why_not_gluon_tokens(context, k, decide=decide)
+    return reason is None and forms.why_not_gluon_tokens(context, q, decide=decide, divide=divide) is None
 
 
 def fused_product(
@@ -328,10 +336,7 @@ def gemm_product(
     out: Tensor, *, decide: bool, add: bool,
 ) -> None:  # fmt: skip
     """As :func:`fused_product`."""
-    reason = forms.why_not_gluon_tokens(context, k, decide=decide) or forms.why_not_gluon_tokens(
-        context, q, decide=decide, divide=settings.has_denominator
-    )
-    if reason is None:
+    if are_in_gluon(context, q, k, decide=decide, divide=settings.has_denominator):
         from dydila_kernels.ops.gluon.routers import prepared
 
         q, k = prepared(context, (q, k))

@@ -7,7 +7,7 @@ so the gradient of a branch is a part of that of w.  Torch would take two launch
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -70,10 +70,10 @@ def taps(branches: Mapping[str, Tensor], identity: bool) -> Tensor:
     return out.t().view(d, 1, 3, 3)
 
 
-def taps_gradients(grad: Tensor, branches: Mapping[str, tuple[torch.Size, torch.dtype]]) -> list[Tensor]:
+def taps_gradients(grad: Tensor, branches: Sequence[tuple[torch.Size, torch.dtype]]) -> list[Tensor]:
     """Of the branches, whose shapes and dtypes are given, from that of their sum (d, 1, 3, 3): parts of it."""
     found = []
-    for shape, dtype in branches.values():
+    for shape, dtype in branches:
         top, left = ((3 - length) // 2 for length in shape[-2:])
         found.append(grad[..., top : top + shape[-2], left : left + shape[-1]].to(dtype).contiguous())
     return found
